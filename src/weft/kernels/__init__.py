@@ -1,0 +1,1 @@
+"""Kernels, each beside a plain PyTorch reference of the same signature."""

@@ -1,0 +1,53 @@
+"""LowRank: T = scale * B A with B (out, r) and A (r, in); r (out + in) stored numbers instead of out * in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.terms.base import Spec, Term
+
+__all__ = ["LowRank"]
+
+
+class LowRank(Term):
+    """T = scale * B A (Hu et al., 2021, arXiv 2106.09685, for the scale). `scale` is a plain number, saved in the spec."""
+
+    kind = "low_rank"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.rank, self.scale = rank, scale
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+
+    @classmethod
+    def from_factors(cls, B: Tensor, A: Tensor, *, scale: float = 1.0) -> LowRank:
+        """The term of given factors B (out, r) and A (r, in)."""
+        term = cls(A.shape[1], B.shape[0], A.shape[0], scale=scale, device="meta", dtype=A.dtype)
+        term.A, term.B = nn.Parameter(A.detach().contiguous()), nn.Parameter(B.detach().contiguous())
+        return term
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.A)
+        # scaling the rank-r vector costs less than scaling the output
+        return F.linear(hidden if self.scale == 1.0 else hidden * self.scale, self.B)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.A.dtype
+        return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
+
+    def spec(self) -> Spec:
+        return super().spec() | {"rank": self.rank, "scale": self.scale}

@@ -1,0 +1,56 @@
+"""Sparse: T has nonzeros only on a fixed support, stored as flat row-major positions and their values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.kernels.sparse_linear import scatter_dense, sparse_linear
+from weft.terms.base import Spec, Term
+
+__all__ = ["Sparse"]
+
+_INT32_LIMIT = 2**31
+
+
+class Sparse(Term):
+    """T[i, j] = values[k] where positions[k] = i * in + j. The support is sorted, free of duplicates, and never changes."""
+
+    kind = "sparse"
+
+    def __init__(
+        self, in_features: int, out_features: int, nonzeros: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.nonzeros = nonzeros
+        self.values = nn.Parameter(torch.empty(nonzeros, device=device, dtype=dtype))
+        # half the index memory wherever the matrix is small enough for 32 bits
+        narrow = torch.int32 if in_features * out_features < _INT32_LIMIT else torch.int64
+        self.register_buffer("positions", torch.empty(nonzeros, device=device, dtype=narrow))
+        self.positions: Tensor
+
+    @classmethod
+    def from_mask(cls, matrix: Tensor, mask: Tensor) -> Sparse:
+        """The entries of `matrix` (out, in) where the boolean `mask` (out, in) is true, zeros among them included."""
+        positions = mask.flatten().nonzero().squeeze(1)
+        term = cls(matrix.shape[1], matrix.shape[0], positions.numel(), device=matrix.device, dtype=matrix.dtype)
+        with torch.no_grad():
+            term.positions.copy_(positions)
+            term.values.copy_(matrix.flatten()[positions])
+        return term
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.values
+        if torch.is_autocast_enabled(x.device.type):
+            narrow = torch.get_autocast_dtype(x.device.type)
+            x, values = x.to(narrow), values.to(narrow)
+        return sparse_linear(x, values, self.positions, self.out_features)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        values = self.values.to(dtype or self.values.dtype)
+        return scatter_dense(values, self.positions, self.out_features, self.in_features)
+
+    def spec(self) -> Spec:
+        return super().spec() | {"nonzeros": self.nonzeros}

@@ -1,0 +1,47 @@
+"""Spectral: T = U diag(s) V with U (out, r), s (r,), V (r, in); the singular values are a tensor of their own, to be trained or masked alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.terms.base import Spec, Term
+
+__all__ = ["Spectral"]
+
+
+class Spectral(Term):
+    """T = U diag(s) V. Orthonormality of U and V is the method's business, not the term's."""
+
+    kind = "spectral"
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.rank = rank
+        self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.s = nn.Parameter(torch.empty(rank, device=device, dtype=dtype))
+        self.V = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+
+    @classmethod
+    def from_factors(cls, U: Tensor, s: Tensor, V: Tensor) -> Spectral:
+        """The term of given factors U (out, r), s (r,), V (r, in)."""
+        term = cls(V.shape[1], U.shape[0], s.shape[0], device="meta", dtype=U.dtype)
+        term.U, term.s, term.V = (nn.Parameter(t.detach().contiguous()) for t in (U, s, V))
+        return term
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.V)
+        # under autocast `hidden` is narrower than s: keep the product in its dtype
+        return F.linear(hidden * self.s.to(hidden.dtype), self.U)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.s.dtype
+        return (self.U.to(dtype) * self.s.to(dtype)) @ self.V.to(dtype)
+
+    def spec(self) -> Spec:
+        return super().spec() | {"rank": self.rank}

@@ -1,0 +1,99 @@
+"""SumLinear: a linear layer whose weight is a sum of terms, W = T_1 + ... + T_k; it replaces `nn.Linear` and GPT-2's `Conv1D` in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from weft.terms.base import Spec, Term
+
+__all__ = ["SumLinear"]
+
+
+class SumLinear(nn.Module):
+    """y = x (T_1 + ... + T_k)^T + bias, for x (..., in) -> y (..., out).
+
+    Args:
+        terms: name -> Term, all of one shape; the order is the order of summation. Names are identifiers without dots.
+        bias: (out,) or None.
+        transposed: True when the layer replaced a `Conv1D`, whose weight is stored (in, out); `collapse` then gives a `Conv1D` back.
+
+    `weight` is an empty buffer of the layer's dtype and device: code that only peeks at `layer.weight.dtype` or `.device` reads the truth,
+    and a loader that knows nothing of weft finds a tensor of the wrong shape and refuses, instead of filling the layer with noise.
+
+    Raises:
+        ValueError: no terms, or terms of different shapes.
+    """
+
+    weight: Tensor
+
+    def __init__(self, terms: Mapping[str, Term], bias: Tensor | None = None, *, transposed: bool = False) -> None:
+        super().__init__()
+        shapes = {name: (term.out_features, term.in_features) for name, term in terms.items()}
+        if len(set(shapes.values())) != 1:
+            raise ValueError(f"a sum needs one or more terms of one shape, got {shapes or 'none'}")
+        (self.out_features, self.in_features) = next(iter(shapes.values()))
+        self.transposed = transposed
+        self.terms = nn.ModuleDict(dict(terms))
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        reference = next(iter(terms.values()))._reference()
+        self.register_buffer("weight", torch.empty(0, dtype=reference.dtype, device=reference.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        first, *rest = self.terms.values()
+        y = first(x)
+        for term in rest:
+            y = y + term(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The (out, in) sum of the terms' matrices, added in fp32 or wider and cast last; `dtype` None means the stored one."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        total = sum(term.dense(wide) for term in self._terms())
+        assert isinstance(total, Tensor)
+        return total.to(dtype or self.weight.dtype)
+
+    def collapse(self) -> nn.Module:
+        """The plain layer of the same function: `nn.Linear`, or `Conv1D` where that was replaced."""
+        weight, dtype = self.dense(), self.weight.dtype
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            plain: nn.Module = Conv1D(self.out_features, self.in_features)
+            weight = weight.transpose(0, 1)
+        else:
+            plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.detach().contiguous())
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone())
+        elif self.transposed:
+            plain.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=weight.device))
+        return plain
+
+    def spec(self) -> Spec:
+        """JSON-able: {"bias", "transposed", "terms": {name: spec}}; `weft.terms.build_sum` reads it."""
+        return {
+            "bias": self.bias is not None,
+            "transposed": self.transposed,
+            "terms": {name: term.spec() for name, term in self._named_terms()},
+        }
+
+    @property
+    def num_params(self) -> int:
+        """Numbers stored by the terms and the bias."""
+        return sum(term.num_params for term in self._terms()) + (0 if self.bias is None else self.bias.numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored by the terms and the bias."""
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        return sum(term.nbytes for term in self._terms()) + bias
+
+    def _terms(self) -> list[Term]:
+        return [term for _, term in self._named_terms()]
+
+    def _named_terms(self) -> list[tuple[str, Term]]:
+        return list(self.terms.items())  # type: ignore[arg-type]
