@@ -1,0 +1,119 @@
+"""The record of a published method: its five decisions, its paper and its defaults.
+
+    needs      which statistics of the data it must see first                      (names from `weft.stats`)
+    allocate   how a budget is spread over the layers                              (a name from `weft.allocate`)
+    init       how a weight is split into terms: `factorise` for compression, `attach` for adapters
+    rule       what happens around each training step                              (`weft.rules`)
+    optimizer  how gradients become updates                                        (`weft.optim`), and which numbers receive them
+
+A method is one file in this room that ends in `METHOD = Method(...)`, and one line in the list of `weft/methods/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import WeftError
+
+__all__ = ["Factors", "Method", "Moments", "low_rank_terms", "no_terms"]
+
+Moments = Mapping[str, Tensor]
+"""The statistics of one layer by name, e.g. {"input_moment": (in, in)}; see `weft.stats`."""
+
+
+class Factors(NamedTuple):
+    """A weight as an ordered sum of rank-one matrices: W = B A; keeping the first r columns of B and rows of A is the method's rank-r answer."""
+
+    B: Tensor  # (out, m)
+    A: Tensor  # (m, in)
+    s: Tensor  # (m,) singular values in the method's own metric, falling: sum of s^2 beyond r is the error it minimises
+    mean: Tensor | None = None  # (in,) mean input; the truncation error on it, (W - B_r A_r) mean, is then added to the bias
+
+    def truncate(self, rank: int) -> Factors:
+        """The first `rank` components."""
+        return Factors(self.B[:, :rank], self.A[:rank], self.s[:rank], self.mean)
+
+
+def low_rank_terms(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of every term that is not dense: what WeLore and most recoveries train."""
+    from weft.terms import Dense, Term
+
+    terms = (m for m in model.modules() if isinstance(m, Term) and not isinstance(m, Dense))
+    return [p for term in terms for p in term.parameters()]
+
+
+def no_terms(model: nn.Module) -> list[nn.Parameter]:
+    """Nothing: the method leaves no recipe for training what it made."""
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method, as data. Frozen; every field but `name`, `summary`, `paper` and `kind` has a default that means "does not do this".
+
+    Args:
+        name: as in the list of methods and on the command line.
+        summary: one line.
+        paper: authors, year and identifier, or "weft" where it is ours.
+        kind: "compress" (replaces weights by fewer numbers), "adapt" (adds trainable terms), or "train" (changes no weight, chooses what is trained).
+        needs: the statistics that `factorise` or `attach` reads from its `moments`.
+        allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
+        sequential: whether each block is calibrated on the outputs of the blocks already changed.
+        factorise: (W (out, in) in fp64, moments, **options) -> Factors. For kind "compress".
+        attach: (layer, rank, moments, generator, **options) -> (terms by role, trainable ones marked by requires_grad). For kind "adapt".
+        rules: factories of `weft.rules.Rule`, called with the method's options, run around each training step.
+        trained: (model) -> the parameters that training updates; all others are frozen.
+        defaults: the paper's hyperparameters, which are also the names of the options that the method takes.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    kind: str
+    needs: tuple[str, ...] = ()
+    allocate: str = "uniform"
+    sequential: bool = False
+    factorise: Callable[..., Factors] | None = None
+    attach: Callable[..., Any] | None = None
+    rules: tuple[Callable[..., Any], ...] = ()
+    trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults overridden by what the user gave. Raises WeftError for an option that the method does not have."""
+        strange = sorted(set(given) - set(self.defaults))
+        if strange:
+            known = ", ".join(self.defaults) or "none"
+            raise WeftError(f"The method {self.name!r} has no option {strange[0]!r}; its options are: {known}.")
+        return {**self.defaults, **given}
+
+    def freeze(self, model: nn.Module) -> list[nn.Parameter]:
+        """Make exactly the method's own parameters trainable, and return them. Raises WeftError when the model holds none of them."""
+        chosen = self.trained(model)
+        if not chosen:
+            raise WeftError(
+                f"The method {self.name!r} finds nothing to train in this model; compress it first (weft compress), or choose "
+                "'lora' or 'full'."
+            )
+        model.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return chosen
+
+    def record(self) -> dict[str, Any]:
+        """What `weft methods` lists, JSON-able."""
+        defaults = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in self.defaults.items()}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "summary": self.summary,
+            "paper": self.paper,
+            "needs": list(self.needs),
+            "allocate": self.allocate if self.kind == "compress" else None,
+            "defaults": defaults,
+        }
