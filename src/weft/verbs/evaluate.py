@@ -1,0 +1,164 @@
+"""Perplexity, size and speed of a causal language model on a text.
+
+    loss = -1/N sum_t log p(x_t | the tokens before x_t in its window)        N scored tokens, natural logarithm, fp32
+    perplexity = exp(loss)
+
+Papers report this token perplexity; lm-evaluation-harness reports word perplexity, exp(total nll / words), and byte perplexity
+under the same word. Both are given: they are perplexity ** (tokens / words) and perplexity ** (tokens / bytes).
+
+Deviation: lm-evaluation-harness scores a window's first token from one token of context. Published tables leave it out, and so
+does this file; in the two derived figures those tokens are charged the mean loss.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weft.errors import WeftError
+from weft.train.windows import Window, evaluation_windows, token_stream
+
+__all__ = ["evaluate", "model_size", "peak_memory"]
+
+LOGIT_BYTES = 2**28  # one batch's logits stay below this, unless a single window's exceed it
+FLOAT_ROWS = 256  # positions turned into fp32 log-probabilities at a time
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    window: int = 512,
+    stride: int | None = None,
+    windows: int | None = None,
+) -> dict[str, Any]:
+    """Perplexity of `model` on `text` (one text or several), with its size, speed and peak memory.
+
+    Args:
+        window: tokens the model sees at once.
+        stride: tokens between two window starts; `window` (the default) makes windows disjoint, less gives context.
+        windows: how many windows from the beginning of the text; all of them by default.
+
+    Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words, window, stride,
+        windows, parameters, bytes (of stored parameters and buffers), tokens_per_second (through the model), seconds,
+        peak_memory_bytes (CUDA allocations of this call, else the high-water mark of the process).
+
+    Raises WeftError when the text is too short or the window exceeds the model's context.
+    """
+    check_context(model, window)
+    stream = token_stream(tokenizer, text)
+    plan = evaluation_windows(len(stream), window, stride, windows)
+    device = next(model.parameters()).device
+    reset_peak_memory(device)
+    began = time.perf_counter()
+    nll, tokens = total_loss(model, stream, plan, window, device)
+    seconds = time.perf_counter() - began
+    loss = nll / tokens
+    parameters, nbytes = model_size(model)
+    return {
+        "perplexity": exponential(loss),
+        **text_perplexities(tokenizer, stream, plan, window, loss),
+        "loss": loss,
+        "tokens": tokens,
+        "window": window,
+        "stride": stride or window,
+        "windows": len(plan),
+        "parameters": parameters,
+        "bytes": nbytes,
+        "tokens_per_second": len(plan) * window / seconds,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(device),
+    }
+
+
+def check_context(model: PreTrainedModel, window: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and window > context:
+        raise WeftError(f"The window is {window} tokens and the model's context {context}: give a smaller --window.")
+
+
+@torch.no_grad()
+def total_loss(
+    model: nn.Module, stream: Tensor, plan: Sequence[Window], window: int, device: torch.device
+) -> tuple[float, int]:
+    """Sum of the negative log-likelihoods of all scored tokens, and how many they are."""
+    was_training = model.training
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    rows = 1
+    try:
+        while plan:
+            batch, plan = plan[:rows], plan[rows:]
+            ids = torch.stack([stream[w.start : w.start + window] for w in batch]).to(device)
+            logits = model(input_ids=ids, use_cache=False).logits  # (rows, window, vocabulary)
+            scored = scored_positions(batch, window, device)
+            total += summed_nll(logits, ids, scored)
+            tokens += int(scored.sum())
+            rows = max(1, LOGIT_BYTES // (logits[0].numel() * logits.element_size()))
+    finally:
+        model.train(was_training)
+    return total.item(), tokens
+
+
+def scored_positions(batch: Sequence[Window], window: int, device: torch.device) -> Tensor:
+    """Which targets count: (rows, window - 1), position j standing for the prediction of token j + 1."""
+    context = torch.tensor([w.context for w in batch], device=device)
+    return torch.arange(1, window, device=device) >= context[:, None]
+
+
+def summed_nll(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
+    """Sum over the scored positions of -log p(next token), in fp32 by rows, accumulated in fp64."""
+    predictions, targets = logits[:, :-1][scored], ids[:, 1:][scored]
+    chunks = zip(predictions.split(FLOAT_ROWS), targets.split(FLOAT_ROWS), strict=True)
+    losses = [nn.functional.cross_entropy(p.float(), t, reduction="none").double().sum() for p, t in chunks]
+    return torch.stack(losses).sum().cpu()
+
+
+def text_perplexities(
+    tokenizer: PreTrainedTokenizerBase, stream: Tensor, plan: Sequence[Window], window: int, loss: float
+) -> dict[str, Any]:
+    """Word and byte perplexity over the text that the windows cover; words as lm-evaluation-harness counts them."""
+    covered = torch.zeros(len(stream), dtype=torch.bool)
+    for w in plan:
+        covered[w.start : w.start + window] = True
+    ids = stream[covered]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    words, nbytes = len(re.split(r"\s+", text)), len(text.encode())
+    return {
+        "word_perplexity": exponential(loss * len(ids) / words),
+        "byte_perplexity": exponential(loss * len(ids) / max(nbytes, 1)),
+        "words": words,
+    }
+
+
+def exponential(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def model_size(model: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes) that saving the model stores: every parameter and persistent buffer once, tied ones included once."""
+    stored = {(t.data_ptr(), t.shape, t.stride()): t for t in model.state_dict().values() if t.numel()}
+    parameters = {p.data_ptr(): p.numel() for p in model.parameters()}
+    return sum(parameters.values()), sum(t.numel() * t.element_size() for t in stored.values())
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that CUDA held since the last reset, or the process' resident high-water mark on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
