@@ -1,0 +1,46 @@
+"""Methods: one file each. `weft.methods()` lists them; `weft.methods.METHODS` holds them by name."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from weft.errors import unknown
+from weft.methods import afm, asvd, full, fwsvd, kfac_svd, svd, svd_llm, welore
+from weft.methods.base import Factors, Method
+
+__all__ = ["METHODS", "Factors", "Method", "find"]
+
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD
+    for module in (
+        svd,
+        fwsvd,
+        asvd,
+        afm,
+        svd_llm,
+        kfac_svd,
+        welore,
+        full,
+    )
+}
+
+
+def find(name: str, *kinds: str) -> Method:
+    """The method of that name, of one of these kinds (none: any). Raises WeftError with the nearest names."""
+    among = {key: method for key, method in METHODS.items() if not kinds or method.kind in kinds}
+    if name not in among:
+        raise unknown(f"method to {' or '.join(kinds)}" if kinds else "method", name, among)
+    return among[name]
+
+
+class _Room(ModuleType):
+    """This module, callable: `weft.methods()` and `weft.methods.svd` are both what they look like."""
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Every method's record, in the order of the list above."""
+        return [method.record() for method in METHODS.values()]
+
+
+sys.modules[__name__].__class__ = _Room

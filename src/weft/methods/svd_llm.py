@@ -1,0 +1,34 @@
+"""svd-llm: the truncation that loses least at the layer's output, min ||(W - W') X||_F (Wang et al., 2024, arXiv 2403.07378).
+
+    U_r = leading eigenvectors of W C W^T,  C = E[x x^T];   W' = U_r (U_r^T W)
+
+equals truncating the SVD of W L, C = L L^T (the paper's Cholesky whitening, and V2's eigen form, arXiv 2503.12340, section 3.3), without inverting
+anything. `sequential` recalibrates each layer on the outputs of the layers already compressed (the paper's parameter update).
+Deviations: the inverse-free form (V1's Cholesky fails on singular moments); a mean, not a sum, over tokens (no effect on W').
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from weft.linalg.principal import principal_factors
+from weft.methods.base import Factors, Method, Moments, low_rank_terms
+
+__all__ = ["METHOD", "factorise"]
+
+
+def factorise(W: Tensor, moments: Moments, *, ridge: float = 1e-4) -> Factors:
+    """Factors of W in the metric of the inputs' second moment; `ridge` is relative to the moment's mean diagonal."""
+    return Factors(*principal_factors(W, C=moments["input_moment"], ridge=ridge))
+
+
+METHOD = Method(
+    name="svd-llm",
+    kind="compress",
+    summary="Truncation-aware SVD: whitened by the inputs' second moment, so each dropped value is the output error it causes.",
+    paper="Wang et al., 2024, arXiv 2403.07378; V2, 2025, arXiv 2503.12340",
+    needs=("input_moment",),
+    factorise=factorise,
+    trained=low_rank_terms,
+    defaults={"ridge": 1e-4},
+)
