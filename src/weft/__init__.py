@@ -1,0 +1,40 @@
+"""weft, the WEight Factorization Toolkit: a weight is a sum of terms, and a published method is five decisions about
+them.
+
+The names below are imported when they are first used, so that `import weft` itself loads neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from weft.errors import WeftError
+
+if TYPE_CHECKING:
+    from weft.verbs.inspect import inspect as inspect
+    from weft.verbs.methods import run as methods
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "inspect": "weft.verbs.inspect",
+    "methods": "weft",  # the room itself: calling it lists what lies in it
+}
+
+__all__ = ["WeftError", "__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the room that a public name lives in (PEP 562)."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}; its public names are: {', '.join(__all__)}")
+    home = _EXPORTS[name]
+    found = importlib.import_module(f"weft.{name}") if home == "weft" else getattr(importlib.import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

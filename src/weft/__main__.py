@@ -1,0 +1,7 @@
+"""`python -m weft`: the same as `weft`."""
+
+from __future__ import annotations
+
+from weft.cli import main
+
+main()

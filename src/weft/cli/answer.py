@@ -1,0 +1,99 @@
+"""How a command works and answers: the verb's `run` with stdout kept clean, mistakes as sentences, results as
+tables or JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import typer
+
+from weft.errors import WeftError
+
+__all__ = ["answering", "number", "print_facts", "print_json", "print_table", "work"]
+
+R = TypeVar("R")
+
+
+def answering(command: Callable[..., R], *, resumes: bool = False) -> Callable[..., R]:
+    """`command`, with its errors turned into one line on stderr and an exit code.
+
+    Args:
+        resumes: whether the same command goes on where an interrupted one stopped.
+    """
+
+    @functools.wraps(command)
+    def answered(*args: Any, **kwargs: Any) -> R:
+        try:
+            return command(*args, **kwargs)
+        except WeftError as error:
+            _stop(str(error), 2)
+        except KeyboardInterrupt:
+            way_on = "the same command goes on from the last finished step" if resumes else "nothing was written"
+            _stop(f"Interrupted; {way_on}.", 130)
+        except OSError as error:
+            _stop(str(error), 2)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            _stop(f"The device is out of memory; give a smaller --window or --batch, or --device cpu. ({error})", 2)
+
+    return answered
+
+
+def work(verb: str, **arguments: Any) -> Any:
+    """What `weft.verbs.<verb>.run` returns. Libraries print to stdout while they work; here that goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return importlib.import_module(f"weft.verbs.{verb}").run(**arguments)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+    """A table on stdout.
+
+    Args:
+        columns: heading -> "left" or "right".
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for heading, justify in columns.items():
+        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(number(cell) for cell in row))
+    Console().print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values, one a line; what is nested is left to the JSON."""
+    flat = {k.replace("_", " "): v for k, v in facts.items() if not isinstance(v, dict | list)}
+    print_table({"": "left", " ": "left"}, list(flat.items()))
+
+
+def number(value: Any) -> str:
+    """A value as a person reads it: thousands grouped, four significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return str(value)
+
+
+def _stop(sentence: str, code: int) -> NoReturn:
+    typer.echo("weft: " + " ".join(sentence.split()), err=True)
+    raise typer.Exit(code)

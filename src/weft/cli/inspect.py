@@ -1,0 +1,55 @@
+"""`weft inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.cli.answer import print_json, print_table, work
+from weft.cli.options import Device, Dtype, Json, Model, TrustRemoteCode
+
+__all__ = ["command"]
+
+
+def command(
+    model: Model,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write a self-contained HTML page with plots.", show_default=False)
+    ] = None,
+    json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure the spectrum of every weight matrix: ranks, norms, and how many singular values carry its energy."""
+    result = work(
+        "inspect", model=model, report=report, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    if json:
+        print_json(result)
+        return
+    columns = {"matrix": "left", "shape": "right", "dtype": "left", "stable rank": "right", "effective rank": "right"}
+    columns |= {f"{p} % energy": "right" for p in (90, 95, 99)} | {
+        "spectral": "right",
+        "Frobenius": "right",
+        "nuclear": "right",
+        "tied": "left",
+    }
+    keys = [
+        "dtype",
+        "stable_rank",
+        "effective_rank",
+        "rank_90",
+        "rank_95",
+        "rank_99",
+        "spectral_norm",
+        "frobenius_norm",
+        "nuclear_norm",
+    ]
+    rows = [
+        [m["name"], "x".join(map(str, m["shape"])), *(m[k] for k in keys), "tied" if m["tied"] else ""]
+        for m in result["matrices"]
+    ]
+    print_table(columns, rows, title=f"{result['model']}: {len(rows)} matrices, {result['parameters']:,} parameters")

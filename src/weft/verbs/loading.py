@@ -1,0 +1,172 @@
+"""From what a user types to a model in memory: a directory, a Hub id or the name of an embedded model; a device; a
+dtype.
+
+Every failure is one sentence that says what to do. Nothing is unpickled, and a checkpoint's own code runs only when
+asked to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import weft.embedded
+from weft.errors import WeftError, nearest
+
+__all__ = ["load_config", "load_model", "load_tokenizer", "resolve", "resolve_device", "resolve_dtype"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPE_NAMES = {**_DTYPES, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def resolve(name: str | os.PathLike[str]) -> str:
+    """What transformers is to load: the path of a directory, or a Hub id.
+
+    Raises:
+        WeftError: `name` can only be meant as a path, and there is no model there.
+    """
+    name = os.fspath(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise WeftError(f"{name} holds no config.json, so it is no model directory.")
+        return str(path)
+    if name in weft.embedded.MODELS:
+        return str(weft.embedded.model_path(name))
+    if path.is_file():
+        raise WeftError(f"{name} is a file; give the directory of the model, the one that holds config.json.")
+    looks_like_path = (
+        name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or ("/" in name and path.parent.is_dir())
+    )
+    if not name or looks_like_path:
+        raise WeftError(f"There is no directory {name!r}{_neighbours(path)}.")
+    return name
+
+
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """The device to compute on; None for the GPU where there is one, else the CPU.
+
+    Raises:
+        WeftError: there is no such device on this machine.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise WeftError(f"There is no device {str(device)!r} on this machine; it has: {', '.join(there)}.") from None
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The dtype to load weights in: None stands for the checkpoint's own on an accelerator, and for float32 on a CPU,
+    where half precision is slow.
+
+    Raises:
+        WeftError: the name is not that of a floating-point dtype.
+    """
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in _DTYPE_NAMES:
+        raise WeftError(f"There is no dtype {dtype!r}; choose one of: auto, {', '.join(_DTYPES)}.")
+    return _DTYPE_NAMES[dtype]
+
+
+def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model, without its weights. Raises WeftError as `load_model` does."""
+    with _explained(name):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+    return config
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a directory, a Hub id or an embedded name, in eval mode, as the class that its configuration names.
+
+    Args:
+        device: None for the GPU where there is one, else the CPU.
+        dtype: None for the checkpoint's own on an accelerator and float32 on a CPU; "auto" for the checkpoint's own
+            everywhere.
+        trust_remote_code: run Python code that the checkpoint brings along.
+
+    Raises:
+        WeftError: there is no such model, device or dtype; a file is damaged; or tensors are missing, which
+            transformers would fill with random numbers.
+    """
+    target = resolve_device(device)
+    wanted = resolve_dtype(dtype, target)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    with _explained(name):
+        model, info = _model_class(config).from_pretrained(
+            resolve(name),
+            dtype=wanted or "auto",
+            device_map=None if target.type == "cpu" else {"": target},
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    loaded: PreTrainedModel = model
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise WeftError(
+            f"The checkpoint {name} lacks {len(missing)} tensors that it should hold, such as {missing[0]}."
+        )
+    loaded.eval()  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises WeftError as `load_model` does."""
+    with _explained(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(name), trust_remote_code=trust_remote_code
+        )
+    return tokenizer
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that the checkpoint was saved from, or the auto class that leads to it."""
+    architecture = next(iter(config.architectures or []), None)
+    for auto_class, path in (getattr(config, "auto_map", None) or {}).items():
+        if auto_class.startswith("AutoModel") and str(path).endswith(f".{architecture}"):
+            return getattr(transformers, auto_class)
+    return getattr(transformers, architecture or "AutoModelForCausalLM", transformers.AutoModelForCausalLM)
+
+
+@contextmanager
+def _explained(name: str | os.PathLike[str]) -> Iterator[None]:
+    """What transformers and safetensors raise over a checkpoint, as one sentence."""
+    try:
+        yield
+    except WeftError:
+        raise
+    except SafetensorError as error:
+        raise WeftError(f"A weight file of {name} is damaged or cut short ({error}); fetch it again.") from error
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise WeftError(f"{name} cannot be loaded: {reason}.") from error
+
+
+def _neighbours(path: Path) -> str:
+    there = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    close = nearest(path.name, there) if there else []
+    return f"; beside it there are: {', '.join(close)}" if close else ""

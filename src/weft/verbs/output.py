@@ -1,0 +1,146 @@
+"""Where a verb writes: beside the output until all of it is there, so that nothing half-written ever bears the
+output's name.
+
+    OUT.partial/arguments.json   the fingerprint of the command whose work this is
+    OUT.partial/progress/        finished steps, kept when the run is interrupted: the same command goes on from them
+    OUT.partial/output/          the output itself, thrown away when the run is interrupted, and renamed to OUT when
+    it is complete
+
+Only the process of rank 0 checks, clears and renames; the others of a multi-process run share its directories.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weft.errors import WeftError
+from weft.verbs.files import jsonable, write_json
+
+__all__ = ["Workplace", "check_output", "open_output"]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The directories of one run under way."""
+
+    path: Path
+    """Write the output here."""
+    progress: Path
+    """Write finished steps here, each through `replacing`; removed when the output is complete."""
+    resumed: bool
+    """Whether an interrupted run of the same command left finished steps."""
+
+
+def check_output(out: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
+    """Refuse what `open_output` would refuse, without touching the disk: call this before a model is loaded.
+
+    Raises:
+        WeftError: `out` exists and is not an empty directory, or beside it lies the unfinished work of a command with
+            other arguments.
+    """
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise WeftError(f"The output {out} exists and is not a directory; choose another -o.")
+    if out.is_dir() and any(out.iterdir()):
+        raise WeftError(f"The output directory {out} exists and is not empty; choose another -o, or remove it first.")
+    _check_partial(_partial(out), jsonable(arguments))
+
+
+@contextmanager
+def open_output(out: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Iterator[Workplace]:
+    """A place to work in, whose `path` becomes `out` when the block ends well.
+
+    Args:
+        arguments: everything that decides what is written; a run resumes only the work of equal ones.
+
+    Raises:
+        WeftError: see `check_output`; or the disk ran full, and then nothing but finished steps is kept.
+    """
+    out = Path(out)
+    partial, main = _partial(out), int(os.environ.get("RANK", "0")) == 0
+    progress, output = partial / "progress", partial / "output"
+    if main:
+        check_output(out, arguments)
+    try:
+        if main:
+            _clear(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            write_json(partial / "arguments.json", arguments)
+        resumed = _has_steps(partial)
+        for directory in (progress, output):
+            directory.mkdir(parents=True, exist_ok=True)
+        yield Workplace(output, progress, resumed)
+        if main:
+            _publish(partial, out)
+    except BaseException as error:
+        if main:
+            _clear(partial)
+            if not _has_steps(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+        if _is_full(error):
+            raise WeftError(
+                f"The disk is full: nothing was written to {out}. Free some space and run the same command again; "
+                "it goes on from the last finished step."
+            ) from error
+        raise
+
+
+def _partial(out: Path) -> Path:
+    absolute = Path(os.path.abspath(out))
+    return absolute.with_name(absolute.name + ".partial")
+
+
+def _has_steps(partial: Path) -> bool:
+    progress = partial / "progress"
+    return progress.is_dir() and any(progress.iterdir())
+
+
+def _check_partial(partial: Path, arguments: dict[str, Any]) -> None:
+    way_out = f"choose another -o, or remove {partial} to start over"
+    if not partial.exists():
+        return
+    ours = {"arguments.json", "arguments.json.tmp", "progress", "output"}
+    if not partial.is_dir() or {path.name for path in partial.iterdir()} - ours:
+        raise WeftError(f"{partial} is in the way: it is not the work of an interrupted run of weft; {way_out}.")
+    if not _has_steps(partial):
+        return
+    try:
+        theirs = json.loads((partial / "arguments.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise WeftError(f"{partial} does not say which command's unfinished work it holds; {way_out}.") from None
+    changed = sorted(k for k in theirs.keys() | arguments.keys() if theirs.get(k) != arguments.get(k))
+    if changed:
+        what = ", ".join(f"{k} was {theirs.get(k)!r} and is {arguments.get(k)!r}" for k in changed)
+        raise WeftError(
+            f"{partial} holds the unfinished work of another command ({what}); repeat it to finish, {way_out}."
+        )
+
+
+def _clear(partial: Path) -> None:
+    """Remove what is not a finished step."""
+    shutil.rmtree(partial / "output", ignore_errors=True)
+    for leftover in [*partial.glob("*.tmp"), *partial.glob("progress/*.tmp")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    if out.is_dir():
+        out.rmdir()  # empty, or `check_output` had refused it
+    os.replace(partial / "output", out)
+    shutil.rmtree(partial)
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether the disk was full; safetensors and torch wrap the system's error in their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    words = str(error)
+    return isinstance(error, Exception) and ("StorageFull" in words or os.strerror(errno.ENOSPC) in words)
