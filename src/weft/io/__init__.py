@@ -1,0 +1,1 @@
+"""Saving and loading: weft models as ordinary Hugging Face directories, and the adapter formats of others."""

@@ -1,0 +1,100 @@
+"""Checking a checkpoint by the headers of its safetensors files, before a tensor is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from weft.errors import WeftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_tensors"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_tensors(model: PreTrainedModel, layers: list[str], files: list[str], quantizer: Any) -> None:
+    """Compare the tensors of the model's sums with those in the files.
+
+    Args:
+        model: with its sums in place, on the meta device.
+        layers: the names of those sums.
+
+    Raises:
+        WeftError: a file cannot be read to its end; a sum's tensor is missing, has another shape, or belongs to no sum
+            of the config.
+    """
+    stored = _renamed(model, _shapes(files), quantizer)
+    expected = {
+        f"{name}.{key}": tuple(t.shape) for name in layers for key, t in model.get_submodule(name).state_dict().items()
+    }
+    missing = sorted(expected.keys() - stored.keys())
+    if missing:
+        raise WeftError(
+            f"The checkpoint lacks {_some(missing)}: a weight file is missing or damaged; fetch it again, whole."
+        )
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            raise WeftError(
+                f"The checkpoint's {name} has shape {list(stored[name])}, and its config.json says {list(shape)}; "
+                "fetch it again."
+            )
+    strange = sorted(name for name in _of_sums(stored) - expected.keys() if name in stored and _inside(model, name))
+    if strange:
+        raise WeftError(
+            f"The checkpoint holds {_some(strange)}, of which its config.json knows nothing; fetch it again, whole."
+        )
+
+
+def _shapes(files: list[str]) -> Shapes:
+    shapes: Shapes = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise WeftError(f"The weights of a weft model are read from safetensors files, not from {file}.")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise WeftError(
+                f"The weight file {file} is missing, damaged or cut short ({error}); fetch it again."
+            ) from error
+    return shapes
+
+
+def _renamed(model: PreTrainedModel, stored: Shapes, quantizer: Any) -> Shapes:
+    """The stored shapes by the model's own names, as transformers' loader will map them."""
+    mapping = get_model_conversion_mapping(model, None, quantizer)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    own = model.state_dict()
+
+    def rename(key: str) -> str:
+        renamed = rename_source_key(key, renamings, converters, model.base_model_prefix, own)[0]
+        if renamed not in own and key in own:
+            renamed = rename_source_key(key, [], [], model.base_model_prefix, own)[0]
+        return str(renamed)
+
+    return {rename(key): shape for key, shape in stored.items()}
+
+
+def _of_sums(stored: Shapes) -> set[str]:
+    """The stored names that belong to a sum of terms, which is known by its empty `weight`."""
+    sums = tuple(
+        name.removesuffix("weight") for name, shape in stored.items() if name.endswith(".weight") and shape == (0,)
+    )
+    return {name for name in stored if name.startswith(sums)} if sums else set()
+
+
+def _inside(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model has a module where this tensor belongs; a head that this class lacks is none of its business."""
+    layer = name.rpartition(".terms.")[0] or name.rpartition(".")[0]
+    return any(path == layer for path, _ in model.named_modules())
+
+
+def _some(names: list[str]) -> str:
+    return f"the tensor {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

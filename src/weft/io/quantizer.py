@@ -1,0 +1,190 @@
+"""weft in transformers' quantizer registry: `from_pretrained` builds the sums of terms that a checkpoint's `quantization_config` lists.
+
+    "quantization_config": {"quant_method": "weft", "format": 1, "weft": "0.1.0", "method": "svd-llm", "settings": {...},
+                            "layers": {"model.layers.0.self_attn.q_proj": SumLinear.spec(), ...}}
+
+Everything that can be wrong with a checkpoint is found in its headers, while the model is still on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from weft import __version__
+from weft.errors import WeftError
+from weft.io.headers import check_tensors
+from weft.terms import Spec, SumLinear, build_sum
+from weft.terms.layers import is_linear, replace, weight_of
+
+__all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "sum_specs", "unmark"]
+
+FORMAT = 1
+"""The version of the layout; raised when an older weft could not read what this one writes."""
+
+
+@register_quantization_config("weft")
+class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What the config.json of a weft model says. Once bound to a model, `layers` follows the model: what is saved is what is there.
+
+    Raises:
+        WeftError: the checkpoint has another format, or says something that this format does not know.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Spec] | None = None,
+        *,
+        method: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        format: int = FORMAT,
+        weft: str | None = None,
+        quant_method: str = "weft",
+        **strange: Any,
+    ) -> None:
+        made_by = f"weft {weft}" if weft else "another version of weft"
+        if format != FORMAT or strange:
+            what = f"format {format}" if format != FORMAT else f"an entry {min(strange)!r} in its quantization_config"
+            raise WeftError(
+                f"This checkpoint, written by {made_by}, has {what}, which weft {__version__} (format {FORMAT}) does not know; "
+                f"install {made_by}, or have it write the model anew with 'weft merge'."
+            )
+        self.quant_method, self.format, self.weft = quant_method, format, weft or __version__
+        self.method, self.settings, self.layers = method, dict(settings or {}), dict(layers or {})
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def bind(self, model: nn.Module) -> None:
+        """From now on, list the layers that `model` has at the time of asking."""
+        self._model = weakref.ref(model)
+
+    def to_dict(self) -> dict[str, Any]:
+        state = self.__getstate__()
+        del state["_model"]
+        return copy.deepcopy(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        model = None if self._model is None else self._model()
+        if model is not None:
+            self.layers = sum_specs(model)
+        return {**self.__dict__, "_model": None}  # a copy belongs to no model until it is bound
+
+
+@register_quantizer("weft")
+class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts the sums of terms in place before weights are loaded; afterwards the model is like any other: trainable, castable, savable."""
+
+    requires_calibration = True  # it loads what weft has made; it makes nothing itself
+    is_trainable = is_qat_trainable = is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **_: Any
+    ) -> None:
+        placed = _resolve(model, self.quantization_config.layers)
+        for name, spec in placed.items():
+            _place(model, name, spec)
+        if checkpoint_files:
+            check_tensors(model, list(placed), list(checkpoint_files), self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        _forget_quantizer(model)
+        _adopt(model, self.quantization_config)
+
+
+def mark(model: PreTrainedModel, method: str | None = None, **settings: Any) -> None:
+    """Make `model.save_pretrained` complete: the config lists the model's sums of terms, and follows them when they change.
+
+    Args:
+        method: what made them; None keeps what an earlier mark said.
+        settings: more to be told about it, JSON-able, e.g. budget=0.6.
+    """
+    old = getattr(model.config, "quantization_config", None)
+    config = WeftConfig(method=method, settings=settings)
+    if method is None and isinstance(old, WeftConfig):
+        config.method, config.settings = old.method, {**old.settings, **settings}
+    _adopt(model, config)
+
+
+def unmark(model: PreTrainedModel) -> None:
+    """Undo `mark`: the model is saved as a plain one."""
+    for module in _models(model):
+        for name in ("quantization_config", "_is_quantized"):
+            if hasattr(module.config, name):
+                delattr(module.config, name)
+
+
+def sum_specs(model: nn.Module) -> dict[str, Spec]:
+    """name -> spec of every `SumLinear` in the model."""
+    return {name: module.spec() for name, module in model.named_modules() if isinstance(module, SumLinear)}
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _adopt(model: PreTrainedModel, config: WeftConfig) -> None:
+    config.bind(model)
+    model.config.quantization_config = config
+    for module in _models(model):
+        # flash attention asks an nn.Linear for its dtype, unless it is told that there may be none
+        module.config._is_quantized = True
+
+
+def _forget_quantizer(model: PreTrainedModel) -> None:
+    """Undo transformers' marks of frozen integer weights: they forbid `.float()` and make `save_pretrained` ignore a given state dict."""
+    del model.hf_quantizer, model.quantization_method
+    model.is_quantized = False
+
+
+def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The layers that this class of model has, by its own names: a base model drops its prefix, a model with a head adds it."""
+    prefix = model.base_model_prefix + "."
+    present = {name for name, module in model.named_modules() if is_linear(module)}
+    found, absent = {}, []
+    for name, spec in layers.items():
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        match = next((candidate for candidate in candidates if candidate in present), None)
+        if match is None:
+            absent.append(name)
+        else:
+            found[match] = spec
+    has_prefix = any(name.startswith(prefix) for name in layers)
+    foreign_head = [name for name in absent if has_prefix and not name.startswith(prefix)]
+    unused = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"]))
+    wrong = [name for name in absent if name not in foreign_head and not unused.search(name)]
+    if wrong:
+        raise WeftError(
+            f"The checkpoint has a sum of terms at {wrong[0]}, where {type(model).__name__} has no linear layer; load it as the class "
+            "that its config.json names."
+        )
+    return found
+
+
+def _place(model: PreTrainedModel, name: str, spec: Spec) -> None:
+    old = model.get_submodule(name)
+    try:
+        new = build_sum(spec, device="meta", dtype=old.weight.dtype)  # type: ignore[arg-type, union-attr]
+    except WeftError as error:
+        raise WeftError(f"The checkpoint's layer {name} cannot be built: {error}") from None
+    except (KeyError, TypeError, ValueError, StopIteration, AttributeError) as error:
+        raise WeftError(
+            f"The checkpoint's config.json describes the layer {name} wrongly ({error!r}); fetch it again."
+        ) from error
+    shape = tuple(weight_of(old).shape)
+    if (new.out_features, new.in_features) != shape:
+        raise WeftError(
+            f"The checkpoint's layer {name} is {new.out_features} x {new.in_features}, and the model's is {shape[0]} x {shape[1]}; "
+            "the config.json belongs to another model."
+        )
+    replace(model, name, new)
