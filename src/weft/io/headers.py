@@ -91,7 +91,7 @@ def _of_sums(stored: Shapes) -> set[str]:
 
 
 def _inside(model: PreTrainedModel, name: str) -> bool:
-    """Whether the model has a module where this tensor belongs; a head that this class lacks is none of its business."""
+    """Whether the model has a module where this tensor belongs; a head that this class lacks does not count."""
     layer = name.rpartition(".terms.")[0] or name.rpartition(".")[0]
     return any(path == layer for path, _ in model.named_modules())
 

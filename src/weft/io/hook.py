@@ -30,7 +30,7 @@ def install() -> None:
 
 
 class _RegistryFinder(MetaPathFinder):
-    """Lets the usual finders find transformers' registry, and has weft's quantizer imported once it has been executed."""
+    """Lets the usual finders find transformers' registry, and has weft's quantizer imported after it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -1,6 +1,7 @@
-"""weft in transformers' quantizer registry: `from_pretrained` builds the sums of terms that a checkpoint's `quantization_config` lists.
+"""weft in transformers' quantizer registry: `from_pretrained` builds the sums of terms that a checkpoint lists.
 
-    "quantization_config": {"quant_method": "weft", "format": 1, "weft": "0.1.0", "method": "svd-llm", "settings": {...},
+    "quantization_config": {"quant_method": "weft", "format": 1, "weft": "0.1.0",
+                            "method": "svd-llm", "settings": {...},
                             "layers": {"model.layers.0.self_attn.q_proj": SumLinear.spec(), ...}}
 
 Everything that can be wrong with a checkpoint is found in its headers, while the model is still on the meta device.
@@ -34,7 +35,7 @@ FORMAT = 1
 
 @register_quantization_config("weft")
 class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What the config.json of a weft model says. Once bound to a model, `layers` follows the model: what is saved is what is there.
+    """What the config.json of a weft model says. Once bound to a model, `layers` lists what the model has when saved.
 
     Raises:
         WeftError: the checkpoint has another format, or says something that this format does not know.
@@ -55,10 +56,11 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if format != FORMAT or strange:
             what = f"format {format}" if format != FORMAT else f"an entry {min(strange)!r} in its quantization_config"
             raise WeftError(
-                f"This checkpoint, written by {made_by}, has {what}, which weft {__version__} (format {FORMAT}) does not know; "
-                f"install {made_by}, or have it write the model anew with 'weft merge'."
+                f"This checkpoint, written by {made_by}, has {what}, which weft {__version__} (format {FORMAT}) "
+                f"does not know; install {made_by}, or have it write the model anew with 'weft merge'."
             )
-        self.quant_method, self.format, self.weft = quant_method, format, weft or __version__
+        self.quant_method: Any = quant_method  # transformers types it as a member of its own enum
+        self.format, self.weft = format, weft or __version__
         self.method, self.settings, self.layers = method, dict(settings or {}), dict(layers or {})
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -80,8 +82,9 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("weft")
 class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts the sums of terms in place before weights are loaded; afterwards the model is like any other: trainable, castable, savable."""
+    """Puts the sums of terms in place before weights are loaded; afterwards the model is trained, cast and saved like any."""
 
+    quantization_config: WeftConfig
     requires_calibration = True  # it loads what weft has made; it makes nothing itself
     is_trainable = is_qat_trainable = is_compileable = True
 
@@ -103,7 +106,7 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def mark(model: PreTrainedModel, method: str | None = None, **settings: Any) -> None:
-    """Make `model.save_pretrained` complete: the config lists the model's sums of terms, and follows them when they change.
+    """Make `model.save_pretrained` complete: its config lists the sums of terms, and follows them when they change.
 
     Args:
         method: what made them; None keeps what an earlier mark said.
@@ -142,13 +145,13 @@ def _adopt(model: PreTrainedModel, config: WeftConfig) -> None:
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
-    """Undo transformers' marks of frozen integer weights: they forbid `.float()` and make `save_pretrained` ignore a given state dict."""
+    """Undo transformers' marks of frozen integers: they forbid `.float()`, and `save_pretrained` with a given state dict."""
     del model.hf_quantizer, model.quantization_method
-    model.is_quantized = False
+    model.is_quantized = False  # type: ignore[assignment]
 
 
 def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The layers that this class of model has, by its own names: a base model drops its prefix, a model with a head adds it."""
+    """The layers that this class of model has, by its own names: a base model drops its prefix, one with a head adds it."""
     prefix = model.base_model_prefix + "."
     present = {name for name, module in model.named_modules() if is_linear(module)}
     found, absent = {}, []
@@ -165,8 +168,8 @@ def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Sp
     wrong = [name for name in absent if name not in foreign_head and not unused.search(name)]
     if wrong:
         raise WeftError(
-            f"The checkpoint has a sum of terms at {wrong[0]}, where {type(model).__name__} has no linear layer; load it as the class "
-            "that its config.json names."
+            f"The checkpoint has a sum of terms at {wrong[0]}, where {type(model).__name__} has no linear layer; "
+            "load it as the class that its config.json names."
         )
     return found
 
@@ -184,7 +187,7 @@ def _place(model: PreTrainedModel, name: str, spec: Spec) -> None:
     shape = tuple(weight_of(old).shape)
     if (new.out_features, new.in_features) != shape:
         raise WeftError(
-            f"The checkpoint's layer {name} is {new.out_features} x {new.in_features}, and the model's is {shape[0]} x {shape[1]}; "
-            "the config.json belongs to another model."
+            f"The checkpoint's layer {name} is {new.out_features} x {new.in_features}, and the model's is "
+            f"{shape[0]} x {shape[1]}; the config.json belongs to another model."
         )
     replace(model, name, new)

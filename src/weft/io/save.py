@@ -51,7 +51,7 @@ def save_model(
 
 
 def model_card(model: PreTrainedModel, run: Run) -> str:
-    """The README.md of a model directory, with the front matter that the Hub reads; only what the model and the run record tell."""
+    """The README.md of a model directory, front matter included; only what the model and the record of the run tell."""
     config = getattr(model.config, "quantization_config", None)
     base = str(run.get("arguments", {}).get("model", ""))
     on_hub = _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
