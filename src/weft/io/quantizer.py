@@ -82,7 +82,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("weft")
 class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts the sums of terms in place before weights are loaded; afterwards the model is trained, cast and saved like any."""
+    """Puts the sums of terms in place before weights are loaded; later, the model trains and saves like any."""
 
     quantization_config: WeftConfig
     requires_calibration = True  # it loads what weft has made; it makes nothing itself
@@ -145,13 +145,13 @@ def _adopt(model: PreTrainedModel, config: WeftConfig) -> None:
 
 
 def _forget_quantizer(model: PreTrainedModel) -> None:
-    """Undo transformers' marks of frozen integers: they forbid `.float()`, and `save_pretrained` with a given state dict."""
+    """Undo transformers' marks of frozen integers: they forbid `.float()` and saving a given state dict."""
     del model.hf_quantizer, model.quantization_method
     model.is_quantized = False  # type: ignore[assignment]
 
 
 def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The layers that this class of model has, by its own names: a base model drops its prefix, one with a head adds it."""
+    """The layers that this class of model has, by its own names: with or without the base prefix."""
     prefix = model.base_model_prefix + "."
     present = {name for name, module in model.named_modules() if is_linear(module)}
     found, absent = {}, []
