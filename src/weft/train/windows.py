@@ -1,6 +1,7 @@
 """Windows of contiguous tokens: what calibration and perplexity are measured on.
 
-Texts become one stream of n tokens, documents joined by the end-of-text token. A window is `window` consecutive tokens of it:
+Texts become one stream of n tokens, documents joined by the end-of-text token. A window is `window` consecutive
+tokens of it:
 
     evaluation:   starts 0, stride, 2 stride, ...; a token is scored once, in the first window that gives it any context
     calibration:  one window out of each of `windows` equal parts of the stream, at a place drawn by `seed`
@@ -107,7 +108,7 @@ def cut(stream: Tensor, starts: Sequence[int], window: int) -> Tensor:
 
 def batches(windows: Tensor, batch: int) -> Iterator[dict[str, Tensor]]:
     """The windows (k, window) as model inputs, `batch` rows at a time: input_ids, attention_mask (all ones), labels."""
-    for ids in windows.split(batch):
+    for ids in torch.split(windows, batch):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
@@ -121,8 +122,8 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """`windows` windows of `window` tokens spread evenly over the texts, as model inputs in batches of `batch`.
 
-    The stream is cut into `windows` equal parts and one window is drawn uniformly inside each: no two overlap, every part of
-    the text is seen, and the same arguments give the same tokens.
+    The stream is cut into `windows` equal parts and one window is drawn uniformly inside each: no two overlap, every
+    part of the text is seen, and the same arguments give the same tokens.
 
     Raises WeftError when the text holds fewer than windows * window tokens.
     """

@@ -3,10 +3,12 @@
     loss = -1/N sum_t log p(x_t | the tokens before x_t in its window)        N scored tokens, natural logarithm, fp32
     perplexity = exp(loss)
 
-Papers report this token perplexity; lm-evaluation-harness reports word perplexity, exp(total nll / words), and byte perplexity
-under the same word. Both are given: they are perplexity ** (tokens / words) and perplexity ** (tokens / bytes).
+Papers report this token perplexity; lm-evaluation-harness reports word perplexity, exp(total nll / words), and byte
+perplexity under the same word. Both are given: they are perplexity ** (tokens / words) and perplexity ** (tokens /
+bytes).
 
-Deviation: lm-evaluation-harness scores a window's first token from one token of context. Published tables leave it out, and so
+Deviation: lm-evaluation-harness scores a window's first token from one token of context. Published tables leave it
+    out, and so
 does this file; in the two derived figures those tokens are charged the mean loss.
 """
 
@@ -48,9 +50,9 @@ def evaluate(
         stride: tokens between two window starts; `window` (the default) makes windows disjoint, less gives context.
         windows: how many windows from the beginning of the text; all of them by default.
 
-    Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words, window, stride,
-        windows, parameters, bytes (of stored parameters and buffers), tokens_per_second (through the model), seconds,
-        peak_memory_bytes (CUDA allocations of this call, else the high-water mark of the process).
+    Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words,
+        window, stride, windows, parameters, bytes (of stored parameters and buffers), tokens_per_second (through the
+        model), seconds, peak_memory_bytes (CUDA allocations of this call, else the high-water mark of the process).
 
     Raises WeftError when the text is too short or the window exceeds the model's context.
     """
@@ -118,7 +120,7 @@ def scored_positions(batch: Sequence[Window], window: int, device: torch.device)
 def summed_nll(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
     """Sum over the scored positions of -log p(next token), in fp32 by rows, accumulated in fp64."""
     predictions, targets = logits[:, :-1][scored], ids[:, 1:][scored]
-    chunks = zip(predictions.split(FLOAT_ROWS), targets.split(FLOAT_ROWS), strict=True)
+    chunks = zip(torch.split(predictions, FLOAT_ROWS), torch.split(targets, FLOAT_ROWS), strict=True)
     losses = [nn.functional.cross_entropy(p.float(), t, reduction="none").double().sum() for p, t in chunks]
     return torch.stack(losses).sum().cpu()
 
@@ -131,7 +133,7 @@ def text_perplexities(
     for w in plan:
         covered[w.start : w.start + window] = True
     ids = stream[covered]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
     words, nbytes = len(re.split(r"\s+", text)), len(text.encode())
     return {
         "word_perplexity": exponential(loss * len(ids) / words),
@@ -145,7 +147,9 @@ def exponential(loss: float) -> float:
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """(parameters, bytes) that saving the model stores: every parameter and persistent buffer once, tied ones included once."""
+    """(parameters, bytes) that saving the model stores: every parameter and persistent buffer once, tied ones
+    included once.
+    """
     stored = {(t.data_ptr(), t.shape, t.stride()): t for t in model.state_dict().values() if t.numel()}
     parameters = {p.data_ptr(): p.numel() for p in model.parameters()}
     return sum(parameters.values()), sum(t.numel() * t.element_size() for t in stored.values())

@@ -1,0 +1,85 @@
+"""Rules around the steps of a transformers Trainer: one callback, which also keeps their state in the Trainer's
+checkpoints.
+
+    Trainer(..., callbacks=[RuleCallback(rules)])         any Trainer: start, before_step, after_step, checkpoints
+    weft.train.trainer.Trainer                            also the penalty, which has to enter the loss
+
+In a checkpoint, `weft_rules.safetensors` holds the tensors and, as JSON in its metadata, the numbers. It is written
+last, so its presence says that the checkpoint is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from weft.errors import WeftError
+from weft.rules import Rule, State
+
+__all__ = ["RULES_FILE", "RuleCallback", "load_rule_state", "save_rule_state"]
+
+RULES_FILE = "weft_rules.safetensors"
+
+
+class RuleCallback(TrainerCallback):
+    """Runs a rule (or `Rules`) around each optimizer step, and saves and restores its state with the Trainer's
+    checkpoints.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.rule.start(kwargs["model"])
+        if state.global_step > 0:
+            self.rule.load_state_dict(load_rule_state(checkpoint(args, state)))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.rule.before_step(kwargs["model"], state.global_step + 1)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.rule.after_step(kwargs["model"], state.global_step + 1)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_rule_state(self.rule, checkpoint(args, state))
+
+
+def checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer saves, and has resumed from, the checkpoint of this step."""
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def save_rule_state(rule: Rule, directory: Path) -> None:
+    """Write the rule's state into a checkpoint, as a whole or not at all."""
+    state = rule.state_dict()
+    tensors = {name: value.detach().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    temporary = directory / (RULES_FILE + ".tmp")
+    save_file(tensors, temporary, metadata={"numbers": json.dumps(numbers)})
+    os.replace(temporary, directory / RULES_FILE)
+
+
+def load_rule_state(directory: Path) -> State:
+    """The state that `save_rule_state` wrote. Raises WeftError when there is none."""
+    path = directory / RULES_FILE
+    if not path.is_file():
+        raise WeftError(f"{directory} has no {RULES_FILE}, so training with rules cannot go on from it: start it anew.")
+    with safe_open(path, framework="pt") as file:
+        numbers = json.loads((file.metadata() or {}).get("numbers", "{}"))
+        return {**numbers, **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
