@@ -11,19 +11,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import WeftError
+from weft.io import hook
 
 if TYPE_CHECKING:
     from weft.verbs.inspect import inspect as inspect
-    from weft.verbs.methods import run as methods
+    from weft.verbs.methods import run
+
+    methods = run
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "inspect": "weft.verbs.inspect",
+    "adapt": "weft.verbs.adapt",
+    "disable": "weft.verbs.adapt",
+    "effective_rates": "weft.verbs.adapt",
+    "parameter_groups": "weft.verbs.adapt",
+    "remove_adapter": "weft.verbs.adapt",
+    "set_adapter": "weft.verbs.adapt",
+    "trainable": "weft.verbs.adapt",
     "methods": "weft",  # the room itself: calling it lists what lies in it
 }
 
 __all__ = ["WeftError", "__version__", *sorted(_EXPORTS)]
+
+hook.install()  # so that transformers opens weft directories; costs nothing until transformers is imported
 
 
 def __getattr__(name: str) -> Any:

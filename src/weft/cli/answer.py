@@ -59,7 +59,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-    """A table on stdout.
+    """A table on stdout; where it is too wide, what stands on the left is folded.
 
     Args:
         columns: heading -> "left" or "right".
@@ -67,12 +67,16 @@ def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file has no width of its own
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for heading, justify in columns.items():
-        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+        right = justify == "right"
+        table.add_column(heading, overflow="fold", no_wrap=right, justify="right" if right else "left")
     for row in rows:
         table.add_row(*(number(cell) for cell in row))
-    Console().print(table)
+    console.print(table)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:

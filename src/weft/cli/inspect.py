@@ -30,26 +30,19 @@ def command(
     if json:
         print_json(result)
         return
-    columns = {"matrix": "left", "shape": "right", "dtype": "left", "stable rank": "right", "effective rank": "right"}
-    columns |= {f"{p} % energy": "right" for p in (90, 95, 99)} | {
-        "spectral": "right",
-        "Frobenius": "right",
-        "nuclear": "right",
-        "tied": "left",
+    measures = {
+        "stable_rank": "stable rank",
+        "effective_rank": "effective rank",
+        "rank_90": "90 %",
+        "rank_95": "95 %",
+        "rank_99": "99 %",
+        "spectral_norm": "spectral",
+        "frobenius_norm": "Frobenius",
+        "nuclear_norm": "nuclear",
     }
-    keys = [
-        "dtype",
-        "stable_rank",
-        "effective_rank",
-        "rank_90",
-        "rank_95",
-        "rank_99",
-        "spectral_norm",
-        "frobenius_norm",
-        "nuclear_norm",
-    ]
+    columns = {"matrix": "left"} | dict.fromkeys(("shape", "dtype", *measures.values()), "right")
     rows = [
-        [m["name"], "x".join(map(str, m["shape"])), *(m[k] for k in keys), "tied" if m["tied"] else ""]
+        [m["name"] + " (tied)" * m["tied"], "x".join(map(str, m["shape"])), m["dtype"], *(m[key] for key in measures)]
         for m in result["matrices"]
     ]
     print_table(columns, rows, title=f"{result['model']}: {len(rows)} matrices, {result['parameters']:,} parameters")

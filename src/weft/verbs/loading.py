@@ -7,6 +7,7 @@ asked to.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +164,9 @@ def _explained(name: str | os.PathLike[str]) -> Iterator[None]:
         raise WeftError(f"A weight file of {name} is damaged or cut short ({error}); fetch it again.") from error
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise WeftError(f"{name} cannot be loaded: {reason}.") from error
+        close = difflib.get_close_matches(os.fspath(name), weft.embedded.MODELS)
+        meant = f" If you meant the embedded model, it is called {close[0]!r}." if close else ""
+        raise WeftError(f"{name} cannot be loaded: {reason}.{meant}") from error
 
 
 def _neighbours(path: Path) -> str:

@@ -1,0 +1,215 @@
+"""The spectrum of every weight matrix of a model: how many directions it uses, and how unevenly.
+
+For W (out, in) with singular values s_1 >= s_2 >= ...:
+
+    stable rank     sum s^2 / s_1^2
+    effective rank  exp of the entropy of s / sum s                                          (Roy and Vetterli, 2007)
+    energy rank     the fewest values that hold 90, 95, 99 % of sum s^2
+    norms           spectral s_1, Frobenius sqrt(sum s^2), nuclear sum s
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import WeftError
+from weft.linalg import spectrum
+from weft.terms import SumLinear
+from weft.terms.layers import is_linear, linear_layers, weight_of
+from weft.verbs import record
+from weft.verbs.files import jsonable, write_json, write_text
+from weft.verbs.loading import load_model, resolve_device, resolve_dtype
+from weft.verbs.progress import say, track
+from weft.verbs.report.spectra import spectra_page
+
+__all__ = ["Matrix", "Report", "inspect", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One matrix and the measures of its spectrum."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    dtype: str
+    parameters: int  # numbers stored for it: fewer than out * in where it is a sum of terms
+    tied: bool  # whether several modules share it; it is listed once, under the first name
+    stable_rank: float
+    effective_rank: float
+    rank_90: int
+    rank_95: int
+    rank_99: int
+    spectral_norm: float
+    frobenius_norm: float
+    nuclear_norm: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `weft.inspect` found: one `Matrix` each, in the model's order, and the singular values by name."""
+
+    model: str
+    matrices: tuple[Matrix, ...]
+    spectra: dict[str, Tensor]  # name -> (min(out, in),) singular values, falling, fp32 on the CPU
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: model, parameters (of the matrices), matrices. The singular values themselves stay in
+        `spectra`.
+        """
+        total = sum(matrix.parameters for matrix in self.matrices)
+        found: dict[str, Any] = jsonable(
+            {"model": self.model, "parameters": total, "matrices": [asdict(m) for m in self.matrices]}
+        )
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as a whole: a self-contained page with plots for .html, the measures for .json.
+
+        Raises:
+            WeftError: the name ends in neither, or its directory does not exist.
+        """
+        path = _report_path(path)
+        if path.suffix == ".json":
+            write_json(path, self.to_dict())
+        else:
+            write_text(path, spectra_page(self.to_dict(), self.spectra))
+
+
+def inspect(model: nn.Module, layers: str | Sequence[str] | None = None, *, name: str | None = None) -> Report:
+    """Measure every matrix of `model`: linear layers, embeddings, the output head, and each expert of a stack.
+
+    A sum of terms is measured as the matrix it stands for. Singular values are computed in fp32 on the model's device
+    (fp64 for fp64 weights).
+
+    Args:
+        layers: shell patterns on names (`*q_proj`), to measure the linear layers that match and nothing else.
+        name: what the report calls the model; its class by default.
+
+    Raises:
+        WeftError: a pattern matches nothing, there is no matrix, or one holds NaN or infinity.
+    """
+    wanted = _matrices(model) if layers is None else _linear(model, layers)
+    matrices, spectra = [], {}
+    for matrix, weight, stored, tied in track(wanted, "spectra"):
+        spectra[matrix] = s = _singular_values(matrix, weight)
+        matrices.append(_measure(matrix, weight, stored, tied, s))
+    if not matrices:
+        raise WeftError(f"{type(model).__name__} has no weight matrix to inspect.")
+    return Report(name or type(model).__name__, tuple(matrices), spectra)
+
+
+def run(
+    model: str,
+    *,
+    report: Path | None = None,
+    layers: Sequence[str] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """`weft inspect`: the report of a model on disk as a dict, and with `report` also as a page (and a record of
+    the run).
+    """
+    target = resolve_device(device)
+    resolve_dtype(dtype, target)
+    if report is not None:
+        _report_path(report)
+    arguments = {"model": model, "report": report, "layers": layers, "dtype": dtype}
+    started = record.begin("inspect", arguments, device=target)
+    loaded = load_model(model, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    found = inspect(loaded, layers or None, name=model)
+    if report is not None:
+        found.save(report)
+        started.write(report, {"matrices": len(found.matrices)})
+        say(f"wrote {report}")
+    return found.to_dict()
+
+
+_Found = tuple[str, Tensor, int, bool]  # name, (out, in) weight, numbers stored, tied
+
+
+def _matrices(model: nn.Module) -> list[_Found]:
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    seen: set[int] = set()
+    found: list[_Found] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, SumLinear):
+            inside = (*inside, name + ".")
+            found.append((name, weight_of(module), _stored(module), False))
+            continue
+        for weight_name, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() not in (2, 3) or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            tied = uses[id(parameter)] > 1
+            weight = weight_of(module) if is_linear(module) else parameter.detach()
+            full = name if weight_name == "weight" else f"{name}.{weight_name}"
+            found.extend((n, w, w.numel(), tied) for n, w in _unstacked(full, weight))
+    return found
+
+
+def _linear(model: nn.Module, layers: str | Sequence[str]) -> list[_Found]:
+    chosen = linear_layers(model, layers)
+    return [(name, weight_of(module), _stored(module), False) for name, module in chosen.items()]
+
+
+def _unstacked(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A matrix itself, or each matrix of a stack such as a mixture's experts; nothing for integers, which are codes."""
+    if not weight.is_floating_point() or weight.numel() == 0:
+        return
+    if weight.dim() == 2:
+        yield name, weight
+    else:
+        yield from ((f"{name}[{i}]", part) for i, part in enumerate(weight))
+
+
+def _stored(module: nn.Module) -> int:
+    if isinstance(module, SumLinear):
+        return module.num_params - (0 if module.bias is None else module.bias.numel())
+    return weight_of(module).numel()
+
+
+def _singular_values(name: str, weight: Tensor) -> Tensor:
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    if not torch.isfinite(wide).all():
+        raise WeftError(f"The matrix {name} holds NaN or infinite numbers: the checkpoint is damaged.")
+    values: Tensor = torch.linalg.svdvals(wide)
+    return values.float().cpu()
+
+
+def _measure(name: str, weight: Tensor, stored: int, tied: bool, s: Tensor) -> Matrix:
+    return Matrix(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        parameters=stored,
+        tied=tied,
+        stable_rank=spectrum.stable_rank(s),
+        effective_rank=spectrum.effective_rank(s),
+        rank_90=spectrum.rank_for_energy(s, 0.90),
+        rank_95=spectrum.rank_for_energy(s, 0.95),
+        rank_99=spectrum.rank_for_energy(s, 0.99),
+        spectral_norm=float(s[0]),
+        frobenius_norm=float(s.double().square().sum().sqrt()),
+        nuclear_norm=spectrum.nuclear_norm(s),
+    )
+
+
+def _report_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in (".html", ".json"):
+        raise WeftError(f"The report {path} must end in .html (a page with plots) or .json (the measures).")
+    if not path.absolute().parent.is_dir():
+        raise WeftError(f"There is no directory {path.parent} to write the report to.")
+    return path

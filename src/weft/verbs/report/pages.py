@@ -1,0 +1,73 @@
+"""A report as one HTML file: style, sections and tables, with no reference to anything outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+__all__ = ["figures", "page", "section", "table"]
+
+_STYLE = """
+:root { color-scheme: light; --ink: #12263f; --soft: #5b6b80; --line: #dfe5ec; --panel: #f6f8fb; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: #fff; color: var(--ink);
+       font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 4px; }
+p { margin: 4px 0 12px; color: var(--soft); max-width: 80ch; }
+.figures { display: flex; flex-wrap: wrap; gap: 12px; }
+svg { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; max-width: 100%; height: auto; }
+svg text { fill: var(--soft); font-family: inherit; } svg .title { fill: var(--ink); font-weight: 600; }
+svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; } svg polyline:hover { stroke-width: 3.5; }
+svg .grid { stroke: var(--line); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th[data-sorts] { cursor: pointer; } tbody tr:hover { background: var(--panel); }
+"""
+
+# Clicking a heading sorts by that column, numbers as numbers.
+_SCRIPT = """
+document.querySelectorAll("th[data-sorts]").forEach(th => th.addEventListener("click", () => {
+  const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.dataset.up = th.dataset.up === "1" ? "0" : "1";
+  const key = row => row.cells[i].dataset.value ?? row.cells[i].textContent;
+  const sign = up === "1" ? 1 : -1, number = value => value !== "" && !isNaN(value);
+  const by = (a, b) => number(a) && number(b) ? a - b : String(a).localeCompare(String(b));
+  [...body.rows].sort((a, b) => sign * by(key(a), key(b))).forEach(row => body.append(row));
+}));
+"""
+
+
+def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
+    """The whole file."""
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body><h1>{escape(title)}</h1><p>{escape(subtitle)}</p>\n{''.join(sections)}\n<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def section(heading: str, explanation: str, body: str) -> str:
+    """A heading, a sentence that says how to read what follows, and the body (HTML)."""
+    return f"<h2>{escape(heading)}</h2><p>{escape(explanation)}</p>{body}\n"
+
+
+def figures(plots: Sequence[str]) -> str:
+    """Plots side by side, as many as fit."""
+    return f'<div class="figures">{"".join(plots)}</div>'
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table that sorts when a heading is clicked; floats with four significant digits, integers grouped by
+    thousands.
+    """
+    head = "".join(f"<th data-sorts>{escape(heading)}</th>" for heading in headings)
+    body = "".join(f"<tr>{''.join(_td(cell) for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _td(cell: Any) -> str:
+    if isinstance(cell, bool) or not isinstance(cell, int | float):
+        return f"<td>{escape(str(cell))}</td>"
+    return f'<td data-value="{cell}">{f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}"}</td>'

@@ -1,0 +1,106 @@
+"""The page of `weft inspect`: how full each matrix's spectrum is, at a glance, line by line, and as figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from weft.verbs.report.pages import figures, page, section, table
+from weft.verbs.report.plots import Series, heat_map, line_chart, ramp
+
+__all__ = ["block_grid", "spectra_charts", "spectra_page"]
+
+_POINTS = 120  # of a curve: more cannot be seen
+
+_COLUMNS = {
+    "stable_rank": "stable rank",
+    "effective_rank": "effective rank",
+    "rank_90": "90 % energy",
+    "rank_95": "95 %",
+    "rank_99": "99 %",
+    "spectral_norm": "spectral",
+    "frobenius_norm": "Frobenius",
+    "nuclear_norm": "nuclear",
+}
+
+
+def spectra_page(report: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
+    """The page of a `Report`: its dict and its singular values by name."""
+    matrices: Sequence[Mapping[str, Any]] = report["matrices"]
+    fullness = {m["name"]: m["effective_rank"] / min(m["shape"]) for m in matrices}
+    headings = ["matrix", "shape", "dtype", "parameters", *_COLUMNS.values(), "tied"]
+    rows = [
+        [
+            m["name"],
+            "x".join(map(str, m["shape"])),
+            m["dtype"],
+            m["parameters"],
+            *(m[k] for k in _COLUMNS),
+            "tied" * m["tied"],
+        ]
+        for m in matrices
+    ]
+    return page(
+        f"Spectra of {report['model']}",
+        f"{len(matrices)} matrices, {report['parameters']:,} parameters. Written by weft inspect.",
+        [
+            section(
+                "How full the spectra are",
+                "Effective rank as a share of the largest possible. A light cell is a matrix that uses few directions.",
+                block_grid("effective rank / full rank", fullness, "of full rank"),
+            ),
+            section(
+                "Singular values",
+                "One line a layer, light for the first and dark for the last, each relative to its own largest value. "
+                "The faster a line falls, the fewer directions carry the matrix.",
+                figures(spectra_charts(spectra)),
+            ),
+            section("Every matrix", "Click a heading to sort.", table(headings, rows)),
+        ],
+    )
+
+
+def block_grid(title: str, shares: Mapping[str, float], unit: str) -> str:
+    """A heat map of one share a matrix: blocks down, kinds of matrix across; matrices outside any block are left
+    out.
+    """
+    cells = {(block, kind): share for name, share in shares.items() for block, kind in [_place(name)] if block}
+    blocks, kinds = list(dict.fromkeys(b for b, _ in cells)), list(dict.fromkeys(k for _, k in cells))
+    values = [[cells.get((block, kind)) for kind in kinds] for block in blocks]
+    return heat_map(title, blocks, [_short(kind) for kind in kinds], values, unit) if cells else ""
+
+
+def spectra_charts(spectra: Mapping[str, Tensor]) -> list[str]:
+    """One chart a kind of matrix, one line a layer."""
+    kinds: dict[str, list[str]] = {}
+    for name in spectra:
+        kinds.setdefault(_place(name)[1], []).append(name)
+    return [_chart(kind, {name: spectra[name] for name in names}) for kind, names in kinds.items()]
+
+
+def _chart(kind: str, spectra: Mapping[str, Tensor]) -> str:
+    depth = max(len(spectra) - 1, 1)
+    lines = [
+        _curve(name, s, ramp(i / depth if len(spectra) > 1 else 0.6)) for i, (name, s) in enumerate(spectra.items())
+    ]
+    return line_chart(kind, lines, "index / full rank", "relative singular value", log=True)
+
+
+def _curve(name: str, s: Tensor, color: str) -> Series:
+    step = max(len(s) // _POINTS, 1)
+    top = float(s[0]) or 1.0
+    kept = range(0, len(s), step)
+    return Series(name, [i / len(s) for i in kept], [float(s[i]) / top for i in kept], color)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """("layers 3", "self_attn.q_proj") of "model.layers.3.self_attn.q_proj"; ("", name) outside any block."""
+    parts = re.match(r"(?:.*\.)?([A-Za-z_]\w*)\.(\d+)\.(.+)", name)
+    return (f"{parts[1]} {parts[2]}", parts[3]) if parts else ("", name)
+
+
+def _short(kind: str) -> str:
+    return kind.rsplit(".", 1)[-1][:10]
