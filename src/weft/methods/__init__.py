@@ -7,10 +7,10 @@ from types import ModuleType
 from typing import Any
 
 from weft.errors import unknown
-from weft.methods import afm, asvd, full, fwsvd, kfac_svd, svd, svd_llm, welore
-from weft.methods.base import Factors, Method
+from weft.methods import afm, asvd, dora, full, fwsvd, kfac_svd, lora, pissa, svd, svd_llm, welore
+from weft.methods.base import Factors, Method, Site
 
-__all__ = ["METHODS", "Factors", "Method", "find"]
+__all__ = ["METHODS", "Factors", "Method", "Site", "find"]
 
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD
@@ -23,6 +23,9 @@ METHODS: dict[str, Method] = {
         kfac_svd,
         welore,
         full,
+        lora,
+        pissa,
+        dora,
     )
 }
 

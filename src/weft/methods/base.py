@@ -4,14 +4,15 @@
     allocate   how a budget is spread over the layers                              (a name from `weft.allocate`)
     init       how a weight is split into terms: `factorise` for compression, `attach` for adapters
     rule       what happens around each training step                              (`weft.rules`)
-    optimizer  how gradients become updates                                        (`weft.optim`), and which numbers receive them
+    optimizer  how gradients become updates, and which numbers receive them        (`weft.optim`)
 
-A method is one file in this room that ends in `METHOD = Method(...)`, and one line in the list of `weft/methods/__init__.py`.
+A method is one file in this room that ends in `METHOD = Method(...)`, and one line in the list of
+`weft/methods/__init__.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,23 +21,72 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 
-__all__ = ["Factors", "Method", "Moments", "low_rank_terms", "no_terms"]
+__all__ = ["Factors", "Method", "Moments", "Site", "low_rank_terms", "no_terms", "smaller_side"]
 
 Moments = Mapping[str, Tensor]
 """The statistics of one layer by name, e.g. {"input_moment": (in, in)}; see `weft.stats`."""
 
 
 class Factors(NamedTuple):
-    """A weight as an ordered sum of rank-one matrices: W = B A; keeping the first r columns of B and rows of A is the method's rank-r answer."""
+    """A weight as an ordered sum of rank-one matrices: W = B A; keeping the first r columns of B and rows of A is the
+    method's rank-r answer.
+    """
 
     B: Tensor  # (out, m)
     A: Tensor  # (m, in)
     s: Tensor  # (m,) singular values in the method's own metric, falling: sum of s^2 beyond r is the error it minimises
-    mean: Tensor | None = None  # (in,) mean input; the truncation error on it, (W - B_r A_r) mean, is then added to the bias
+    mean: Tensor | None = None  # (in,) mean input; the error on it, (W - B_r A_r) mean, is then added to the bias
 
     def truncate(self, rank: int) -> Factors:
         """The first `rank` components."""
         return Factors(self.B[:, :rank], self.A[:rank], self.s[:rank], self.mean)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer that is about to receive an adapter.
+
+    Args:
+        name: the layer's name in the model.
+        base: its terms, without those of other adapters.
+        rank: of this layer's adapter.
+        nominal: the rank that was asked for; differs from `rank` where ranks are spread over layers.
+        moments: the statistics that the method needs.
+        generator: a CPU generator of this layer's own; draw in fp32.
+        dtype: of the trainable tensors.
+        shared: what the method's `share` made for the whole model.
+    """
+
+    name: str
+    base: Mapping[str, Any]
+    rank: int
+    nominal: int
+    moments: Moments
+    generator: torch.Generator
+    dtype: torch.dtype = torch.float32
+    shared: Any = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        term = next(iter(self.base.values()))
+        return term.out_features, term.in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer lies."""
+        device: torch.device = next(iter(self.base.values()))._reference().device
+        return device
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W (out, in), the sum of the base's terms."""
+        first, *rest = (term.dense(dtype).detach() for term in self.base.values())
+        return sum(rest, start=first)
+
+
+def smaller_side(out_features: int, in_features: int, options: Mapping[str, Any]) -> int:
+    """The rank beyond which a matrix has nothing."""
+    return min(out_features, in_features)
 
 
 def low_rank_terms(model: nn.Module) -> list[nn.Parameter]:
@@ -54,19 +104,32 @@ def no_terms(model: nn.Module) -> list[nn.Parameter]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One method, as data. Frozen; every field but `name`, `summary`, `paper` and `kind` has a default that means "does not do this".
+    """One method, as data. Frozen; every field but `name`, `summary`, `paper` and `kind` has a default that means "does
+    not do this".
 
     Args:
         name: as in the list of methods and on the command line.
         summary: one line.
         paper: authors, year and identifier, or "weft" where it is ours.
-        kind: "compress" (replaces weights by fewer numbers), "adapt" (adds trainable terms), or "train" (changes no weight, chooses what is trained).
+        kind: "compress" (replaces weights by fewer numbers), "adapt" (adds trainable terms), or "train" (changes no
+            weight, chooses what is trained).
         needs: the statistics that `factorise` or `attach` reads from its `moments`.
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
         sequential: whether each block is calibrated on the outputs of the blocks already changed.
+        correction: share (0 to 1) of the drift of a layer's inputs that the sequential form corrects, see `weft.verbs.truncation.sequential`.
         factorise: (W (out, in) in fp64, moments, **options) -> Factors. For kind "compress".
-        attach: (layer, rank, moments, generator, **options) -> (terms by role, trainable ones marked by requires_grad). For kind "adapt".
-        rules: factories of `weft.rules.Rule`, called with the method's options, run around each training step.
+        attach: (site, **options) -> terms by role, "" for the main one; what shall be trained requires a gradient. For
+            kind "adapt", as are all below.
+        count: (out, in, rank, options) -> trainable numbers of one matrix, the paper's formula.
+        limit: (out, in, options) -> the largest rank that makes sense.
+        share: (shapes by layer, rank, generator, options) -> what all layers share (a random store, a pool), handed to
+            each `attach` in its site.
+        spread: (moments by layer, rank, options) -> rank by layer, under the mean `rank`; 0 leaves a layer out.
+        rates: (options) -> factor of the learning rate by parameter name within a term.
+        extras: (layer names, parameter names, options) -> parameters of the model itself to be trained along.
+        deviates: how the function differs at the start; "" where it does not.
+        rules: factories of `weft.rules.Rule`, called with the method's options (and `adapter`, its name, for kind
+            "adapt"), run around each training step.
         trained: (model) -> the parameters that training updates; all others are frozen.
         defaults: the paper's hyperparameters, which are also the names of the options that the method takes.
     """
@@ -78,14 +141,25 @@ class Method:
     needs: tuple[str, ...] = ()
     allocate: str = "uniform"
     sequential: bool = False
+    correction: float = 0.0
     factorise: Callable[..., Factors] | None = None
-    attach: Callable[..., Any] | None = None
+    attach: Callable[..., Mapping[str, Any]] | None = None
+    count: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
+    limit: Callable[[int, int, Mapping[str, Any]], int] = smaller_side
+    share: Callable[..., Any] | None = None
+    spread: Callable[..., dict[str, int]] | None = None
+    rates: Callable[[Mapping[str, Any]], dict[str, float]] | None = None
+    extras: Callable[[Sequence[str], Sequence[str], Mapping[str, Any]], list[str]] | None = None
+    deviates: str = ""
     rules: tuple[Callable[..., Any], ...] = ()
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults overridden by what the user gave. Raises WeftError for an option that the method does not have."""
+        """The defaults overridden by what the user gave.
+
+        Raises WeftError for an option that the method does not have.
+        """
         strange = sorted(set(given) - set(self.defaults))
         if strange:
             known = ", ".join(self.defaults) or "none"
@@ -93,11 +167,15 @@ class Method:
         return {**self.defaults, **given}
 
     def freeze(self, model: nn.Module) -> list[nn.Parameter]:
-        """Make exactly the method's own parameters trainable, and return them. Raises WeftError when the model holds none of them."""
+        """Make exactly the method's own parameters trainable, and return them.
+
+        Raises WeftError when the model holds none of them.
+        """
         chosen = self.trained(model)
         if not chosen:
             raise WeftError(
-                f"The method {self.name!r} finds nothing to train in this model; compress it first (weft compress), or choose "
+                f"The method {self.name!r} finds nothing to train in this model; compress it first (weft compress), or "
+                "choose "
                 "'lora' or 'full'."
             )
         model.requires_grad_(False)

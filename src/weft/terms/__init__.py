@@ -10,13 +10,30 @@ from weft.errors import unknown
 from weft.terms.base import Spec, Term
 from weft.terms.dense import Dense
 from weft.terms.low_rank import LowRank
+from weft.terms.magnitude import Magnitude
+from weft.terms.shifted import Shifted
 from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
 from weft.terms.sum_linear import SumLinear
+from weft.terms.wrapper import Wrapper
 
-__all__ = ["TERMS", "Dense", "LowRank", "Sparse", "Spec", "Spectral", "SumLinear", "Term", "build", "build_sum"]
+__all__ = [
+    "TERMS",
+    "Dense",
+    "LowRank",
+    "Magnitude",
+    "Shifted",
+    "Sparse",
+    "Spec",
+    "Spectral",
+    "SumLinear",
+    "Term",
+    "Wrapper",
+    "build",
+    "build_sum",
+]
 
-TERMS: dict[str, type[Term]] = {term.kind: term for term in (Dense, LowRank, Spectral, Sparse)}
+TERMS: dict[str, type[Term]] = {term.kind: term for term in (Dense, LowRank, Spectral, Sparse, Shifted, Magnitude)}
 """Every structure by its kind: the closed table that a saved spec is read with."""
 
 
@@ -26,7 +43,17 @@ def build(spec: Spec, *, device: Any = None, dtype: torch.dtype | None = None) -
     kind = arguments.pop("kind")
     if kind not in TERMS:
         raise unknown("kind of term", kind, TERMS)
-    return TERMS[kind](**arguments, device=device, dtype=dtype)
+    built = {key: _built(value, device, dtype) for key, value in arguments.items()}
+    return TERMS[kind](**built, device=device, dtype=dtype)  # type: ignore[call-arg]
+
+
+def _built(value: Any, device: Any, dtype: torch.dtype | None) -> Any:
+    """An argument with the specs in it, of terms that hold terms, made into terms."""
+    if not isinstance(value, dict):
+        return value
+    if "kind" in value:
+        return build(value, device=device, dtype=dtype)
+    return {key: _built(inner, device, dtype) for key, inner in value.items()}
 
 
 def build_sum(spec: Spec, *, device: Any = None, dtype: torch.dtype | None = None) -> SumLinear:

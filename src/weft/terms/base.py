@@ -1,8 +1,8 @@
 """The contract of a term: one summand T (out x in) of a weight matrix W = T_1 + ... + T_k.
 
-A term is a `torch.nn.Module` that knows its own matrix and nothing else: not its layer's name, not the model, not the method that made it.
-An author writes `forward` and `spec`; everything else is derived here, and overridden only to be faster (the conformance suite then
-runs both and compares them).
+A term is a `torch.nn.Module` that knows its own matrix and nothing else: not its layer's name, not the model, not the
+method that made it. An author writes `forward` and `spec`; everything else is derived here, and overridden only to be
+faster (the conformance suite then runs both and compares them).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ Spec = dict[str, Any]
 class Term(nn.Module):
     """One summand of a weight, of shape (out_features, in_features).
 
-    The constructor takes exactly what `spec()` returns without `kind`, plus `device` and `dtype`, and leaves tensors uninitialised:
-    `weft.terms.build(term.spec())` followed by `load_state_dict` rebuilds the term. What is trainable is simply what `requires_grad`.
+    The constructor takes exactly what `spec()` returns without `kind`, plus `device` and `dtype`, and leaves tensors
+    uninitialised: `weft.terms.build(term.spec())` followed by `load_state_dict` rebuilds the term. What is trainable is
+    simply what `requires_grad`.
     """
 
     kind: ClassVar[str]
@@ -32,7 +33,9 @@ class Term(nn.Module):
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply T to the last dimension: x (..., in) -> (..., out), equal to x @ dense().T."""
+        """Apply T to the last dimension: x (..., in) -> (..., out), equal to x @ dense().T, computed in the dtype of x
+        (autocast's, under autocast).
+        """
         raise NotImplementedError(f"{type(self).__name__} gives no forward")  # abstract
 
     def spec(self) -> Spec:

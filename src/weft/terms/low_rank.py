@@ -14,7 +14,11 @@ __all__ = ["LowRank"]
 
 
 class LowRank(Term):
-    """T = scale * B A (Hu et al., 2021, arXiv 2106.09685, for the scale). `scale` is a plain number, saved in the spec."""
+    """T = scale * B A (Hu et al., 2021, arXiv 2106.09685, for the scale). `scale` is a plain number, saved in the spec.
+
+    Factors of another dtype than the input's (fp32 factors in a bf16 layer) are cast to it on the way: the product is
+    computed as the layer is. `dropout` is the probability of zeroing an entry of the input of A while training.
+    """
 
     kind = "low_rank"
 
@@ -25,29 +29,35 @@ class LowRank(Term):
         rank: int,
         *,
         scale: float = 1.0,
+        dropout: float = 0.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        self.rank, self.scale = rank, scale
+        self.rank, self.scale, self.dropout = rank, scale, dropout
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
 
     @classmethod
-    def from_factors(cls, B: Tensor, A: Tensor, *, scale: float = 1.0) -> LowRank:
+    def from_factors(cls, B: Tensor, A: Tensor, *, scale: float = 1.0, dropout: float = 0.0) -> LowRank:
         """The term of given factors B (out, r) and A (r, in)."""
-        term = cls(A.shape[1], B.shape[0], A.shape[0], scale=scale, device="meta", dtype=A.dtype)
+        term = cls(A.shape[1], B.shape[0], A.shape[0], scale=scale, dropout=dropout, device="meta", dtype=A.dtype)
         term.A, term.B = nn.Parameter(A.detach().contiguous()), nn.Parameter(B.detach().contiguous())
         return term
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.A)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        hidden = F.linear(x, self.A.to(x.dtype))
         # scaling the rank-r vector costs less than scaling the output
-        return F.linear(hidden if self.scale == 1.0 else hidden * self.scale, self.B)
+        return F.linear(hidden if self.scale == 1.0 else hidden * self.scale, self.B.to(x.dtype))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.A.dtype
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
 
     def spec(self) -> Spec:
-        return super().spec() | {"rank": self.rank, "scale": self.scale}
+        return (
+            super().spec()
+            | {"rank": self.rank, "scale": self.scale}
+            | ({"dropout": self.dropout} if self.dropout else {})
+        )

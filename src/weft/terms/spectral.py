@@ -35,9 +35,9 @@ class Spectral(Term):
         return term
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.V)
+        hidden = F.linear(x, self.V.to(x.dtype))
         # under autocast `hidden` is narrower than s: keep the product in its dtype
-        return F.linear(hidden * self.s.to(hidden.dtype), self.U)
+        return F.linear(hidden * self.s.to(hidden.dtype), self.U.to(x.dtype))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.s.dtype

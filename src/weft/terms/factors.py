@@ -1,0 +1,54 @@
+"""Exact low-rank factors of a term, for every structure that has them: what makes an adapter a plain LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from weft.terms.base import Term
+from weft.terms.low_rank import LowRank
+from weft.terms.shifted import Shifted
+from weft.terms.spectral import Spectral
+
+__all__ = ["exact_factors", "sum_factors"]
+
+Factors = tuple[Tensor, Tensor]
+
+
+@singledispatch
+def exact_factors(term: Term) -> Factors | None:
+    """B (out, r), A (r, in) in fp32 with B A = T, detached; None when T has no exact factors of low rank.
+
+    A new structure that has them registers itself: `@exact_factors.register` beside its class, or here.
+    """
+    return None
+
+
+@exact_factors.register
+def _(term: LowRank) -> Factors | None:
+    return term.B.detach().float() * term.scale, term.A.detach().float()
+
+
+@exact_factors.register
+def _(term: Spectral) -> Factors | None:
+    return term.U.detach().float() * term.s.detach().float(), term.V.detach().float()
+
+
+@exact_factors.register
+def _(term: Shifted) -> Factors | None:
+    now, start = exact_factors(term.now), exact_factors(term.start)
+    if now is None or start is None:
+        return None
+    return torch.cat([now[0], -start[0]], dim=1), torch.cat([now[1], start[1]])
+
+
+def sum_factors(terms: Sequence[Term]) -> Factors | None:
+    """Factors of the sum: side by side, ranks add up. None when one of the terms has none."""
+    pairs = [exact_factors(term) for term in terms]
+    if not pairs or any(pair is None for pair in pairs):
+        return None
+    whole = [pair for pair in pairs if pair is not None]
+    return torch.cat([B for B, _ in whole], dim=1), torch.cat([A for _, A in whole])

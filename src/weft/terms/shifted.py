@@ -1,0 +1,49 @@
+"""Shifted: T = now - start, what training has made of a part that was taken out of the base."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.terms.base import Spec, Term
+
+__all__ = ["Shifted"]
+
+
+class Shifted(Term):
+    """T = T_now - T_start, where `start` is a frozen copy of `now` as it was at the beginning.
+
+    A method that starts its factors on a part of W and subtracts that part from the base (PiSSA, CorDA, LoRA-GA, SORSA
+    ...) is W + Shifted: the base keeps its bytes, the residual is an exact sum instead of a rounded matrix, and T is
+    exactly zero at the start, in any dtype.
+
+    Args:
+        term: the trainable term, at its start.
+    """
+
+    kind = "shifted"
+
+    def __init__(
+        self, in_features: int, out_features: int, term: Term, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.now = term
+        self.start = copy.deepcopy(term).requires_grad_(False)
+
+    @classmethod
+    def from_term(cls, term: Term) -> Shifted:
+        """The shift of `term`, zero until `term` is trained."""
+        return cls(term.in_features, term.out_features, term)
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved: Tensor = self.now(x) - self.start(x)
+        return moved
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.now.dense(dtype) - self.start.dense(dtype)
+
+    def spec(self) -> Spec:
+        return super().spec() | {"term": self.now.spec()}

@@ -1,0 +1,294 @@
+"""Adapters on a model: put on by a method, trained, switched, merged, taken off.
+
+weft.adapt(model, "pissa", rank=16, targets="all-linear", name="default")
+optimizer = torch.optim.AdamW(weft.parameter_groups(model, lr=2e-4))
+with weft.disable(model): ...                   # the base model
+weft.set_adapter(model, ["default", "other"])   # their deltas add up
+weft.remove_adapter(model)                      # the model of before, byte for byte
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.errors import WeftError, nearest
+from weft.methods import METHODS, Method, Site, find
+from weft.methods.base import Moments
+from weft.stats.calibrate import Batch, calibrate
+from weft.terms import LowRank, SumLinear, Term
+from weft.terms.adapters import Adapter, activate, adapters_of, attach, base_terms, detach, disable, unwrapped
+from weft.terms.layers import linear_layers, weight_of
+from weft.verbs.seeding import generator
+
+__all__ = [
+    "Trainable",
+    "adapt",
+    "disable",
+    "effective_rates",
+    "parameter_groups",
+    "remove_adapter",
+    "resolve_targets",
+    "rules",
+    "set_adapter",
+    "trainable",
+]
+
+Stats = Mapping[str, Moments]
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What training will update."""
+
+    parameters: dict[str, nn.Parameter]  # by name
+    count: int  # numbers in them
+    total: int  # numbers in the whole model
+
+    @property
+    def share(self) -> float:
+        """count / total."""
+        return self.count / max(self.total, 1)
+
+
+def adapt(
+    model: nn.Module,
+    method: str,
+    rank: int = 16,
+    targets: str | Sequence[str] = "all-linear",
+    name: str = "default",
+    *,
+    stats: Stats | None = None,
+    batches: Iterable[Batch] | None = None,
+    seed: int = 0,
+    ranks: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> nn.Module:
+    """Put an adapter on the model's linear layers and freeze everything else; the same model is returned.
+
+    Args:
+        method: a method of kind "adapt", see `weft.methods()`.
+        rank: of every layer's adapter (what it counts is the method's affair: components, block side, basis size).
+        targets: "all-linear", or names and shell patterns: "q_proj" matches every layer of that name, "*.0.*" the first
+            block.
+        name: an identifier; several adapters with different names add up.
+        stats: statistics by layer, as `weft.calibrate` gives them, for methods that need some.
+        batches: data to calibrate on instead, e.g. [{"input_ids", "attention_mask", "labels"}, ...].
+        seed: of every random number; a layer's draw depends on the seed and its name alone.
+        ranks: layer -> rank, e.g. an allocation; overrides `rank` (which then only sets the scale), and layers that it
+            lacks or gives 0 get no adapter.
+        dtype: of the trainable tensors: fp32 whatever the model's dtype, for small updates vanish in half precision.
+            The product is computed in the layer's dtype.
+        **options: the method's own, see its defaults.
+
+    Raises:
+        WeftError: an unknown method or option, a rank that is no rank of a layer, targets or ranks that match nothing,
+            a name in use, missing statistics, or an adapter that cannot stand beside those already there. The model is
+            then as it was.
+    """
+    model = unwrapped(model)
+    chosen = find(method, "adapt")
+    options = chosen.options(options)
+    layers = _ranks(model, chosen, rank, targets, ranks, options)
+    if name in adapters_of(model):
+        raise WeftError(
+            f"There is an adapter {name!r} on this model already; remove it first (weft.remove_adapter) or choose "
+            "another name=."
+        )
+    moments = _moments(model, chosen, layers, stats, batches)
+    if chosen.spread is not None and ranks is None:
+        layers = {layer: r for layer, r in chosen.spread(moments, rank, options).items() if r}
+    adapter = Adapter(name, chosen.name, {}, settings={"rank": rank, "seed": seed, "options": options})
+    adapter.terms = _terms(model, chosen, name, rank, layers, moments, seed, dtype, options)
+    adapter.rates = {key: rate for key, rate in (chosen.rates(options) if chosen.rates else {}).items() if rate != 1}
+    if chosen.extras is not None:
+        names = chosen.extras(list(layers), [key for key, _ in model.named_parameters()], options)
+        adapter.extras = {key: model.get_parameter(key).detach().clone() for key in names}
+    attach(model, adapter)
+    return model
+
+
+def trainable(model: nn.Module) -> Trainable:
+    """The parameters that require a gradient, by name, how many numbers they are, and how many the model has."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return Trainable(named, sum(p.numel() for p in named.values()), sum(p.numel() for p in model.parameters()))
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters, one for each pair of rate and decay.
+
+    A method's own rate factors apply (LoRA+: B learns `ratio` times faster); vectors and biases are not decayed.
+    """
+    rates = {
+        id(parameter): adapter.rates.get(key.rpartition(".")[2], 1.0)
+        for adapter in adapters_of(model).values()
+        for key, parameter in adapter.named_parameters()
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in trainable(model).parameters.values():
+        key = (lr * rates.get(id(parameter), 1.0), weight_decay if parameter.dim() > 1 else 0.0)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
+    """Adapter -> scale x lr, the rate that decides how fast its delta moves; the mean over layers where they differ."""
+    scales = {
+        name: [
+            m.scale
+            for term in adapter.all_terms()
+            for m in term.modules()
+            if isinstance(m, LowRank) and m.A.requires_grad
+        ]
+        for name, adapter in adapters_of(model).items()
+    }
+    return {name: lr * (sum(found) / len(found) if found else 1.0) for name, found in scales.items()}
+
+
+def rules(model: nn.Module) -> list[Any]:
+    """The rules of the active adapters' methods (see `weft.rules`), to be run around each training step."""
+    active = [adapter for adapter in adapters_of(model).values() if adapter.active and adapter.method in METHODS]
+    return [
+        make(adapter=adapter.name, **adapter.settings.get("options", {}))
+        for adapter in active
+        for make in METHODS[adapter.method].rules
+    ]
+
+
+def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Use exactly these adapters; their deltas add up.
+
+    An empty list is the base model. Raises WeftError for an unknown name.
+    """
+    activate(model, [names] if isinstance(names, str) else names)
+
+
+def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take an adapter off (None: the only one). Without any other the model is what it was before, byte for byte.
+
+    Raises:
+        WeftError: there is no such adapter, or several and no name.
+    """
+    detach(model, name)
+    return model
+
+
+def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers that `targets` mean, by name.
+
+    Raises:
+        WeftError: a target matches nothing; the nearest names are listed.
+    """
+    layers = linear_layers(model)
+    if targets == "all-linear":
+        return layers
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matched = [
+            name for name in layers if fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}")
+        ]
+        if not matched:
+            suffixes = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+            near = nearest(target, [*suffixes, *layers] if "." in target else suffixes)
+            raise WeftError(f"The target {target!r} matches no linear layer; the nearest names are: {', '.join(near)}.")
+        chosen.update(matched)
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _ranks(
+    model: nn.Module,
+    method: Method,
+    rank: int,
+    targets: str | Sequence[str],
+    ranks: Mapping[str, int] | None,
+    options: Mapping[str, Any],
+) -> dict[str, int]:
+    """layer -> rank, checked against the layer's shape."""
+    layers = resolve_targets(model, targets)
+    if ranks is None:
+        wanted = dict.fromkeys(layers, rank)
+    else:
+        strange = next((name for name in ranks if name not in layers), None)
+        if strange is not None:
+            raise WeftError(
+                f"There is no targeted layer {strange!r} to give a rank; the nearest names are: "
+                f"{', '.join(nearest(strange, layers))}."
+            )
+        wanted = {name: ranks[name] for name in layers if ranks.get(name)}
+    for name, r in wanted.items():
+        out_features, in_features = weight_shape(layers[name])
+        largest = method.limit(out_features, in_features, options)
+        if not 1 <= r <= largest:
+            raise WeftError(
+                f"Rank {r} is not possible for {method.name!r} on {name} ({out_features} x {in_features}); give a rank "
+                f"from 1 to {largest}, or "
+                "leave the layer out with targets=."
+            )
+    if not wanted:
+        raise WeftError("No layer is given a rank above 0, so there is nothing to adapt; check ranks=.")
+    return wanted
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, without computing a sum."""
+    if isinstance(layer, SumLinear):
+        return layer.out_features, layer.in_features
+    out_features, in_features = weight_of(layer).shape
+    return out_features, in_features
+
+
+def _moments(
+    model: nn.Module, method: Method, layers: Iterable[str], stats: Stats | None, batches: Iterable[Batch] | None
+) -> Stats:
+    layers = list(layers)
+    if not method.needs:
+        return {layer: {} for layer in layers}
+    if stats is None:
+        if batches is None:
+            raise WeftError(
+                f"The method {method.name!r} starts from data ({', '.join(method.needs)}); give "
+                f"batches=[{{'input_ids': ...}}, ...], or "
+                "stats= from weft.calibrate."
+            )
+        stats = calibrate(model, list(batches), method.needs, layers=layers)
+    for layer in layers:
+        missing = [need for need in method.needs if need not in stats.get(layer, {})]
+        if missing:
+            raise WeftError(
+                f"The statistics lack {missing[0]!r} of the layer {layer}, which {method.name!r} starts from; "
+                "calibrate with "
+                f"needs={list(method.needs)}."
+            )
+    return stats
+
+
+def _terms(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    rank: int,
+    layers: Mapping[str, int],
+    moments: Stats,
+    seed: int,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+) -> dict[str, dict[str, Term]]:
+    """layer -> term name -> term, as the method makes them; nothing in the model is touched."""
+    assert method.attach is not None
+    shared = None
+    if method.share is not None:
+        shapes = {layer: weight_shape(model.get_submodule(layer)) for layer in layers}
+        shared = method.share(shapes, rank, generator(seed, method.name), options)
+    made: dict[str, dict[str, Term]] = {}
+    for layer, r in layers.items():
+        base = base_terms(model, layer)
+        site = Site(layer, base, r, rank, moments[layer], generator(seed, method.name, layer), dtype, shared)
+        roles = method.attach(site, **options)
+        made[layer] = {f"{name}_{role}" if role else name: term for role, term in roles.items()}
+    return made
