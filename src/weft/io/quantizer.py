@@ -180,7 +180,7 @@ def _place(model: PreTrainedModel, name: str, spec: Spec) -> None:
         new = build_sum(spec, device="meta", dtype=old.weight.dtype)  # type: ignore[arg-type, union-attr]
     except WeftError as error:
         raise WeftError(f"The checkpoint's layer {name} cannot be built: {error}") from None
-    except (KeyError, TypeError, ValueError, StopIteration, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RuntimeError) as error:
         raise WeftError(
             f"The checkpoint's config.json describes the layer {name} wrongly ({error!r}); fetch it again."
         ) from error
