@@ -1,0 +1,43 @@
+"""welore: one threshold k on the min-max normalised singular values of the weights (Jaiswal et al., 2024, arXiv 2407.11239).
+
+    t_j = (s_j - s_m) / (s_1 - s_m),   r = #{j : t_j >= k},   at least 1
+
+As published; `floor` (0 as published) keeps at least that share of the uniform rank, against the starvation that one outlier singular value causes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from weft.allocate.base import LayerInfo, Ranks, bisect_threshold, dense_or
+
+__all__ = ["READS", "allocate"]
+
+READS = ("weight_spectrum",)
+
+
+def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1, floor: float = 0.0) -> Ranks:
+    """The smallest threshold whose ranks fit the budget, found by bisection."""
+    normalised = {
+        name: _min_max(layer.weight_spectrum) for name, layer in layers.items() if layer.weight_spectrum is not None
+    }
+    share = budget / sum(layer.size for layer in layers.values())
+
+    def ranks_at(t: float) -> Ranks:
+        return {
+            name: dense_or(
+                layer,
+                max(int((normalised[name] >= 1 - t).sum()), int(floor * share * layer.size / layer.unit)),
+                multiple,
+            )
+            for name, layer in layers.items()
+        }
+
+    return bisect_threshold(layers, budget, ranks_at)
+
+
+def _min_max(s: Tensor) -> Tensor:
+    spread = s[0] - s[-1]
+    return (s - s[-1]) / spread if spread > 0 else s.new_ones(s.shape)

@@ -1,0 +1,1 @@
+"""Calibration: what the data says about each layer, streamed, memory-bounded, cached on disk."""

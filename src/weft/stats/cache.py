@@ -1,0 +1,82 @@
+"""Statistics on disk: a key of model, data and needs; snapshots of a pass under way, from which it resumes to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weft.stats.collect import Collector
+
+__all__ = ["Snapshots", "fingerprint"]
+
+_SECONDS = 30.0  # between snapshots: an interruption costs at most this much work
+
+
+def fingerprint(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], needs: Iterable[str], layers: Iterable[str]
+) -> str:
+    """A key of everything the statistics depend on: the weights (by sums of values and squares), the tokens, the statistics, the layers."""
+    digest = hashlib.sha256(json.dumps([sorted(needs), list(layers)]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_floating_point() and tensor.numel():
+            wide = tensor.double()
+            digest.update(f"{name}{tuple(tensor.shape)}{wide.sum().item()!r}{wide.square().sum().item()!r}".encode())
+    for batch in batches:
+        for key in sorted(batch):
+            digest.update(key.encode() + batch[key].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+class Snapshots:
+    """The state of one `Collector`, written beside and renamed into `path` (a stem): every half minute, and at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_suffix(".safetensors")
+        self._written = time.monotonic()
+
+    def restore(self, collector: Collector) -> int:
+        """Fill the collector from the last snapshot; the number of batches it has seen, 0 without a readable one."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    name, need = key.rsplit(":", 1)
+                    collector.sums[name][need] = file.get_tensor(key).to(_device(collector, name))
+        except (FileNotFoundError, SafetensorError):
+            return 0
+        collector.tokens.update(state["tokens"])
+        collector.leader.update(state["leader"])
+        collector.sequences = state["sequences"]
+        return int(state["batches"])
+
+    def after_batch(self, collector: Collector, done: int, *, last: bool) -> None:
+        """Write a snapshot when it is time, and at the last batch."""
+        if last or time.monotonic() - self._written > _SECONDS:
+            self._write(collector, done)
+            self._written = time.monotonic()
+
+    def _write(self, collector: Collector, done: int) -> None:
+        state = {
+            "batches": done,
+            "sequences": collector.sequences,
+            "tokens": dict(collector.tokens),
+            "leader": collector.leader,
+        }
+        tensors = {f"{name}:{need}": t.cpu() for name, sums in collector.sums.items() for need, t in sums.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        save_file(tensors, beside, metadata={"state": json.dumps(state)})
+        os.replace(beside, self.path)
+
+
+def _device(collector: Collector, name: str) -> torch.device:
+    return next(collector.layers[name].parameters()).device

@@ -1,0 +1,188 @@
+"""One streaming pass over calibration batches: every layer's statistics, with a bounded memory, resumable, cached on disk.
+
+Peak memory is the moments of the layers that are collected together: all of them in one pass, or, called with the layers of one group of
+`layers_by_block` after another, one block's. The sequential form, which feeds each block the outputs of the blocks already changed, is in `weft.stats.walk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import WeftError
+from weft.stats.cache import Snapshots, fingerprint
+from weft.stats.collect import GRADIENT_NEEDS, Collector, check_needs
+from weft.terms.layers import block_stacks, linear_layers
+
+__all__ = ["Batch", "Stats", "calibrate", "forward_inputs", "forward_masks", "frozen", "layers_by_block", "to_device"]
+
+Batch = Mapping[str, Tensor]
+"""What the model's forward takes: input_ids, attention_mask, labels ..."""
+Stats = dict[str, dict[str, Tensor]]
+"""layer -> {statistic: tensor}; see `weft.stats.collect` for names and shapes."""
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    needs: Iterable[str],
+    *,
+    layers: str | Sequence[str] | None = None,
+    cache: str | Path | None = None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+) -> Stats:
+    """The statistics of every linear layer over the batches, in fp64.
+
+    Args:
+        model: any transformers model; run in eval mode, its parameters frozen and restored afterwards.
+        batches: mappings for the model's forward. Tokens with attention_mask 0 are left out. For gradient statistics a batch needs `labels`, or, for a causal
+            model, its input_ids are the labels.
+        needs: statistic names, see `weft.stats.collect`; `weft.needs("svd-llm")` gives a method's.
+        layers: shell patterns of layer names, None for all.
+        cache: a directory: finished statistics are kept there under a key of model, data and needs, and an interrupted pass resumes from its last snapshot.
+        track: (batches, description) -> the same batches, for a progress bar.
+
+    Raises:
+        WeftError: no batches, an unknown statistic, a layer that saw nothing, only zeros, or NaN.
+    """
+    needs = check_needs(needs)
+    found = linear_layers(model, layers)
+    batches = list(batches)
+    if not batches:
+        raise WeftError("Calibration needs at least one batch of text.")
+    if not needs:
+        return {name: {} for name in found}
+    snapshots = None if cache is None else Snapshots(Path(cache) / fingerprint(model, batches, needs, found))
+    return _collect(model, batches, needs, found, snapshots, track or (lambda items, what: items))
+
+
+def layers_by_block(model: nn.Module, layers: Iterable[str]) -> list[list[str]]:
+    """The layer names grouped by the block they lie in, in the model's order; layers outside blocks come last, together."""
+    prefixes = [f"{path}.{i}." for path, stack in block_stacks(model).items() for i in range(len(stack))]
+    groups: dict[str, list[str]] = {prefix: [] for prefix in [*prefixes, ""]}
+    for name in layers:
+        groups[next((p for p in prefixes if name.startswith(p)), "")].append(name)
+    return [names for names in groups.values() if names]
+
+
+def _collect(
+    model: nn.Module,
+    batches: list[Batch],
+    needs: tuple[str, ...],
+    layers: Mapping[str, nn.Module],
+    snapshots: Snapshots | None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> Stats:
+    collector = Collector(layers, needs)
+    start = snapshots.restore(collector) if snapshots else 0
+    backward = any(need in GRADIENT_NEEDS for need in needs)
+    with frozen(model), collector, _differentiable_inputs(model) if backward else torch.no_grad():
+        for i, batch in enumerate(track(batches[start:], "calibrating"), start):
+            run_batch(model, batch, collector, backward)
+            if i == start:
+                collector.moments()  # a dead or NaN layer is reported after the first batch, not the last
+            if snapshots:
+                snapshots.after_batch(collector, i + 1, last=i + 1 == len(batches))
+    return collector.moments()
+
+
+def run_batch(model: nn.Module, batch: Batch, collector: Collector, backward: bool) -> None:
+    """One forward pass, and the backward pass of the summed token loss when gradients are asked for."""
+    batch = to_device(batch, model)
+    collector.masks = forward_masks(batch)
+    collector.sequences += len(next(iter(batch.values())))
+    if not backward:
+        model(**forward_inputs(model, batch))
+        return
+    loss, count = token_loss(model, batch)
+    if not loss.requires_grad:
+        raise WeftError(
+            f"The loss of {type(model).__name__} does not depend on its embeddings, so there are no gradients to collect."
+        )
+    (loss * count).backward()
+
+
+def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """The model's own mean loss on a batch, and over how many predictions it is a mean. Labels default to the input ids of a causal model."""
+    batch = dict(batch)
+    causal = not _is_encoder_decoder(model) and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    if "labels" not in batch:
+        if not causal:
+            raise WeftError(
+                f"{type(model).__name__} is not a causal language model: its calibration batches need labels."
+            )
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        batch["labels"] = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    labels = batch["labels"]
+    loss = model(**batch, **_no_cache(model)).loss
+    predicted = labels[:, 1:] if causal else labels
+    return loss, int((predicted != -100).sum())
+
+
+def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The arguments of a forward pass that needs no loss: labels stay only where an encoder-decoder model derives its decoder's input from them."""
+    return {k: v for k, v in batch.items() if k != "labels" or _is_encoder_decoder(model)} | _no_cache(model)
+
+
+def forward_masks(batch: Batch) -> list[Tensor]:
+    """The boolean masks (batch, positions) of the tokens that count, one for each token stream of the model."""
+    named = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
+    if named[0] is not None and named[1] is None and "labels" in batch and batch["labels"].dim() == 2:
+        # an encoder-decoder model feeds its decoder the labels shifted right
+        labels = batch["labels"]
+        named[1] = torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], 1)
+    return [mask.bool() for mask in named if mask is not None and mask.dim() == 2]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients; what was before comes back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _differentiable_inputs(model: nn.Module) -> Iterator[None]:
+    """Make the embeddings' output the leaf of the backward pass, so that no weight gradient is ever computed."""
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_(True)
+
+    handle = embeddings.register_forward_hook(hook)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+
+
+def to_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
+    """The batch on the device of the model's first parameter."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _no_cache(model: nn.Module) -> dict[str, bool]:
+    """use_cache=False for models that would otherwise build a key-value cache."""
+    config = getattr(model, "config", None)
+    return {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}

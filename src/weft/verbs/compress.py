@@ -1,0 +1,315 @@
+"""Compress a model: calibrate, allocate, factorise, and replace its linear layers by fewer numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
+from weft.errors import WeftError, unknown
+from weft.embedded.text import default_text
+from weft.io.save import save_model
+from weft.methods import find
+from weft.methods.base import Method
+from weft.stats.calibrate import Batch, Stats, calibrate, frozen, to_device, token_loss
+from weft.terms.layers import linear_layers, weight_of
+from weft.terms.layers import replace as put_layer
+from weft.train.sources import read_texts
+from weft.train.windows import calibration_batches
+from weft.verbs.evaluate import check_context, model_size
+from weft.verbs.loading import load_model, load_tokenizer, resolve_device
+from weft.verbs.output import check_output, open_output
+from weft.verbs.progress import track
+from weft.verbs.record import begin
+from weft.verbs.seeding import check_seed
+from weft.verbs.truncation import Plan, Store, one_shot, sequential, survey, surveyed_factors, truncate
+
+__all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` did."""
+
+    allocation: Allocation
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def needs(method: str, *, allocate: str | None = None) -> tuple[str, ...]:
+    """The statistics that a method (with an allocation; None: its own) reads: what to `calibrate` for it. Raises WeftError for an unknown name."""
+    found = find(method)
+    if found.kind != "compress":
+        return found.needs
+    return Plan(method=found, options={}, layers=(), reads=_reads(allocate or found.allocate)).needs
+
+
+_walk = sequential  # an argument of `compress` bears its name
+
+
+def compress(
+    model: nn.Module,
+    method: str | Method = "kfac-svd",
+    *,
+    budget: str | float | Budget = 0.6,
+    allocate: str | Path | Mapping[str, int | None] | None = None,
+    batches: Iterable[Batch] | None = None,
+    stats: Stats | None = None,
+    layers: str | Sequence[str] | None = None,
+    round: int = 1,
+    sequential: bool | None = None,
+    correction: float | None = None,
+    by_block: bool = False,
+    progress: Path | None = None,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+    **options: Any,
+) -> Compressed:
+    """Replace the model's linear layers, in place, by factors that keep `budget` of their parameters.
+
+    Args:
+        model: any transformers model with linear layers (`weft.terms.layers.linear_layers`).
+        method: a name of `weft.methods()` of kind "compress", or a `Method`.
+        budget: what is **kept**: a share of the replaced matrices' parameters (0.6, "60%"), or the size of the whole model ("500MB").
+        allocate: a name of `weft.allocate.ALLOCATIONS` (None: the method's own), a saved allocation's path, or a mapping layer -> rank (None: dense).
+        batches: calibration batches, for methods and allocations that need data; `weft.train.data.calibration_batches` makes them.
+        stats: statistics from `weft.calibrate(model, batches, weft.needs(method))`, instead of a pass over the batches.
+        layers: shell patterns of layer names; None for all.
+        round: make every rank a multiple of this.
+        sequential: recalibrate each layer on the layers compressed before it (None: as the method is published); needs `batches`.
+        correction: share, 0 to 1, of the drift of a layer's inputs that the sequential form corrects (None: the method's own).
+        by_block: collect one block's statistics at a time, with a pass over the batches for each: bounded memory for large models.
+        progress: a directory for finished blocks, from which an interrupted call goes on.
+        track: (items, description) -> the same items, for a progress bar.
+        options: the method's own hyperparameters.
+
+    Returns:
+        The allocation, which says what was spent, and the seconds spent on survey (calibration and factorisation) and replacement.
+
+    Raises:
+        WeftError: unknown method, allocation, option or layer pattern; a budget out of range or below reach; data missing.
+    """
+    found = find(method, "compress") if isinstance(method, str) else method
+    plan = Plan(
+        method=found,
+        options=found.options(options),
+        layers=tuple(linear_layers(model, layers)),
+        sequential=found.sequential if sequential is None else sequential,
+        correction=found.correction if correction is None else correction,
+        by_block=by_block,
+    )
+    plan = replace(plan, track=track) if track else plan
+    data = [] if batches is None else list(batches)
+    given = _given_ranks(allocate, plan.layers)
+    plan = replace(plan, fixed=given) if given else replace(plan, reads=_reads(allocate or found.allocate))
+    _check(plan, data, stats, round)
+    share = Budget.parse(budget)
+
+    began = time.perf_counter()
+    store = Store(progress)
+    infos = survey(model, plan, data, stats, store)
+    surveyed = time.perf_counter()
+    allocation = _allocation(model, plan, infos, given, share, allocate or found.allocate, round, data, store)
+    if plan.sequential:
+        _walk(model, plan, allocation.ranks, data, store)
+    else:
+        one_shot(model, plan, allocation.ranks, store)
+    _mark(model, found.name)
+    return Compressed(allocation, {"survey": surveyed - began, "replace": time.perf_counter() - surveyed})
+
+
+def _allocation(
+    model: nn.Module,
+    plan: Plan,
+    infos: Mapping[str, LayerInfo],
+    given: Ranks | None,
+    budget: Budget,
+    allocate: Any,
+    multiple: int,
+    batches: Sequence[Batch],
+    store: Store,
+) -> Allocation:
+    shapes = {name: info.shape for name, info in infos.items()}
+    if given is not None:
+        return Allocation(given, shapes, allocate="given")
+    itemsize = weight_of(model.get_submodule(plan.layers[0])).element_size()
+    other = _bytes(model) - itemsize * sum(info.size for info in infos.values())
+    allowed = budget.parameters(infos, other_bytes=other, itemsize=itemsize)
+    extra = {"measure": _sensitivity(model, plan, batches, store)} if "measure" in plan.reads else {}
+    ranks = ALLOCATIONS[allocate].allocate(infos, allowed, multiple=multiple, **extra)
+    return Allocation(ranks, shapes, str(budget), allocate, allowed, {"round": multiple} if multiple > 1 else {})
+
+
+def _sensitivity(
+    model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store
+) -> Callable[[str, Sequence[int]], list[float]]:
+    """(layer, ranks) -> the loss on the first calibration batch with only that layer truncated to each rank."""
+    factors = dict(surveyed_factors(model, plan, store))
+    batch = to_device(batches[0], model)
+
+    @torch.no_grad()
+    def measure(name: str, ranks: Sequence[int]) -> list[float]:
+        layer, losses = model.get_submodule(name), []
+        with frozen(model):
+            for rank in ranks:
+                truncate(model, name, factors[name], rank)
+                losses.append(float(token_loss(model, batch)[0]))
+                put_layer(model, name, layer)
+        return losses
+
+    return measure
+
+
+def _reads(allocate: Any) -> tuple[str, ...]:
+    if allocate not in ALLOCATIONS:
+        raise unknown("allocation", str(allocate), ALLOCATIONS)
+    reads: tuple[str, ...] = ALLOCATIONS[allocate].READS
+    return reads
+
+
+def _given_ranks(allocate: Any, layers: Sequence[str]) -> Ranks | None:
+    """Ranks that the user gives for exactly these layers, or None when an allocation is to find them."""
+    if isinstance(allocate, str | Path):
+        if str(allocate) in ALLOCATIONS or not (str(allocate).endswith(".json") or Path(allocate).is_file()):
+            return None
+        allocate = Allocation.load(allocate)
+    if allocate is None:
+        return None
+    strange = sorted(set(allocate) ^ set(layers))
+    if strange:
+        raise WeftError(
+            f"The allocation and the model differ in the layer {strange[0]}; make one for this model, or name its layers by a pattern."
+        )
+    return dict(allocate)
+
+
+def _check(plan: Plan, batches: Sequence[Batch], stats: Stats | None, multiple: int) -> None:
+    """Everything that can be refused before work starts."""
+    if multiple < 1:
+        raise WeftError(f"--round is {multiple}: ranks are multiples of a whole number from 1 on.")
+    if not 0 <= plan.correction <= 1:
+        raise WeftError(f"The correction is {plan.correction}; it is a share between 0 and 1.")
+    if not batches and (plan.sequential or "measure" in plan.reads or (plan.needs and stats is None)):
+        raise WeftError(f"The method {plan.method.name!r} needs calibration text here; give batches.")
+    for name in plan.layers if stats is not None else ():
+        missing = [need for need in plan.needs if need not in (stats or {}).get(name, {})]
+        if missing:
+            raise WeftError(f"The statistics lack {missing[0]} of layer {name}; calibrate with needs={plan.needs}.")
+
+
+def _bytes(model: nn.Module) -> int:
+    stored = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
+    return sum(stored.values())
+
+
+def _mark(model: nn.Module, method: str) -> None:
+    """Have `save_pretrained` write a weft directory; a plain module without a configuration is left as it is."""
+    from transformers import PreTrainedModel
+
+    from weft.io.quantizer import mark
+
+    if isinstance(model, PreTrainedModel):
+        mark(model, method=method)
+
+
+def run(
+    model: str,
+    out: str | Path,
+    *,
+    method: str = "kfac-svd",
+    budget: str | float = 0.6,
+    allocate: str | None = None,
+    calibration: str | Path | None = None,
+    windows: int = 32,
+    window: int = 512,
+    round: int = 1,
+    layers: Sequence[str] | None = None,
+    sequential: bool | None = None,
+    by_block: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """`weft compress`: read a model, calibrate, compress, write a directory with `allocation.json` and `run.json`.
+
+    Arguments are those of `compress` and of `weft.train.windows.calibration_batches`. The result is what `run.json` holds as metrics.
+    An interrupted run keeps its finished blocks beside `out` and goes on from them.
+
+    Raises:
+        WeftError: any argument that cannot work, before the model is loaded where it can be told.
+    """
+    arguments = {key: value for key, value in locals().items() if key not in ("options", "device")} | options
+    _check_arguments(method, budget, allocate, round, windows, window, seed, options)
+    check_output(out, arguments)
+    texts = read_texts(calibration) if calibration is not None else [default_text("calibration")]
+    target = resolve_device(device)
+    record = begin("compress", arguments, seed=seed, device=target)
+    source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    check_context(source, window)
+    data = calibration_batches(tokenizer, texts, windows=windows, window=window, seed=seed)
+    with open_output(out, arguments) as place:
+        before = _size(source)
+        done = compress(
+            source, method, budget=budget, allocate=allocate, batches=data, layers=layers, round=round, sequential=sequential,
+            by_block=by_block, progress=place.progress, track=track, **options,
+        )  # fmt: skip
+        metrics = _metrics(before, _size(source), done)
+        done.allocation.save(place.path / "allocation.json")
+        save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
+    return {"output": str(out), **metrics}
+
+
+def _check_arguments(
+    method: str,
+    budget: Any,
+    allocate: Any,
+    round: int,
+    windows: int,
+    window: int,
+    seed: int,
+    options: Mapping[str, Any],
+) -> None:
+    found = find(method, "compress")
+    found.options(options)
+    Budget.parse(budget)
+    check_seed(seed)
+    if allocate is not None and allocate not in ALLOCATIONS:
+        if not str(allocate).endswith(".json"):
+            raise unknown("allocation", str(allocate), ALLOCATIONS)
+        Allocation.load(allocate)
+    if round < 1:
+        raise WeftError(f"--round is {round}: ranks are multiples of a whole number from 1 on.")
+    if windows < 1 or window < 2:
+        raise WeftError(
+            f"Calibration takes --windows of at least 1 and --window of at least 2, not {windows} and {window}."
+        )
+
+
+def _size(model: nn.Module) -> dict[str, int]:
+    parameters, nbytes = model_size(model)
+    return {"parameters": parameters, "bytes": nbytes}
+
+
+def _metrics(before: Mapping[str, int], after: Mapping[str, int], done: Compressed) -> dict[str, Any]:
+    allocation = done.allocation
+    return {
+        "parameters_before": before["parameters"],
+        "parameters": after["parameters"],
+        "bytes_before": before["bytes"],
+        "bytes": after["bytes"],
+        "matrices": len(allocation),
+        "matrices_dense": sum(rank is None for rank in allocation.values()),
+        "matrix_parameters_before": allocation.total,
+        "matrix_parameters_allowed": allocation.allowed,
+        "matrix_parameters": allocation.spent,
+        "share_kept": allocation.spent / allocation.total,
+        "seconds_survey": done.seconds["survey"],
+        "seconds_replace": done.seconds["replace"],
+    }

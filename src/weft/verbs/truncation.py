@@ -1,0 +1,225 @@
+"""How `compress` works through a model: survey every layer, spend the budget, then replace layer by layer.
+
+    survey       W, moments -> Factors, and what the allocation wants to know (`LayerInfo`); one block's moments in memory, or all at once
+    one_shot     replace each layer by the first r components of the surveyed factors
+    sequential   walk the blocks; factorise each group anew on the inputs that it gets in the model compressed so far
+
+With a `Store` that has a directory, finished blocks are kept on disk, and an interrupted run goes on from them to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from weft.allocate import NEEDS, LayerInfo, Ranks
+from weft.allocate.base import rank_limit
+from weft.linalg.principal import tail_losses
+from weft.linalg.svd import singular_values
+from weft.linalg.whiten import moment_root
+from weft.methods.base import Factors, Method, Moments
+from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
+from weft.stats.collect import INPUT_NEEDS
+from weft.stats.walk import walk
+from weft.terms.layers import bias_of, set_low_rank, weight_of
+
+__all__ = ["Plan", "Store", "one_shot", "sequential", "survey", "surveyed_factors", "truncate"]
+
+
+def _plain(items: Iterable[Any], what: str) -> Iterable[Any]:
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides the result, resolved and checked."""
+
+    method: Method
+    options: Mapping[str, Any]
+    layers: tuple[str, ...]
+    reads: tuple[str, ...] = ()  # fields of LayerInfo that the allocation looks at
+    fixed: Ranks | None = None  # ranks that the user gave, when no allocation has to find them
+    sequential: bool = False
+    correction: float = 0.0
+    by_block: bool = False  # one pass over the batches for each block, so that only its moments are in memory
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = _plain
+
+    @property
+    def reads_factors(self) -> bool:
+        """Whether the survey has to factorise."""
+        return not self.sequential or "spectrum" in self.reads or "losses" in self.reads
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Statistics that the sequential walk, which runs forward only, takes over from the survey."""
+        return tuple(need for need in self.method.needs if need not in INPUT_NEEDS) if self.sequential else ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics of the survey."""
+        read = [need for name in self.reads for need in NEEDS.get(name, ())]
+        return tuple(dict.fromkeys([*(self.method.needs if self.reads_factors else self.carried), *read]))
+
+
+@dataclass
+class Store:
+    """Finished pieces by name: in memory, or as safetensors files in a directory."""
+
+    directory: Path | None = None
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The piece, or None when it is not finished."""
+        if self.directory is None:
+            return self.memory.get(name)
+        try:
+            return load_file(self.directory / f"{name}.safetensors")
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep a finished piece."""
+        if self.directory is None:
+            self.memory[name] = tensors
+            return
+        path = self.directory / f"{name}.safetensors"
+        beside = path.with_suffix(".tmp")
+        save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, beside)
+        beside.replace(path)
+
+
+def survey(
+    model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | None, store: Store
+) -> dict[str, LayerInfo]:
+    """What the allocation reads of every layer; factors (one-shot) or carried statistics (sequential) go to the store, block by block."""
+    infos: dict[str, LayerInfo] = {}
+    whole = stats
+    chunks = layers_by_block(model, plan.layers)
+    for i, names in enumerate(plan.track(chunks, "factorising")):
+        piece = store.get(f"survey-{i}")
+        if piece is None:
+            if whole is None and plan.needs and not plan.by_block:
+                whole = calibrate(
+                    model, batches, plan.needs, layers=plan.layers, cache=store.directory, track=plan.track
+                )
+            moments = whole or (calibrate(model, batches, plan.needs, layers=names) if plan.needs else {})
+            piece = {}
+            for name in names:
+                entry = _survey_layer(
+                    model.get_submodule(name), moments.get(name, {}), plan, (plan.fixed or {}).get(name)
+                )
+                piece |= {f"{name}:{key}": tensor for key, tensor in entry.items()}
+            store.put(f"survey-{i}", piece)
+        for name in names:
+            shape = weight_of(model.get_submodule(name)).shape
+            infos[name] = LayerInfo(
+                (shape[0], shape[1]),
+                spectrum=piece.get(f"{name}:s"),
+                weight_spectrum=piece.get(f"{name}:weight_spectrum"),
+                losses=piece.get(f"{name}:losses"),
+            )
+    return infos
+
+
+def one_shot(model: nn.Module, plan: Plan, ranks: Ranks, store: Store) -> None:
+    """Replace every layer that has a rank by the first components of its surveyed factors."""
+    for name, factors in surveyed_factors(model, plan, store):
+        rank = ranks[name]
+        if rank is not None:
+            truncate(model, name, factors, rank)
+
+
+def surveyed_factors(model: nn.Module, plan: Plan, store: Store) -> Iterator[tuple[str, Factors]]:
+    """Every layer's name and factors, as the survey left them; one block's in memory at a time."""
+    for i, names in enumerate(layers_by_block(model, plan.layers)):
+        piece = store.get(f"survey-{i}") or {}
+        for name in names:
+            yield name, Factors(**{key: piece.get(f"{name}:{key}") for key in Factors._fields})  # type: ignore[arg-type]
+
+
+def sequential(model: nn.Module, plan: Plan, ranks: Ranks, batches: Sequence[Batch], store: Store) -> None:
+    """Walk the blocks, replacing each group of layers on the inputs it gets after everything before it was replaced.
+
+    With `plan.correction` = a > 0, the target is not this layer's own map W but W ((1 - a) X + a C) X^-1, where X = E[x x^T] of the inputs x now and
+    C = E[x_o x^T] with the inputs x_o of the original model: the least-squares map from x to the mix (1 - a) W x + a W x_o.
+    """
+    carried: dict[str, Tensor] = {}
+    for i in range(len(layers_by_block(model, plan.layers))):
+        carried |= store.get(f"survey-{i}") or {}
+
+    def restore(block: str) -> bool:
+        done = store.get(f"block-{block}")
+        for name in plan.layers if done else ():
+            if f"{name}:B" in (done or {}):
+                set_low_rank(model, name, done[f"{name}:B"], done[f"{name}:A"], done.get(f"{name}:bias"))  # type: ignore[index, union-attr]
+        return done is not None
+
+    needs = [need for need in INPUT_NEEDS if need in plan.method.needs or need == "input_moment"]
+    groups = walk(model, batches, plan.layers, needs, original=plan.correction > 0, done=restore, track=plan.track)
+    for block, members in groupby(groups, key=lambda group: group.block):
+        changed: dict[str, Tensor] = {"": torch.zeros(1)}
+        for group in members:
+            for name in group.names:
+                rank = ranks[name]
+                if rank is not None:
+                    moments = {**group.moments, **{need: carried[f"{name}:{need}"] for need in plan.carried}}
+                    changed |= _refactorise(model, name, rank, moments, plan)
+        store.put(f"block-{block}", changed)
+
+
+def truncate(model: nn.Module, name: str, factors: Factors, rank: int) -> dict[str, Tensor]:
+    """Replace a layer by the first `rank` components, correcting its bias where the factors ask for it; what was stored, by name."""
+    layer = model.get_submodule(name)
+    weight, bias = weight_of(layer), bias_of(layer)
+    B, A = (t.to(weight.device, weight.dtype) for t in factors.truncate(rank)[:2])
+    if factors.mean is not None:
+        # the factors as they will be stored, so that their rounding is corrected too
+        error = (weight.double() - B.double() @ A.double()) @ factors.mean.to(weight.device)
+        bias = error if bias is None else bias.double() + error
+    new = set_low_rank(model, name, B, A, bias)
+    stored = {f"{name}:B": B, f"{name}:A": A}
+    return stored if new.bias is None else stored | {f"{name}:bias": new.bias.detach()}
+
+
+def _survey_layer(layer: nn.Module, moments: Moments, plan: Plan, rank: int | None) -> dict[str, Tensor]:
+    """What is kept of one layer: factors up to the largest rank that saves, spectra, predicted losses, carried statistics."""
+    W = weight_of(layer, torch.float64)
+    entry: dict[str, Tensor] = {need: moments[need] for need in plan.carried}
+    if "weight_spectrum" in plan.reads:
+        entry["weight_spectrum"] = singular_values(W)
+    if plan.reads_factors:
+        assert plan.method.factorise is not None
+        factors = plan.method.factorise(W, moments, **plan.options)
+        entry["s"] = factors.s
+        if "losses" in plan.reads:
+            entry["losses"] = tail_losses(factors.B, factors.A, moments["input_moment"], moments["output_grad_moment"])
+        if not plan.sequential or "measure" in plan.reads:
+            kept = factors.truncate(rank or rank_limit(LayerInfo((W.shape[0], W.shape[1]))))
+            dtype = weight_of(layer).dtype
+            entry |= {"B": kept.B.to(dtype), "A": kept.A.to(dtype)} | ({} if kept.mean is None else {"mean": kept.mean})
+    return {key: tensor.cpu() for key, tensor in entry.items()}
+
+
+def _refactorise(model: nn.Module, name: str, rank: int, moments: Moments, plan: Plan) -> dict[str, Tensor]:
+    assert plan.method.factorise is not None
+    W = weight_of(model.get_submodule(name), torch.float64)
+    moments = {need: tensor.to(W.device) for need, tensor in moments.items()}
+    if plan.correction:
+        W = _corrected(W, moments["input_moment"], moments["cross_moment"], plan.correction)
+    return truncate(model, name, plan.method.factorise(W, moments, **plan.options), rank)
+
+
+def _corrected(W: Tensor, X: Tensor, C: Tensor, a: float) -> Tensor:
+    """W ((1 - a) X + a C) X^-1, one ridge on both moments."""
+    ridge = 1e-4
+    root = moment_root(X, ridge=ridge)
+    mixed = (1 - a) * X + a * C + torch.eye(len(X), dtype=X.dtype, device=X.device) * (ridge * X.diagonal().mean())
+    return root.solve_transposed(root.solve((W @ mixed).mT)).mT
