@@ -1,0 +1,8 @@
+"""Memory savers for training: activations that are cheap to make again are not kept, and the logits are never all there at once."""
+
+from __future__ import annotations
+
+from weft.memory.cross_entropy import linear_cross_entropy
+from weft.memory.lean import LeanReport, lean, lean_report, unlean
+
+__all__ = ["LeanReport", "lean", "lean_report", "linear_cross_entropy", "unlean"]

@@ -1,0 +1,153 @@
+"""Cross-entropy of a linear head without the tokens x vocabulary matrix of logits.
+
+    loss = sum_i (logsumexp(z_i) - z_i[t_i]) / n,   z_i = steps(C e_i + b),   E (tokens, in), C (vocabulary, in)
+
+Tokens go through in chunks; the gradient of a chunk is computed beside its loss, so that its logits live only that long and no product is done
+twice (Hsu et al., 2024, arXiv 2410.10989, section 3.2). Exact: what is not kept is recomputed by nobody and left out by nobody. For a trained head
+on a GPU, cut-cross-entropy (Wijmans et al., 2024, arXiv 2411.09009) is used where it is installed, unfiltered; for a frozen head the chunks
+need two matrix products where it needs three.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["chunked_cross_entropy", "linear_cross_entropy"]
+
+CHUNK_LOGITS = 2**24
+"""Logits a chunk: 64 MB in fp32, 512 tokens at a vocabulary of 32 768."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk: int | None = None,
+) -> Tensor:
+    """F.cross_entropy of the logits hidden @ weight.T + bias in fp32, or softcap * tanh(logits / softcap) of them.
+
+    Args:
+        hidden: (tokens, in).
+        weight: (vocabulary, in); receives a gradient if it requires one, accumulated in fp32 over the chunks.
+        targets: (tokens,) class indices; those equal to `ignore_index` do not count.
+        bias: (vocabulary,).
+        reduction: "mean" over the tokens that count (NaN when there is none, as in torch), "sum", or "none".
+        chunk: tokens a chunk; None for as many as make 2^24 logits.
+    """
+
+    def logits(rows: Tensor) -> Tensor:
+        z = F.linear(rows, weight, bias)
+        z = z if softcap is None else torch.tanh(z / softcap) * softcap
+        return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    trained = [p for p in (weight, bias) if p is not None and p.requires_grad]
+    kernel = cut_cross_entropy(hidden, weight) if bias is None and reduction != "none" else None
+    if kernel is not None:
+        # unfiltered: skipping small gradients starves rare tokens' rows of the weight
+        loss: Tensor = kernel(hidden, weight, targets, ignore_index, softcap, reduction, False, None)
+        return loss
+    chunk = chunk or max(CHUNK_LOGITS // weight.shape[0], 1)
+    return chunked_cross_entropy(hidden, targets, logits, trained, chunk, ignore_index=ignore_index, reduction=reduction)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    chunk: int,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """F.cross_entropy(logits(hidden), targets), `chunk` tokens at a time.
+
+    Args:
+        hidden: (tokens, in).
+        targets: (tokens,) class indices.
+        logits: (k, in) -> (k, vocabulary), row by row.
+        parameters: the trained tensors that `logits` reads.
+        chunk: tokens a chunk.
+    """
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if reduction == "none":
+        # each token's gradient waits for its own weight, so the logits are made again in backward
+        pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat(
+            [checkpoint(_losses, logits, rows, classes, options, use_reentrant=False) for rows, classes in pairs]  # type: ignore[misc]
+        )
+    counted = targets != ignore_index
+    total = int(counted.sum())
+    if 0 < total < len(targets):
+        # tokens without a target cost nothing
+        hidden, targets = hidden[counted], targets[counted]
+    divisor = torch.tensor(total if reduction == "mean" else 1, device=hidden.device)
+    loss: Tensor = _ChunkedLoss.apply(logits, chunk, options, divisor, targets, hidden, *parameters)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
+    """The kernel, where it is installed, fits and pays: half-precision tensors on a CUDA GPU and a trained head."""
+    fits = hidden.is_cuda and weight.requires_grad and hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    if not fits or importlib.util.find_spec("cut_cross_entropy") is None:
+        return None
+    kernel: Callable[..., Tensor] = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return kernel
+
+
+def _losses(logits: Callable[[Tensor], Tensor], rows: Tensor, classes: Tensor, options: dict[str, Any]) -> Tensor:
+    return F.cross_entropy(logits(rows), classes, reduction="none", **options)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Callable[[Tensor], Tensor],
+        chunk: int,
+        options: dict[str, Any],
+        divisor: Tensor,
+        targets: Tensor,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        needs = ctx.needs_input_grad[5:]
+        total = None
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        # a sum over many chunks in half precision drifts: fp32 or wider
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        for start in range(0, max(len(hidden), 1), chunk):
+            rows = hidden[start : start + chunk].detach().requires_grad_(needs[0])
+            with torch.set_grad_enabled(any(needs)):
+                losses = F.cross_entropy(logits(rows), targets[start : start + chunk], reduction="sum", **options)
+                loss = losses / divisor
+            total = loss.detach() if total is None else total + loss.detach()
+            wanted = [t for t, need in zip((rows, *parameters), needs, strict=True) if need]
+            grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
+            if grad_hidden is not None:
+                grad_hidden[start : start + chunk] = grads.pop(0)
+            for accumulated, grad in zip(sums, grads, strict=True):
+                accumulated += grad
+        ctx.save_for_backward(grad_hidden, *(s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)))
+        assert total is not None
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # the upstream gradient is one number
+        return None, None, None, None, None, *(None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)

@@ -1,0 +1,166 @@
+"""The lean forward of each kind of module: the same values, fewer tensors kept for backward.
+
+A forward is a function (module, *args, **kwargs), put on an instance by `LeanForward`. Each falls back to the class's own forward for calls it
+does not know.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial, singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.kernels.lean_linear import Factor, Weight, linear
+from weft.kernels.recompute import recompute, source_of
+from weft.memory.logits import Logits
+from weft.terms import Dense, LowRank, Shifted, Spectral, SumLinear, Term
+
+__all__ = [
+    "LeanForward",
+    "causal_lm",
+    "elementwise",
+    "factors_of",
+    "fused_gated_mlp",
+    "gated_mlp",
+    "original",
+    "plain_linear",
+    "sum_linear",
+    "weight_of",
+]
+
+
+class LeanForward:
+    """The `forward` attribute of one module instance, in the way of its class's own: deep-copied and pickled with the module.
+
+    Outside of training, and under torch.compile, whose partitioner recomputes what is cheap by itself, it is the class's own forward.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        self.module, self.run = module, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return original(self.module, *args, **kwargs)
+        return self.run(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # trainers read the model's argument names from it
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the module's class."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def elementwise(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A norm or an activation: keeps its input."""
+    if args or kwargs:
+        return original(module, x, *args, **kwargs)
+    return recompute(partial(original, module), (x,), tuple(module.parameters()))
+
+
+def gated_mlp(module: Any, x: Tensor) -> Any:
+    """down(act(gate(x)) * up(x)): keeps gate and up."""
+    act = module.act_fn
+    return module.down_proj(recompute(partial(_gate, act), (module.gate_proj(x), module.up_proj(x)), tuple(act.parameters())))
+
+
+def fused_gated_mlp(module: Any, x: Tensor) -> Any:
+    """down(up * act(gate)) with gate, up = gate_up(x): keeps gate_up."""
+    act = module.activation_fn
+    return module.down_proj(recompute(partial(_gate_halves, act), (module.gate_up_proj(x),), tuple(act.parameters())))
+
+
+def plain_linear(module: Any, x: Tensor) -> Any:
+    """A trained nn.Linear or Conv1D: keeps what its input is made from."""
+    weight = module.weight
+    if not weight.requires_grad or source_of(x).recipe is None:
+        return original(module, x)
+    return linear(x, weight if isinstance(module, nn.Linear) else weight.mT, module.bias)
+
+
+def sum_linear(module: SumLinear, x: Tensor) -> Any:
+    """A sum of terms: keeps x once for the base and all low-rank terms; further terms keep what they keep."""
+    terms: list[Term] = list(module.terms.values())  # type: ignore[arg-type]
+    weight = weight_of(terms[0])
+    if weight is None:
+        return original(module, x)
+    found = [factors_of(term) for term in terms[1:]]
+    y = linear(x, weight, module.bias, [factor for factors in found for factor in factors or ()])
+    for term, factors in zip(terms[1:], found, strict=True):
+        y = y if factors is not None else y + term(x)
+    return y
+
+
+def causal_lm(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A language model given labels in training: the loss without the logits, `logits` None in the output."""
+    head = module.get_output_embeddings()
+    width = getattr(head, "out_features", None)
+    sharded_alone = "FSDP" in type(head).__name__  # its weight is whole only within its own forward
+    if not module.training or kwargs.get("labels") is None or width is None or sharded_alone:
+        return original(module, *args, **kwargs)
+    before = head.__dict__.get("forward")
+    head.forward = partial(_promise, head, before or partial(original, head), width)
+    try:
+        output = original(module, *args, **kwargs)
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+    if isinstance(output, tuple):
+        return tuple(item.tensor() if isinstance(item, Logits) else item for item in output)
+    return type(output)(**{key: value for key, value in output.items() if not isinstance(value, Logits)})
+
+
+@singledispatch
+def weight_of(term: Term) -> Weight | None:
+    """What the first term of a sum is multiplied as, or None where it has no cheap dense form."""
+    return None
+
+
+@weight_of.register
+def _(term: Dense) -> Weight:
+    return term.matrix
+
+
+@singledispatch
+def factors_of(term: Term) -> list[Factor] | None:
+    """The differentiable low-rank factors of a term, or None where it has none."""
+    return None
+
+
+@factors_of.register
+def _(term: LowRank) -> list[Factor] | None:
+    return None if term.dropout and term.training else [Factor(term.B, term.A, term.scale)]
+
+
+@factors_of.register
+def _(term: Spectral) -> list[Factor]:
+    return [Factor(term.U, term.s.unsqueeze(1) * term.V, 1.0)]
+
+
+@factors_of.register
+def _(term: Shifted) -> list[Factor] | None:
+    now, start = factors_of(term.now), factors_of(term.start)
+    return None if now is None or start is None else [*now, *(Factor(B, A, -scale) for B, A, scale in start)]
+
+
+def _gate(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    product: Tensor = original(act, gate) * up
+    return product
+
+
+def _gate_halves(act: nn.Module, gate_up: Tensor) -> Tensor:
+    return _gate(act, *gate_up.chunk(2, dim=-1))
+
+
+def _promise(head: nn.Module, forward: Callable[[Tensor], Tensor], width: int, hidden: Tensor) -> Logits:
+    trained = [p for p in head.parameters() if p.requires_grad]
+    weight = head.weight if isinstance(head, nn.Linear) and head.bias is None else None
+    return Logits(hidden, forward, trained, width, weight)
