@@ -59,7 +59,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-    """A table on stdout; where it is too wide, what stands on the left is folded.
+    """A table on stdout; words are folded to the terminal's width, numbers never cut.
 
     Args:
         columns: heading -> "left" or "right".
@@ -67,15 +67,17 @@ def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title
     from rich.console import Console
     from rich.table import Table
 
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for heading, justify in columns.items():
+        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(number(cell) for cell in row))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160  # a file has no width of its own
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for heading, justify in columns.items():
-        right = justify == "right"
-        table.add_column(heading, overflow="fold", no_wrap=right, justify="right" if right else "left")
-    for row in rows:
-        table.add_row(*(number(cell) for cell in row))
+    if "right" in columns.values():
+        natural = console.measure(table, options=console.options.update(width=1000)).maximum
+        console.width = max(console.width, natural)  # better wrapped by the terminal than cut
     console.print(table)
 
 

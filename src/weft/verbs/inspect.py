@@ -154,7 +154,7 @@ def _matrices(model: nn.Module) -> list[_Found]:
             seen.add(id(parameter))
             tied = uses[id(parameter)] > 1
             weight = weight_of(module) if is_linear(module) else parameter.detach()
-            full = name if weight_name == "weight" else f"{name}.{weight_name}"
+            full = name if weight_name == "weight" else ".".join(filter(None, (name, weight_name)))
             found.extend((n, w, w.numel(), tied) for n, w in _unstacked(full, weight))
     return found
 

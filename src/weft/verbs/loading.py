@@ -36,6 +36,8 @@ def resolve(name: str | os.PathLike[str]) -> str:
     """
     name = os.fspath(name)
     path = Path(name).expanduser()
+    if not name:
+        raise WeftError("The model's name is empty; give a directory, a Hub id or 'pico'.")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise WeftError(f"{name} holds no config.json, so it is no model directory.")
@@ -47,7 +49,7 @@ def resolve(name: str | os.PathLike[str]) -> str:
     looks_like_path = (
         name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1 or ("/" in name and path.parent.is_dir())
     )
-    if not name or looks_like_path:
+    if looks_like_path:
         raise WeftError(f"There is no directory {name!r}{_neighbours(path)}.")
     return name
 

@@ -11,7 +11,7 @@ __all__ = ["figures", "page", "section", "table"]
 _STYLE = """
 :root { color-scheme: light; --ink: #12263f; --soft: #5b6b80; --line: #dfe5ec; --panel: #f6f8fb; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: #fff; color: var(--ink);
+body { margin: 0 auto; max-width: 1320px; padding: 32px 24px 64px; background: #fff; color: var(--ink);
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 4px; }
 p { margin: 4px 0 12px; color: var(--soft); max-width: 80ch; }

@@ -1,0 +1,144 @@
+"""Spectra: every measure against numpy in fp64, every matrix once, and a page that stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import weft
+from weft.errors import WeftError
+from weft.terms import LowRank, SumLinear
+from weft.verbs.inspect import inspect, run
+
+
+@pytest.fixture(scope="module")
+def model(tiny_directory: Path) -> nn.Module:
+    from weft.verbs.loading import load_model
+
+    return load_model(tiny_directory, device="cpu")
+
+
+def test_measures_equal_numpy_in_fp64(model: nn.Module) -> None:
+    report = inspect(model)
+    weights = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if p.dim() == 2}
+    assert [m.name for m in report.matrices] == list(weights)
+    for m in report.matrices:
+        s = np.linalg.svd(weights[m.name].detach().double().numpy(), compute_uv=False)
+        p, energy = s / s.sum(), np.cumsum(s**2) / np.sum(s**2)
+        expected = [
+            np.sum(s**2) / s[0] ** 2,
+            np.exp(-np.sum(p * np.log(p))),
+            s[0],
+            np.linalg.norm(s),
+            s.sum(),
+        ]
+        got = [m.stable_rank, m.effective_rank, m.spectral_norm, m.frobenius_norm, m.nuclear_norm]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        ranks = [int(np.argmax(energy >= share)) + 1 for share in (0.9, 0.95, 0.99)]
+        assert [m.rank_90, m.rank_95, m.rank_99] == ranks
+        assert m.shape == tuple(weights[m.name].shape) and m.parameters == weights[m.name].numel()
+
+
+def test_a_tied_matrix_is_listed_once_and_marked(model: nn.Module) -> None:
+    tied = [m.name for m in inspect(model).matrices if m.tied]
+    assert tied == ["model.embed_tokens"]
+
+
+def test_layers_choose(model: nn.Module) -> None:
+    report = inspect(model, "*q_proj")
+    assert [m.name for m in report.matrices] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    with pytest.raises(WeftError, match="matches no linear layer"):
+        inspect(model, "*r_proj")
+
+
+def test_a_sum_of_terms_is_measured_as_its_matrix() -> None:
+    torch.manual_seed(0)
+    B, A = torch.randn(12, 3), torch.randn(3, 8)
+    net = nn.Sequential(SumLinear({"low_rank": LowRank.from_factors(B, A)}, torch.zeros(12)))
+    (m,) = inspect(net).matrices
+    assert (m.name, m.shape, m.parameters, m.rank_99) == ("0", (12, 8), 60, 3)
+    assert m.frobenius_norm == pytest.approx(float((B @ A).norm()), rel=1e-5)
+
+
+def test_experts_are_measured_one_by_one_and_codes_left_out() -> None:
+    net = nn.Module()
+    net.experts = nn.Parameter(torch.randn(3, 4, 5))
+    net.codes = nn.Parameter(torch.ones(4, 4, dtype=torch.uint8), requires_grad=False)
+    assert [m.name for m in inspect(net).matrices] == ["experts[0]", "experts[1]", "experts[2]"]
+
+
+def test_zero_matrices_and_bad_numbers() -> None:
+    zero = nn.Sequential(nn.Linear(4, 4, bias=False))
+    nn.init.zeros_(zero[0].weight)
+    (m,) = inspect(zero).matrices
+    assert (m.stable_rank, m.effective_rank, m.rank_90, m.nuclear_norm) == (0, 0, 0, 0)
+    nn.init.constant_(zero[0].weight, float("nan"))
+    with pytest.raises(WeftError, match="matrix 0 holds NaN or infinite numbers"):
+        inspect(zero)
+    with pytest.raises(WeftError, match="no weight matrix"):
+        inspect(nn.LayerNorm(4))
+
+
+def test_the_public_name_is_this_function() -> None:
+    assert weft.inspect is inspect
+
+
+class Tags(HTMLParser):
+    """Tags that are open, and every reference to something outside the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [str(value) for key, value in attrs if key in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+
+def test_the_page_is_well_formed_complete_and_stands_alone(model: nn.Module, tmp_path: Path) -> None:
+    report = inspect(model, name="tiny <b>&</b>")
+    report.save(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open and not tags.references and "url(" not in text
+    assert "tiny &lt;b&gt;" in text and "<b>" not in text
+    assert all(m.name in text for m in report.matrices)
+    assert text.count("<svg") == 1 + len({re.sub(r"\d", "", m.name) for m in report.matrices})
+    assert "nan" not in text
+
+
+def test_json_is_the_measures(model: nn.Module, tmp_path: Path) -> None:
+    report = inspect(model)
+    report.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved == report.to_dict()
+    assert saved["parameters"] == sum(m.parameters for m in report.matrices)
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "report", "missing/report.html"])
+def test_a_report_that_cannot_be_written_is_refused_before_loading(name: str, tmp_path: Path) -> None:
+    with pytest.raises(WeftError, match=r"must end in \.html|no directory"):
+        run("pico", report=tmp_path / name)
+
+
+def test_run_reads_a_directory_and_records_itself(tiny_directory: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    result = run(str(tiny_directory), report=tmp_path / "r.html")
+    assert result["model"] == str(tiny_directory) and len(result["matrices"]) == 15
+    assert json.loads((tmp_path / "r.run.json").read_text())["arguments"]["model"] == str(tiny_directory)
