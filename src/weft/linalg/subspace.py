@@ -44,10 +44,11 @@ def upcast(x: Tensor) -> Tensor:
 def cholesky_qr(Y: Tensor, repeat: int = 2) -> Tensor:
     """An orthonormal basis of the columns of `Y (..., s, r)`, `r <= s`, by `repeat` rounds of Cholesky-QR.
 
-    Columns are first scaled to unit length; each round solves `Q L^T = Y` with `L L^T = Y^T Y + ridge I`, the ridge
-    being `10 eps` of the mean diagonal. Batch members whose result is not orthonormal to `100 eps` (rank deficiency, a bad
-    condition number) are done again by Householder QR, which completes the basis. A zero matrix gives unit vectors.
-    Like every QR it keeps the span of each leading group of columns, with `diag(R) >= 0`.
+    Columns are first scaled to unit length; each round solves `Q L^T = Y` with
+    `L L^T = Y^T Y + ridge I`, the ridge being `10 eps` of the mean diagonal. Batch members whose result is not
+    orthonormal to `100 eps` (rank deficiency, a bad condition number) are done again by Householder QR, which
+    completes the basis. A zero matrix gives unit vectors. Like every QR it keeps the span of each leading group of
+    columns, with `diag(R) >= 0`.
     """
     Y = upcast(Y)
     eps = torch.finfo(Y.dtype).eps
@@ -72,7 +73,8 @@ def _householder(Y: Tensor) -> Tensor:
 
 
 def _signs(x: Tensor) -> Tensor:
-    return torch.where(x < 0, -torch.ones_like(x), torch.ones_like(x))
+    signs: Tensor = torch.where(x < 0, -torch.ones_like(x), torch.ones_like(x))
+    return signs
 
 
 def canonical_signs(Q: Tensor, previous: Tensor | None = None) -> Tensor:
@@ -121,9 +123,9 @@ def range_finder(A: Tensor, size: int, power: int = 2, *, generator: torch.Gener
 def randomized_svd(
     A: Tensor, rank: int, *, oversample: int = 8, power: int = 2, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncated SVD `U (..., m, r), S (..., r), Vh (..., r, n)` of `A (..., m, n)` from `r + oversample` random columns.
+    """Truncated SVD `U (..., m, r), S (..., r), Vh (..., r, n)` of `A (..., m, n)` by a random sketch.
 
-    Canonical signs on U. Exact to rounding where rank(A) <= r + oversample.
+    The sketch has `rank + oversample` columns. Canonical signs on U. Exact to rounding where rank(A) <= r + oversample.
     """
     A = upcast(A)
     size = min(rank + oversample, *A.shape[-2:])

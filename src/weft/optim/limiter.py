@@ -1,0 +1,36 @@
+"""Fira's norm-growth limiter, used by APOLLO too: a term's norm may fall freely and grow by at most gamma a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.optim.base import Field, Matrix, Rows, Scalar, State
+
+__all__ = ["NormGrowth"]
+
+
+@dataclass(frozen=True)
+class NormGrowth:
+    """S <- S / c with c = max(||S||_F / (q + 1e-8), gamma) / gamma, q the limited norm of the last step.
+
+    State: q, one number a weight. Source: Chen et al. 2024 (Fira), arXiv 2410.01623. Deviations: a first norm of zero
+    is not remembered, since the official rule would then hold the term near zero for some 1,850 steps.
+    """
+
+    gamma: float = 1.01
+
+    def fields(self, matrix: Matrix) -> dict[str, Field]:
+        return {"norm": Field((), torch.promote_types(matrix.dtype, torch.float32))}
+
+    def factor(self, E: Tensor, f: Scalar, state: State, rows: Rows) -> Tensor:
+        """1/c (k, 1, 1) for the term f * E (k, n, s); remembers the limited norm."""
+        high = torch.promote_types(E.dtype, torch.float32)
+        norm = rows.norm(torch.linalg.vector_norm(E, dim=-1, keepdim=True, dtype=high) * f)
+        last = state["norm"].to(norm.dtype)[:, None, None]
+        growth = torch.where(last > 0, norm / (last + 1e-8), torch.zeros_like(norm))
+        factor = self.gamma / growth.clamp(min=self.gamma)
+        state["norm"].copy_((norm * factor).flatten())
+        return factor
