@@ -78,7 +78,8 @@ def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, An
         template = tokenizer.get_chat_template()
     except ValueError:
         raise WeftError(
-            "The tokenizer has no chat template, so data with messages cannot be formatted: use the model's chat (instruct) "
+            "The tokenizer has no chat template, so data with messages cannot be formatted: use the model's chat "
+            "(instruct) "
             "version, set tokenizer.chat_template, or give data with text or prompt and completion."
         ) from None
     if re.search(r"\{%-?\s*generation\s*-?%\}", template) and tokenizer.is_fast:

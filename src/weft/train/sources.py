@@ -178,7 +178,8 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
         items = json.loads(_utf8(path))
     except json.JSONDecodeError as error:
         raise WeftError(
-            f"{path} is not JSON ({error.msg} at line {error.lineno}); a file with one record a line must end in .jsonl."
+            f"{path} is not JSON ({error.msg} at line {error.lineno}); a file with one record a line must end in "
+            ".jsonl."
         ) from None
     if not isinstance(items, list):
         raise WeftError(f"{path} holds a JSON {type(items).__name__}: a list of records is needed.")

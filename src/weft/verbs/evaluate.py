@@ -20,16 +20,22 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from weft.embedded.text import default_text
 from weft.errors import WeftError
+from weft.train.sources import read_texts
 from weft.train.windows import Window, evaluation_windows, token_stream
+from weft.verbs.loading import load_config, load_model, load_tokenizer
+from weft.verbs.seeding import check_seed
 
-__all__ = ["evaluate", "model_size", "peak_memory"]
+__all__ = ["check_causal", "check_context", "evaluate", "model_size", "peak_memory", "reset_peak_memory", "run"]
 
 LOGIT_BYTES = 2**28  # one batch's logits stay below this, unless a single window's exceed it
 FLOAT_ROWS = 256  # positions turned into fp32 log-probabilities at a time
@@ -82,10 +88,56 @@ def evaluate(
     }
 
 
-def check_context(model: PreTrainedModel, window: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_context(model: PreTrainedModel | PreTrainedConfig, window: int) -> None:
+    """Raises WeftError when a window is longer than the model (or the configuration of one) can attend to."""
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and window > context:
         raise WeftError(f"The window is {window} tokens and the model's context {context}: give a smaller --window.")
+
+
+def check_causal(config: PreTrainedConfig) -> None:
+    """Raises WeftError for a model that does not predict the next token, before it is loaded."""
+    architecture = next(iter(config.architectures or []), None)
+    custom = bool(getattr(config, "auto_map", None))
+    if architecture and not custom and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise WeftError(
+            f"{architecture} is no causal language model: perplexity and this training are not defined for it."
+        )
+
+
+def run(
+    model: str,
+    *,
+    text: str | Path | Sequence[str | Path] | None = None,
+    window: int = 512,
+    stride: int | None = None,
+    windows: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """`weft eval`: `evaluate` on a model directory, Hub id or embedded name, and on files.
+
+    Args:
+        text: files or directories as `weft.train.sources.read_texts` takes them; None for the held-out Python sources.
+        seed: accepted as by every verb; nothing here is random.
+
+    Raises WeftError for any argument that cannot work, before the model is loaded where it can be told.
+    """
+    check_seed(seed)
+    evaluation_windows(window, window, stride)  # says what is wrong with either
+    texts = read_texts(text) if text is not None else [default_text("evaluation")]
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    check_causal(config)
+    check_context(config, window)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    evaluation_windows(
+        len(token_stream(tokenizer, texts)), window, stride, windows
+    )  # says whether the text is too short
+    source = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return {"model": model, **evaluate(source, tokenizer, texts, window=window, stride=stride, windows=windows)}
 
 
 @torch.no_grad()

@@ -1,0 +1,239 @@
+"""Training through transformers' Trainer: `train` runs a recipe on rows with rules, resuming from the last checkpoint
+bit for bit.
+
+What is added to the Trainer: a rule's penalty enters the loss, data order and random numbers are functions of (seed,
+    step), and a
+checkpoint holds only what training changes. Mixed precision, accumulation, schedules, logging and several processes are
+the Trainer's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from weft.rules import Rule, Rules
+from weft.train.callback import RuleCallback
+from weft.train.checkpoints import Changes, last_checkpoint
+from weft.train.interrupt import Interrupt
+from weft.train.metrics import MetricsLog
+from weft.train.order import Order, derived_seed
+from weft.train.packing import Rows, collate
+from weft.train.recipe import Recipe
+
+__all__ = ["METRICS_FILE", "Trainer", "train"]
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Rows,
+    recipe: Recipe,
+    directory: Path,
+    *,
+    optimizer: Callable[[], torch.optim.Optimizer],
+    rules: Sequence[Rule] = (),
+    more: Callable[[float], Mapping[str, float]] = lambda lr: {},
+    measure: Callable[[], Mapping[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train the parameters that require a gradient, in place, and return what was logged.
+
+    Args:
+        directory: for checkpoints and metrics.jsonl; training goes on from the last complete checkpoint in it.
+        optimizer: makes the optimizer of the trainable parameters, which are then in fp32 at least.
+        rules: what happens around each step.
+        more: learning rate -> further figures to log.
+        measure: figures to log every `recipe.eval_every` steps, such as a perplexity; must leave the model as it is.
+
+    Trainable parameters in half precision are trained in fp32 and given back in their own dtype.
+
+    Raises KeyboardInterrupt when a signal came; the step under way was then finished and saved.
+    """
+    interrupt, metrics = Interrupt(), MetricsLog(directory / METRICS_FILE, more, measure, recipe.eval_every)
+    rule = Rules(rules)
+    with interrupt.listening(), wide(model), checkpointing(model, recipe.checkpointing), kept_config(model):
+        trainer = Trainer(
+            model,
+            rule,
+            rows,
+            args=arguments(recipe, directory, next(model.parameters()).device),
+            data_collator=collate,
+            optimizers=(optimizer(), None),
+            callbacks=[Seeds(recipe.seed), RuleCallback(rule), metrics, Progress(), interrupt],
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = last_checkpoint(directory)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return metrics.records()
+
+
+def arguments(recipe: Recipe, directory: Path, device: torch.device) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
+    on_gpu = device.type == "cuda"
+    args = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=recipe.steps,
+        learning_rate=recipe.lr,
+        per_device_train_batch_size=recipe.batch,
+        gradient_accumulation_steps=recipe.accumulate,
+        lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        save_steps=recipe.saving_steps,
+        save_total_limit=2,  # the one before stays until the next is complete
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        bf16=on_gpu if recipe.autocast is None else recipe.autocast,
+        use_cpu=not on_gpu,
+        seed=recipe.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,  # ours says how long is left, and keeps quiet where stderr is a file
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # one process a GPU (torchrun); never nn.DataParallel
+    return args
+
+
+class Trainer(transformers.Trainer):
+    """transformers' Trainer with a rule's penalty in the loss, a fixed order of data, and checkpoints of changes."""
+
+    def __init__(self, model: nn.Module, rule: Rule, train_dataset: Rows, **kwargs: Any) -> None:
+        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        self.rule, self.rows = rule, len(train_dataset)
+        self.changes = Changes(model)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        penalty = self.rule.penalty(self.accelerator.unwrap_model(model)) if model.training else None
+        if penalty is not None:
+            # a loss normalised over all micro-batches is summed over them; others the Trainer averages itself
+            summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + penalty.to(loss) / (self.current_gradient_accumulation_steps if summed else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return Order(self.rows, self.args.max_steps * rows_a_step, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            directory = Path(output_dir or str(self.args.output_dir))
+            os.makedirs(directory, exist_ok=True)
+            self.changes.save(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.changes.load(Path(resume_from_checkpoint))
+
+
+class Seeds(TrainerCallback):
+    """Seeds the global generators before each step, so that dropout is a function of (seed, step, process)."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_seed(derived_seed(self.seed, state.global_step, args.process_index))
+
+
+class Progress(TrainerCallback):
+    """A bar on stderr with the time left and the last loss; nothing where stderr is not a terminal."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        off = None if state.is_world_process_zero else True
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=off, dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()
+
+
+@contextmanager
+def wide(model: nn.Module) -> Iterator[None]:
+    """Trainable parameters in fp32 within the block: in half precision, updates smaller than its rounding would be
+    lost.
+    """
+    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """Activation checkpointing within the block."""
+    if not wanted:
+        yield
+        return
+    _checkpointing(model, "enable")({"use_reentrant": False})
+    # with frozen embeddings no input of the first block would require a gradient, and some models refuse then
+    model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+        _checkpointing(model, "disable")()
+
+
+def _checkpointing(model: PreTrainedModel, action: str) -> Callable[..., Any]:
+    """The model's method under its name in this release of transformers."""
+    new, old = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
+    found: Callable[..., Any] = getattr(model, new) if hasattr(model, new) else getattr(model, old)
+    return found
+
+
+@contextmanager
+def kept_config(model: PreTrainedModel) -> Iterator[None]:
+    """The Trainer turns the cache off in the model's config, where it would be saved, and leaves training mode on."""
+    cache, training = getattr(model.config, "use_cache", None), model.training
+    try:
+        yield
+    finally:
+        if cache is not None:
+            model.config.use_cache = cache
+        model.train(training)

@@ -1,0 +1,246 @@
+"""Fine-tune a model: train what a method trains, and freeze the rest.
+
+welore    the low-rank components of a compressed model        lora and its kin    adapters, put on first
+full      every parameter                                      any other method    what its record says is trained
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weft.embedded.text import calibration_files
+from weft.errors import WeftError
+from weft.io.save import save_model
+from weft.methods import find
+from weft.methods.base import Method
+from weft.rules import Rule
+from weft.train.data import training_rows
+from weft.train.packing import Rows
+from weft.train.recipe import Recipe
+from weft.train.sources import Document, Fields, Text, plain_text, read_documents, read_texts
+from weft.train.trainer import METRICS_FILE, train
+from weft.train.windows import calibration_batches, evaluation_windows, token_stream
+from weft.verbs.adapt import adapt, effective_rates, parameter_groups, trainable
+from weft.verbs.adapt import rules as adapter_rules
+from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memory, reset_peak_memory
+from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device
+from weft.verbs.output import check_output, open_output
+from weft.verbs.progress import say
+from weft.verbs.record import begin
+
+__all__ = ["finetune", "run"]
+
+KINDS = ("compress", "adapt", "train")
+CALIBRATION_WINDOWS = 32  # of the training data, for adapters that start from statistics
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Sequence[str | Document],
+    method: str = "welore",
+    *,
+    rank: int = 16,
+    recipe: Recipe | None = None,
+    optimizer: str | None = None,
+    evaluation: str | Sequence[str] | None = None,
+    eval_windows: int | None = None,
+    directory: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train `model` in place by `method`, and return what was measured.
+
+    Args:
+        data: texts, or documents of `weft.train.sources` (with prompts, or chats).
+        method: what is trained; a name of `weft.methods()`.
+        rank: of adapters; other methods have none.
+        recipe: steps, learning rate, window, batch ... (`weft.train.recipe.Recipe`).
+        optimizer: a name of `weft.optim.OPTIMIZERS`; AdamW by default.
+        evaluation: text whose perplexity is measured before, after, and every `recipe.eval_every` steps.
+        eval_windows: how many windows of it; all by default.
+        directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
+        **options: the method's own.
+
+    Raises:
+        WeftError: an unknown method or option, nothing to train, or no data to learn from.
+        KeyboardInterrupt: a signal came; the step under way was finished and, with a `directory`, saved.
+    """
+    recipe = recipe or Recipe()
+    documents = [Text(d) if isinstance(d, str) else d for d in ([data] if isinstance(data, str) else data)]
+    check_context(model, recipe.window)
+    rows, refusal = training_rows(model, tokenizer, documents, recipe.window)
+    if refusal:
+        say(f"Training with one document a row and padding: {refusal}.")
+    rules = prepare(model, tokenizer, documents, find(method, *KINDS), rank, recipe, options)
+
+    def measure() -> dict[str, Any]:
+        if evaluation is None:
+            return {}
+        figures = evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows)
+        return {"perplexity": figures["perplexity"]}
+
+    before, device = measure(), next(model.parameters()).device
+    reset_peak_memory(device)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        log = train(
+            model,
+            rows,
+            recipe if directory else replace(recipe, save_every=recipe.steps),
+            directory or Path(scratch),
+            optimizer=lambda: make_optimizer(optimizer, model, recipe),
+            rules=rules,
+            more=lambda lr: scaled_rates(model, lr),
+            measure=measure if evaluation is not None else None,
+        )
+    seconds = time.perf_counter() - began
+    return {
+        **summary(model, rows, recipe, log),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "packed": rows.packed,
+        **{f"{name}_before": value for name, value in before.items()},
+        **measure(),
+    }
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    method: Method,
+    rank: int,
+    recipe: Recipe,
+    options: Mapping[str, Any],
+) -> list[Rule]:
+    """Put adapters on where the method is one of adapters, freeze what is not trained, and give the rules to train
+    with.
+    """
+    if method.kind == "adapt":
+        batches = calibration(tokenizer, documents, recipe) if method.needs else None
+        adapt(model, method.name, rank, batches=batches, seed=recipe.seed, **options)
+        return adapter_rules(model)
+    chosen = method.options(options)
+    method.freeze(model)
+    return [make(**chosen) for make in method.rules]
+
+
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], recipe: Recipe
+) -> list[dict[str, torch.Tensor]]:
+    """Windows of the training data, as many as it has up to 32."""
+    texts = [plain_text(document) for document in documents]
+    windows = min(CALIBRATION_WINDOWS, max(1, len(token_stream(tokenizer, texts)) // recipe.window))
+    return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed)
+
+
+def make_optimizer(name: str | None, model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (fused on a GPU), or the named one, on the trainable parameters at the rates that the method asks for."""
+    groups = parameter_groups(model, recipe.lr, recipe.weight_decay)
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=groups[0]["params"][0].is_cuda or None)
+
+
+def scaled_rates(model: PreTrainedModel, lr: float) -> dict[str, float]:
+    """scale * lr of each adapter, the rate that decides how fast its delta moves."""
+    return {f"scaled_learning_rate_{name}": rate for name, rate in effective_rates(model, lr).items()}
+
+
+def summary(model: PreTrainedModel, rows: Rows, recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was trained, on what, and the first and last logged loss."""
+    updated = trainable(model)
+    losses = [line["loss"] for line in log if "loss" in line]
+    return {
+        "steps": recipe.steps,
+        "trainable_parameters": updated.count,
+        "parameters": updated.total,
+        "examples": rows.examples,
+        "examples_dropped": rows.dropped,
+        "examples_shortened": rows.shortened,
+        "rows": len(rows),
+        "tokens": rows.tokens,
+        "epochs": recipe.steps * recipe.batch * recipe.accumulate / len(rows),
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+    }
+
+
+def run(
+    model: str,
+    out: str | Path,
+    *,
+    method: str = "welore",
+    data: str | Path | Sequence[str | Path] | None = None,
+    rank: int = 16,
+    optimizer: str | None = None,
+    eval_text: str | Path | Sequence[str | Path] | None = None,
+    eval_windows: int | None = None,
+    split: str = "train",
+    text_field: str | None = None,
+    prompt_field: str | None = None,
+    completion_field: str | None = None,
+    messages_field: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """`weft finetune`: read a model and data, train, write a directory with `run.json` and `metrics.jsonl`.
+
+    Args:
+        data: files or directories as `weft.train.sources.read_documents` takes them; None for Python's own sources.
+        eval_text: text to measure perplexity on, before and after; of it, `eval_windows` windows.
+        **settings: fields of `Recipe` (steps, lr, window, batch, seed ...), and options of the method.
+
+    An interrupted run keeps its last checkpoint beside `out`, and the same call goes on from it to the same bits.
+
+    Raises:
+        WeftError: any argument that cannot work, before the model is loaded where it can be told.
+        KeyboardInterrupt: a signal came; what was done is kept.
+    """
+    arguments = {key: value for key, value in locals().items() if key not in ("settings", "device")} | settings
+    recipe, options = split_settings(settings)
+    check_method(method, rank, options)
+    names = Fields(text_field, prompt_field, completion_field, messages_field)
+    check_output(out, arguments)
+    documents = (
+        read_documents(data, names, split) if data is not None else [*map(Text, read_texts(calibration_files()))]
+    )
+    evaluation = None if eval_text is None else read_texts(eval_text)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    check_causal(config)
+    check_context(config, recipe.window)
+    target = resolve_device(device)
+    record = begin("finetune", arguments | asdict(recipe), seed=recipe.seed, device=target)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if evaluation is not None:  # says whether the text is too short
+        evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
+    source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
+    with open_output(out, arguments) as place:
+        metrics = finetune(
+            source, tokenizer, documents, method, rank=rank, recipe=recipe, optimizer=optimizer, evaluation=evaluation,
+            eval_windows=eval_windows, directory=place.progress, **options,
+        )  # fmt: skip
+        save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
+        (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())
+    return {"output": str(out), **metrics}
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and what is left for the method."""
+    known = {field.name for field in fields(Recipe)}
+    options = {key: value for key, value in settings.items() if key not in known}
+    return Recipe(**{key: value for key, value in settings.items() if key in known}), options
+
+
+def check_method(method: str, rank: int, options: Mapping[str, Any]) -> None:
+    find(method, *KINDS).options(options)
+    if rank < 1:
+        raise WeftError(f"--rank is {rank}: give at least 1.")
