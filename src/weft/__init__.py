@@ -15,6 +15,7 @@ from weft.io import hook
 
 if TYPE_CHECKING:
     from weft.verbs.inspect import inspect as inspect
+    from weft.verbs.merge import merge as merge
     from weft.verbs.methods import run
 
     methods = run
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "inspect": "weft.verbs.inspect",
+    "merge": "weft.verbs.merge",
     "adapt": "weft.verbs.adapt",
     "disable": "weft.verbs.adapt",
     "effective_rates": "weft.verbs.adapt",
@@ -30,6 +32,9 @@ _EXPORTS = {
     "remove_adapter": "weft.verbs.adapt",
     "set_adapter": "weft.verbs.adapt",
     "trainable": "weft.verbs.adapt",
+    "merge_adapter": "weft.verbs.adapt",
+    "save_adapter": "weft.io.adapters",
+    "load_adapter": "weft.io.adapters",
     "methods": "weft",  # the room itself: calling it lists what lies in it
 }
 

@@ -107,6 +107,17 @@ def test_dtype(model: LlamaForCausalLM, saved: Path, ids: Tensor) -> None:
     assert AutoModelForCausalLM.from_pretrained(saved).dtype == torch.bfloat16
 
 
+def test_mixed_precision_is_kept(model: LlamaForCausalLM, tmp_path: Path, same_tensors: Same) -> None:
+    """An fp32 term on a bf16 base stays fp32; what has its layer's dtype follows the caller."""
+    mark(model.to(torch.bfloat16))
+    model.model.layers[0].mlp.up_proj.terms["spectral"].float()
+    model.save_pretrained(tmp_path)
+    same_tensors(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16).model.layers[0].mlp.up_proj
+    assert halved.weight.dtype == halved.terms["base"].matrix.dtype == torch.float16
+    assert halved.terms["spectral"].s.dtype == torch.float32
+
+
 def test_a_loaded_model_can_be_cast_and_trained(saved: Path, ids: Tensor) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(saved).half().float()
     assert not loaded.is_quantized

@@ -1,9 +1,10 @@
-"""Checking a checkpoint by the headers of its safetensors files, before a tensor is read."""
+"""What the headers of a checkpoint's safetensors files say: read and checked before any tensor is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -13,13 +14,23 @@ from weft.errors import WeftError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_tensors"]
+__all__ = ["Header", "check_tensors", "keep_mixed_precision"]
 
-Shapes = dict[str, tuple[int, ...]]
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def check_tensors(model: PreTrainedModel, layers: list[str], files: list[str], quantizer: Any) -> None:
-    """Compare the tensors of the model's sums with those in the files.
+class Header(NamedTuple):
+    """One stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: F32, BF16, I32 ...
+
+
+Headers = dict[str, Header]
+
+
+def check_tensors(model: PreTrainedModel, layers: list[str], files: list[str], quantizer: Any) -> Headers:
+    """Compare the tensors of the model's sums with those in the files; returns the headers by the model's names.
 
     Args:
         model: with its sums in place, on the meta device.
@@ -29,7 +40,7 @@ def check_tensors(model: PreTrainedModel, layers: list[str], files: list[str], q
         WeftError: a file cannot be read to its end; a sum's tensor is missing, has another shape, or belongs to no sum
             of the config.
     """
-    stored = _renamed(model, _shapes(files), quantizer)
+    stored = _renamed(model, _read(files), quantizer)
     expected = {
         f"{name}.{key}": tuple(t.shape) for name in layers for key, t in model.get_submodule(name).state_dict().items()
     }
@@ -39,35 +50,50 @@ def check_tensors(model: PreTrainedModel, layers: list[str], files: list[str], q
             f"The checkpoint lacks {_some(missing)}: a weight file is missing or damaged; fetch it again, whole."
         )
     for name, shape in expected.items():
-        if stored[name] != shape:
+        if stored[name].shape != shape:
             raise WeftError(
-                f"The checkpoint's {name} has shape {list(stored[name])}, and its config.json says {list(shape)}; "
-                "fetch it again."
+                f"The checkpoint's {name} has shape {list(stored[name].shape)}, and its config.json says "
+                f"{list(shape)}; fetch it again."
             )
     strange = sorted(name for name in _of_sums(stored) - expected.keys() if name in stored and _inside(model, name))
     if strange:
         raise WeftError(
             f"The checkpoint holds {_some(strange)}, of which its config.json knows nothing; fetch it again, whole."
         )
+    return stored
 
 
-def _shapes(files: list[str]) -> Shapes:
-    shapes: Shapes = {}
+def keep_mixed_precision(model: PreTrainedModel, layers: list[str], stored: Headers) -> None:
+    """Have a term whose precision is not its layer's (an fp32 adapter on a bf16 base) loaded as it was stored.
+
+    All other tensors follow the dtype that the caller of `from_pretrained` asks for.
+    """
+    for layer in layers:
+        for key, tensor in model.get_submodule(layer).state_dict(keep_vars=True).items():
+            dtype = stored[f"{layer}.{key}"].dtype
+            if dtype in _FLOATS and dtype != stored[f"{layer}.weight"].dtype:
+                tensor.data = tensor.data.to(_FLOATS[dtype])
+
+
+def _read(files: list[str]) -> Headers:
+    headers: Headers = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise WeftError(f"The weights of a weft model are read from safetensors files, not from {file}.")
         try:
             with safe_open(file, framework="pt") as opened:
-                shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+                for key in opened.keys():  # noqa: SIM118  it is no mapping
+                    stored = opened.get_slice(key)
+                    headers[key] = Header(tuple(stored.get_shape()), stored.get_dtype())
         except (SafetensorError, OSError) as error:
             raise WeftError(
                 f"The weight file {file} is missing, damaged or cut short ({error}); fetch it again."
             ) from error
-    return shapes
+    return headers
 
 
-def _renamed(model: PreTrainedModel, stored: Shapes, quantizer: Any) -> Shapes:
-    """The stored shapes by the model's own names, as transformers' loader will map them."""
+def _renamed(model: PreTrainedModel, stored: Headers, quantizer: Any) -> Headers:
+    """The stored headers by the model's own names, as transformers' loader will map them."""
     mapping = get_model_conversion_mapping(model, None, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -79,13 +105,13 @@ def _renamed(model: PreTrainedModel, stored: Shapes, quantizer: Any) -> Shapes:
             renamed = rename_source_key(key, [], [], model.base_model_prefix, own)[0]
         return str(renamed)
 
-    return {rename(key): shape for key, shape in stored.items()}
+    return {rename(key): header for key, header in stored.items()}
 
 
-def _of_sums(stored: Shapes) -> set[str]:
+def _of_sums(stored: Headers) -> set[str]:
     """The stored names that belong to a sum of terms, which is known by its empty `weight`."""
     sums = tuple(
-        name.removesuffix("weight") for name, shape in stored.items() if name.endswith(".weight") and shape == (0,)
+        name.removesuffix("weight") for name, h in stored.items() if name.endswith(".weight") and h.shape == (0,)
     )
     return {name for name in stored if name.startswith(sums)} if sums else set()
 

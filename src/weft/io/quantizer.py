@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from weft import __version__
 from weft.errors import WeftError
-from weft.io.headers import check_tensors
+from weft.io.headers import check_tensors, keep_mixed_precision
 from weft.terms import Spec, SumLinear, build_sum
 from weft.terms.layers import is_linear, replace, weight_of
 
@@ -98,7 +98,8 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, spec in placed.items():
             _place(model, name, spec)
         if checkpoint_files:
-            check_tensors(model, list(placed), list(checkpoint_files), self)
+            stored = check_tensors(model, list(placed), list(checkpoint_files), self)
+            keep_mixed_precision(model, list(placed), stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         _forget_quantizer(model)

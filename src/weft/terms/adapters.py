@@ -32,6 +32,7 @@ __all__ = [
     "detach",
     "disable",
     "find_adapter",
+    "forget",
     "plain_layer",
     "unwrapped",
 ]
@@ -148,7 +149,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             _open(model, book, layer)
         _arrange(model, book, layer)
     for key in adapter.extras:
-        model.get_parameter(key).requires_grad_(True)
+        model.get_parameter(key).requires_grad_(adapter.active)
 
 
 def detach(model: nn.Module, name: str | None = None) -> Adapter:
@@ -188,6 +189,49 @@ def activate(model: nn.Module, names: Iterable[str]) -> None:
                 _swap_extras(model, adapter)
     for layer in book.base:
         _arrange(model, book, layer)
+
+
+def forget(model: nn.Module) -> None:
+    """Leave the layers as they are, the adapters in use a part of them for good; those put aside are gone."""
+    unwrapped(model).__dict__.pop(_BOOK, None)
+
+
+def merge(model: nn.Module, name: str | None = None) -> dict[str, float]:
+    """Fold an adapter into the base for good: W + T is added in fp32 and cast last. Layers without any other adapter become plain.
+
+    A base of other terms than one dense matrix (compressed, quantised) is expanded to a dense one, that of its own function.
+
+    Returns:
+        layer -> how much of the update is lost in the cast to the layer's dtype, ||cast(W + T) - (W + T)||_F / ||T||_F.
+    """
+    model = unwrapped(model)
+    adapter, book = find_adapter(model, name), _book(model)
+    others = [other.name for other in book.adapters.values() if other.active and other is not adapter]
+    activate(model, [adapter.name])
+    lost = {}
+    for layer in adapter.terms:
+        module = model.get_submodule(layer)
+        assert isinstance(module, SumLinear)
+        whole = module.dense(torch.float32).detach()
+        before = sum_dense(book.base[layer].values())
+        merged = whole.to(module.weight.dtype)
+        lost[layer] = float((merged.float() - whole).norm() / (whole - before).norm().clamp(min=torch.finfo().tiny))
+        base = Dense.from_matrix(merged)
+        base.requires_grad_(False)
+        _unwrap(adapter.terms[layer])
+        book.base[layer] = {"base": base}
+        book.plain.add(layer)
+    adapter.extras.clear()  # the model keeps the trained values
+    detach(model, adapter.name)
+    if others:
+        activate(model, others)
+    return lost
+
+
+def sum_dense(terms: Iterable[Term]) -> Tensor:
+    """The sum of the terms' matrices in fp32: (out, in)."""
+    first, *rest = (term.dense(torch.float32).detach() for term in terms)
+    return sum(rest, start=first)
 
 
 @contextmanager

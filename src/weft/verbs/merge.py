@@ -1,0 +1,110 @@
+"""Merge: every sum of terms becomes one matrix again, and the model a plain one that anything reads.
+
+    W = T_1 + ... + T_k        added in fp32 or wider, cast to the layer's dtype last
+
+Active adapters are terms of their sums, so they are merged too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weft.errors import WeftError
+from weft.io.quantizer import unmark
+from weft.io.save import save_model
+from weft.terms import SumLinear
+from weft.terms.adapters import forget
+from weft.terms.layers import replace
+from weft.verbs.evaluate import model_size
+from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from weft.verbs.output import check_output, open_output
+from weft.verbs.progress import say, track
+from weft.verbs.record import begin
+
+__all__ = ["merge", "run"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def merge(model: Model) -> Model:
+    """Replace every `SumLinear`, in place, by the plain `nn.Linear` or `Conv1D` it equals; returns the model.
+
+    Raises:
+        WeftError: the model has no sum of terms.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]
+    if not names:
+        raise WeftError(f"This {type(model).__name__} has no sum of terms to merge: every layer is plain already.")
+    for name in track(names, "merging"):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SumLinear)
+        replace(model, name, layer.collapse())
+    if isinstance(model, PreTrainedModel):
+        unmark(model)
+    forget(model)
+    return model
+
+
+def run(
+    model: str,
+    out: str | Path,
+    *,
+    max_shard_size: str | int = "5GB",
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """`weft merge`: read a weft model, write a plain dense one, with `run.json` and a model card.
+
+    Args:
+        device: to add the terms on; None for the GPU where there is one.
+        dtype: of the merged model; None for the one it is stored in.
+
+    Raises:
+        WeftError: `model` is no weft model, or any other argument that cannot work, before the model is loaded.
+    """
+    arguments = {key: value for key, value in locals().items() if key != "device"}
+    check_output(out, arguments)
+    target = resolve_device(device)
+    wanted = None if dtype is None else resolve_dtype(dtype, target)
+    _check_sums(model, trust_remote_code)
+    record = begin("merge", arguments, device=target)
+    # asked for another dtype, the sums are taken in fp32, which holds every stored one, and cast afterwards
+    source = load_model(
+        model, device=target, dtype="auto" if wanted is None else "float32", trust_remote_code=trust_remote_code
+    )
+    tokenizer = _tokenizer(model, trust_remote_code)
+    sums = sum(isinstance(module, SumLinear) for module in source.modules())
+    before = model_size(source)
+    with open_output(out, arguments) as place:
+        merge(source)
+        if wanted is not None:
+            source.to(wanted)  # type: ignore[arg-type]
+        metrics = {"matrices": sums, **_sizes("_before", before), **_sizes("", model_size(source))}
+        save_model(source, tokenizer, place.path, run=record.write(place.path, metrics), max_shard_size=max_shard_size)
+    return {"output": str(out), **metrics}
+
+
+def _check_sums(model: str, trust_remote_code: bool) -> None:
+    marks = getattr(load_config(model, trust_remote_code=trust_remote_code), "quantization_config", None) or {}
+    if marks.get("quant_method") != "weft":
+        raise WeftError(f"{model} has no sum of terms to merge: it is a plain model already.")
+
+
+def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(model, trust_remote_code=trust_remote_code)
+    except WeftError as error:  # a vision model has none
+        say(f"The merged model is written without a tokenizer: {error}")
+        return None
+
+
+def _sizes(suffix: str, size: Sequence[int]) -> dict[str, int]:
+    return dict(zip((f"parameters{suffix}", f"bytes{suffix}"), size, strict=True))
