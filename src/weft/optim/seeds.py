@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "mix", "normal", "runs", "signs"]
+__all__ = ["Draw", "mix", "normal", "runs", "signs", "uniform"]
 
 Draw = Callable[[int, int, torch.device], Tensor]
 """(seed, size, device) -> (size,) fp32."""
@@ -57,3 +57,8 @@ def signs(seed: int, size: int, device: torch.device) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=device)
     bits = words.view(torch.uint8).unsqueeze(1).bitwise_right_shift(places).bitwise_and_(1)
     return bits.flatten()[:size].to(torch.float32).mul_(2).sub_(1)
+
+
+def uniform(seed: int, size: int, device: torch.device) -> Tensor:
+    """(size,) fp32 numbers in [0, 1)."""
+    return torch.rand(size, generator=torch.Generator(device).manual_seed(seed), device=device)
