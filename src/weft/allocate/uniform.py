@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weft.allocate.base import LayerInfo, Ranks, bisect_threshold, dense_or, total_spend
+from weft.allocate.base import LayerInfo, Ranks, bisect_threshold, dense_or
 
 __all__ = ["READS", "allocate"]
 
@@ -20,6 +20,4 @@ def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1)
             for name, layer in layers.items()
         }
 
-    share = budget / sum(layer.size for layer in layers.values())
-    exact = ranks_at(share)
-    return exact if total_spend(layers, exact) <= budget else bisect_threshold(layers, budget, ranks_at)
+    return bisect_threshold(layers, budget, ranks_at)
