@@ -16,7 +16,7 @@ ARGUMENTS = {"model": "pico", "budget": 0.6}
 
 def interrupted(out: Path, step: str | None = "one", error: BaseException | None = None) -> None:
     """A run that finishes one step, writes half of its output and dies."""
-    with pytest.raises(BaseException), open_output(out, ARGUMENTS) as work:  # noqa: B017, PT012
+    with pytest.raises(BaseException), open_output(out, ARGUMENTS) as work:  # noqa: B017
         if step:
             write_text(work.progress / step, "done")
         (work.path / "model.safetensors").write_text("half")
@@ -138,7 +138,7 @@ def test_other_processes_of_a_run_neither_clear_nor_publish(tmp_path: Path, monk
 def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "f.json"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:  # noqa: PT012
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
         temporary.write_text("ne")
         raise RuntimeError
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f.json"]

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Device, Dtype, Json, Model, Out, Seed, TrustRemoteCode, Window
+from weft.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    MethodOptions,
+    Model,
+    Out,
+    Seed,
+    TrustRemoteCode,
+    Window,
+    method_options,
+)
 
 __all__ = ["command"]
 
@@ -16,12 +27,15 @@ __all__ = ["command"]
 def command(
     model: Model,
     out: Out,
-    method: Annotated[str, typer.Option(help="A method that compresses; see `weft methods`.")] = "kfac-svd",
+    method: Annotated[str, typer.Option(help="A method that compresses; see weft methods.")] = "kfac-svd",
     budget: Annotated[
-        str, typer.Option(help="What is kept: a share (0.6, 60%) or a size (500MB) of the linear layers.")
+        str, typer.Option(help="What is kept: a share of the matrices (0.6, 60%) or a size of the model (500MB).")
     ] = "0.6",
     allocate: Annotated[
-        str | None, typer.Option(help="uniform, energy, welore, asvd, best, or an allocation file; the method's own.")
+        str | None,
+        typer.Option(
+            help="uniform, energy, welore, asvd, best, or an allocation file; the method's own.", show_default=False
+        ),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text to calibrate on; Python's own sources.", show_default=False)
@@ -29,6 +43,22 @@ def command(
     windows: Annotated[int, typer.Option(help="How many windows to calibrate on.")] = 32,
     window: Window = 512,
     round: Annotated[int, typer.Option(help="Make every rank a multiple of this (8, 16, 64: fast on GPUs).")] = 1,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Only layers whose name matches, such as '*mlp*'; again for more.", show_default=False),
+    ] = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--one-shot",
+            help="Recalibrate on the layers already compressed; as published.",
+            show_default=False,
+        ),
+    ] = None,
+    by_block: Annotated[
+        bool, typer.Option("--by-block", help="Hold one block's statistics at a time: large models.")
+    ] = False,
+    option: MethodOptions = None,
     seed: Seed = 0,
     json: Json = False,
     device: Device = None,
@@ -36,20 +66,8 @@ def command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compress a model into a directory that transformers opens after `import weft`."""
-    result = work(
-        "compress",
-        model=model,
-        out=out,
-        method=method,
-        budget=budget,
-        allocate=allocate,
-        calibration=calibration,
-        windows=windows,
-        window=window,
-        round=round,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    arguments = locals()
+    for name in ("json", "option"):
+        del arguments[name]
+    result = work("compress", **arguments, **method_options(option, arguments))
     print_json(result) if json else print_facts(result)

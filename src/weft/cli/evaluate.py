@@ -16,7 +16,8 @@ __all__ = ["command"]
 def command(
     model: Model,
     text: Annotated[
-        Path | None, typer.Option(help="The text to judge by; held-out Python sources.", show_default=False)
+        list[Path] | None,
+        typer.Option(help="The text to judge by; again for more; held-out Python sources.", show_default=False),
     ] = None,
     window: Window = 512,
     stride: Annotated[
@@ -30,16 +31,7 @@ def command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure perplexity, speed and size."""
-    result = work(
-        "evaluate",
-        model=model,
-        text=text,
-        window=window,
-        stride=stride,
-        windows=windows,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    arguments = locals()
+    del arguments["json"]
+    result = work("evaluate", **arguments)
     print_json(result) if json else print_facts(result)

@@ -8,44 +8,75 @@ from typing import Annotated
 import typer
 
 from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Device, Dtype, Json, Model, Out, Seed, TrustRemoteCode, Window
+from weft.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    MethodOptions,
+    Model,
+    Out,
+    Seed,
+    TrustRemoteCode,
+    Window,
+    method_options,
+)
 
 __all__ = ["command"]
+
+_Field = Annotated[str | None, typer.Option(help="The field of a record that holds it.", show_default=False)]
 
 
 def command(
     model: Model,
     out: Out,
-    method: Annotated[str, typer.Option(help="welore (low-rank components only), lora or full.")] = "welore",
+    method: Annotated[
+        str, typer.Option(help="welore (low-rank components only), lora, full ...; see weft methods.")
+    ] = "welore",
     data: Annotated[
-        Path | None, typer.Option(help="Text, JSONL or a datasets directory; Python's own sources.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            help="Text, JSONL, Parquet or a datasets folder; again for more; Python's own sources.", show_default=False
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
-    rank: Annotated[int, typer.Option(help="Rank of the adapters, for lora.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of adapters.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
     window: Window = 512,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    batch: Annotated[int, typer.Option(help="Windows that a process handles at once.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 0,
+    schedule: Annotated[str, typer.Option(help="How it falls: cosine, linear or constant.")] = "cosine",
+    weight_decay: Annotated[float, typer.Option(help="Decoupled, on matrices only.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for no limit.")] = 1.0,
+    optimizer: Annotated[str | None, typer.Option(help="The method's own, or AdamW.", show_default=False)] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, more time.")
+    ] = False,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; a tenth of all.", show_default=False)
+    ] = None,
+    eval_text: Annotated[
+        list[Path] | None, typer.Option(help="Measure perplexity on this before and after.", show_default=False)
+    ] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option(help="On how many windows of it; all.", show_default=False)
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="And every so many steps.", show_default=False)] = None,
+    split: Annotated[str, typer.Option(help="Which part of a datasets folder.")] = "train",
+    text_field: _Field = None,
+    prompt_field: _Field = None,
+    completion_field: _Field = None,
+    messages_field: _Field = None,
+    option: MethodOptions = None,
     seed: Seed = 0,
     json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train what a method trains: low-rank components, LoRA adapters, or everything."""
-    result = work(
-        "finetune",
-        model=model,
-        out=out,
-        method=method,
-        data=data,
-        steps=steps,
-        rank=rank,
-        lr=lr,
-        window=window,
-        batch=batch,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    """Train what a method trains: low-rank components, adapters, or everything."""
+    arguments = locals()
+    for name in ("json", "option"):
+        del arguments[name]
+    result = work("finetune", **arguments, **method_options(option, arguments))
     print_json(result) if json else print_facts(result)

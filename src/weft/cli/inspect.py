@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.answer import print_json, print_table, work
-from weft.cli.options import Device, Dtype, Json, Model, TrustRemoteCode
+from weft.cli.options import Device, Dtype, Json, Model, Seed, TrustRemoteCode
 
 __all__ = ["command"]
 
@@ -18,15 +18,20 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Also write a self-contained HTML page with plots.", show_default=False)
     ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Only layers whose name matches, such as '*mlp*'; again for more.", show_default=False),
+    ] = None,
+    seed: Seed = 0,
     json: Json = False,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure the spectrum of every weight matrix: ranks, norms, and how many singular values carry its energy."""
-    result = work(
-        "inspect", model=model, report=report, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    arguments = locals()
+    del arguments["json"]
+    result = work("inspect", **arguments)
     if json:
         print_json(result)
         return

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-__all__ = ["Device", "Dtype", "Json", "Model", "Out", "Seed", "TrustRemoteCode", "Window"]
+from weft.errors import WeftError
+
+__all__ = [
+    "Device",
+    "Dtype",
+    "Json",
+    "MethodOptions",
+    "Model",
+    "Out",
+    "Seed",
+    "TrustRemoteCode",
+    "Window",
+    "method_options",
+]
 
 Model = Annotated[
     str, typer.Argument(help="A model directory, a Hub id, or 'pico' (the embedded model).", show_default=False)
@@ -31,3 +46,30 @@ Window = Annotated[int, typer.Option(help="Tokens that the model sees at once.")
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")
 ]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="A hyperparameter of the method, as NAME=VALUE; again for more.", show_default=False),
+]
+
+
+def method_options(given: Sequence[str] | None, taken: Mapping[str, Any]) -> dict[str, Any]:
+    """NAME=VALUE pairs as keyword arguments, values read as JSON where they are JSON and as text otherwise.
+
+    Args:
+        taken: the arguments that have an option of their own.
+
+    Raises:
+        WeftError: a pair without an equals sign, or for an argument that is taken.
+    """
+    options: dict[str, Any] = {}
+    for pair in given or ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise WeftError(f"--option {pair!r} is no NAME=VALUE, such as --option ridge=1e-3.")
+        if name.replace("-", "_") in taken:
+            raise WeftError(f"--option {pair!r}: this is no hyperparameter of the method; give it as --{name} {value}.")
+        try:
+            options[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.replace("-", "_")] = value
+    return options

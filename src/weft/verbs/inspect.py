@@ -29,6 +29,7 @@ from weft.verbs.files import jsonable, write_json, write_text
 from weft.verbs.loading import load_model, resolve_device, resolve_dtype
 from weft.verbs.progress import say, track
 from weft.verbs.report.spectra import spectra_page
+from weft.verbs.seeding import check_seed
 
 __all__ = ["Matrix", "Report", "inspect", "run"]
 
@@ -111,19 +112,22 @@ def run(
     *,
     report: Path | None = None,
     layers: Sequence[str] | None = None,
+    seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """`weft inspect`: the report of a model on disk as a dict, and with `report` also as a page (and a record of
-    the run).
+    """`weft inspect`: the report of a model on disk as a dict, and with `report` also as a page and a record of the run.
+
+    `seed` is accepted as by every verb; nothing here is random.
     """
+    check_seed(seed)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     if report is not None:
         _report_path(report)
     arguments = {"model": model, "report": report, "layers": layers, "dtype": dtype}
-    started = record.begin("inspect", arguments, device=target)
+    started = record.begin("inspect", arguments, seed=seed, device=target)
     loaded = load_model(model, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
     found = inspect(loaded, layers or None, name=model)
     if report is not None:
