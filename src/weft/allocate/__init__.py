@@ -1,7 +1,7 @@
 """Allocations: (what is known of each layer, budget) -> ranks. One file each; `ALLOCATIONS` holds them by name.
 
-A module here gives `allocate(layers, budget, *, multiple, ...) -> Ranks` and `READS`, the fields of `LayerInfo` it looks at (and "measure", when it wants to
-try ranks on the model).
+A module here gives `allocate(layers, budget, *, multiple, ...) -> Ranks` and `READS`, the fields of `LayerInfo` it
+looks at (and "measure", when it wants to try ranks on the model).
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """asvd: sensitivity-based truncation rank search (Yuan et al., 2023, arXiv 2312.05821, section 3.3).
 
-Each layer alone is truncated to each share of a grid, and the calibration loss measured; the budget is then met by one cut on that loss common to all layers:
-a layer takes its smallest share whose loss, and that of every larger share, lies at or below the cut.
+Each layer alone is truncated to each share of a grid, and the calibration loss measured; the budget is then met by one
+cut on that loss common to all layers: a layer takes its smallest share whose loss, and that of every larger share, lies
+at or below the cut.
 
-The published grid is 0.4 to 0.9; smaller shares are measured only when the budget cannot be met without them. Costs a forward pass a layer and share.
+The published grid is 0.4 to 0.9; smaller shares are measured only when the budget cannot be met without them. Costs a
+forward pass a layer and share.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def _curve(
     multiple: int,
     measure: Callable[[str, Sequence[int]], Sequence[float]],
 ) -> list[tuple[float, int]]:
-    """(loss, rank) by falling rank, the losses made monotone: a smaller rank never counts as better than a larger one."""
+    """(loss, rank) by falling rank, the losses made monotone: a smaller rank is never better than a larger one."""
     asked = [dense_or(layer, int(share * layer.size / layer.unit), multiple) for share in shares]
     ranks = [rank for rank in dict.fromkeys(asked) if rank is not None]
     return list(zip(accumulate(measure(name, ranks), max), ranks, strict=True))

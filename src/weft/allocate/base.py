@@ -1,6 +1,7 @@
-"""The contract of an allocation: (what is known of each layer, budget) -> a rank for each layer, or None to leave it dense.
+"""The contract of an allocation: (what is known of each layer, budget) -> a rank for each layer, or None for dense.
 
-An allocation is a plain, editable, reusable record that says exactly what it spends. The word *budget* always means what is **kept**.
+An allocation is a plain, editable, reusable record that says exactly what it spends. The word *budget* always means
+what is **kept**.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Ranks = dict[str, int | None]
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What an allocation may look at. Fields beyond the shape are None unless the allocation says that it reads them."""
+    """What an allocation may look at. Beyond the shape, all is None unless the allocation says that it reads it."""
 
     shape: tuple[int, int]  # (out, in)
     spectrum: Tensor | None = None  # (m,) singular values in the method's own metric, falling
@@ -46,7 +47,8 @@ class LayerInfo:
 class Budget:
     """What is kept of the replaced matrices: a share of their parameters, or an absolute size of the whole model.
 
-    `Budget.parse` reads 0.6, "60%", "500MB" (10^6 bytes), "2GiB". A share of bytes is the same number, since factors keep their matrix's dtype.
+    `Budget.parse` reads 0.6, "60%", "500MB" (10^6 bytes), "2GiB". A share of bytes is the same number, since factors
+    keep their matrix's dtype.
     """
 
     value: float
@@ -83,8 +85,8 @@ class Budget:
         left = int(self.value - other_bytes) // itemsize
         if left <= 0:
             raise WeftError(
-                f"The budget of {self.value / 1e6:.1f} MB is below what cannot be compressed: embeddings, norms and head take "
-                f"{other_bytes / 1e6:.1f} MB; give a larger size."
+                f"The budget of {self.value / 1e6:.1f} MB is below what cannot be compressed: embeddings, norms and "
+                f"head take {other_bytes / 1e6:.1f} MB; give a larger size."
             )
         return min(left, total)
 
@@ -142,7 +144,11 @@ class Allocation(Mapping[str, "int | None"]):
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """Read a saved, possibly edited record. Raises WeftError for a file that is none, or a rank that its matrix cannot have."""
+        """Read a saved, possibly edited record.
+
+        Raises:
+            WeftError: a file that is none, or a rank that its matrix cannot have.
+        """
         try:
             record = json.loads(Path(path).read_text())
             shapes = {name: (int(e["shape"][0]), int(e["shape"][1])) for name, e in record["layers"].items()}
@@ -173,7 +179,7 @@ def rank_limit(layer: LayerInfo, multiple: int = 1) -> int:
 
 
 def dense_or(layer: LayerInfo, rank: int, multiple: int = 1) -> int | None:
-    """`rank` rounded to a multiple, at least one of them; None where factors of that rank would not be smaller than the matrix."""
+    """`rank` rounded down to a multiple, at least one of them; None where such factors would not be smaller."""
     rounded = max(rank // multiple, 1) * multiple
     return rounded if rounded <= rank_limit(layer, multiple) else None
 
@@ -210,6 +216,6 @@ def below_reach(layers: Mapping[str, LayerInfo], least: Ranks, budget: int) -> W
     total = sum(layer.size for layer in layers.values())
     floor = total_spend(layers, least)
     return WeftError(
-        f"The budget keeps {budget / total:.4f} of the parameters, but the smallest ranks take {floor / total:.4f}; give at least that, "
-        "or a smaller --round."
+        f"The budget keeps {budget / total:.4f} of the parameters, but the smallest ranks take {floor / total:.4f}; "
+        "give at least that, or a smaller --round."
     )

@@ -1,8 +1,9 @@
 """best: the ranks of least predicted loss within the budget (weft's own).
 
-For every layer, `losses[r]` is what keeping r components of *this method's* factors costs in the Kronecker-factored Fisher norm, tr(D^T G D X): one unit for
-all layers (see `weft.methods.kfac_svd`). Minimising their sum under a parameter budget is a separable problem. On each layer's lower convex hull of
-(parameters, loss), whose last point is the dense matrix at loss 0, the greedy by steepest gain per parameter is exact up to one step.
+For every layer, `losses[r]` is what keeping r components of *this method's* factors costs in the Kronecker-factored
+Fisher norm, tr(D^T G D X): one unit for all layers (see `weft.methods.kfac_svd`). Minimising their sum under a
+parameter budget is a separable problem. On each layer's lower convex hull of (parameters, loss), whose last point is
+the dense matrix at loss 0, the greedy by steepest gain per parameter is exact up to one step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class _Point:
 
 
 def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1, floor: float = 0.15) -> Ranks:
-    """Greedy on the hulls, from a floor of `floor` times each matrix's uniform rank; what the last step leaves is spent on smaller ones.
+    """Greedy on the hulls, from a floor of `floor` times each matrix's uniform rank; what the last step leaves is spent
+    on smaller ones.
 
     Raises:
         WeftError: the floors alone exceed the budget.

@@ -12,7 +12,10 @@ READS: tuple[str, ...] = ()
 
 
 def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1) -> Ranks:
-    """The largest common share whose ranks, rounded down to a multiple, fit the budget. A matrix whose factors would not be smaller stays dense."""
+    """The largest common share whose ranks, rounded down to a multiple, fit the budget.
+
+    A matrix whose factors would not be smaller stays dense.
+    """
 
     def ranks_at(share: float) -> Ranks:
         return {

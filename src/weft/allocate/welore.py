@@ -1,8 +1,10 @@
-"""welore: one threshold k on the min-max normalised singular values of the weights (Jaiswal et al., 2024, arXiv 2407.11239).
+"""welore: one threshold k on the min-max normalised singular values of the weights (Jaiswal et al., 2024, arXiv
+2407.11239).
 
     t_j = (s_j - s_m) / (s_1 - s_m),   r = #{j : t_j >= k},   at least 1
 
-As published; `floor` (0 as published) keeps at least that share of the uniform rank, against the starvation that one outlier singular value causes.
+As published; `floor` (0 as published) keeps at least that share of the uniform rank, against the starvation that one
+outlier singular value causes.
 """
 
 from __future__ import annotations

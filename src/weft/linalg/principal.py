@@ -1,12 +1,14 @@
-"""The one kernel of data-aware truncation: W (out, in) as a sum of rank-one terms, ordered by what each is worth in a weighted norm.
+"""The one kernel of data-aware truncation: W (out, in) as rank-one terms ordered by their worth in a weighted norm.
 
-For an input metric C (in, in) and an output metric M (out, out), the rank-r matrix W' that minimises tr((W - W')^T M (W - W') C) is
+For an input metric C (in, in) and an output metric M (out, out), the rank-r matrix W' that minimises
+tr((W - W')^T M (W - W') C) is
 
     W' = L^-T U_r U_r^T L^T W,   M = L L^T,   U_r = leading eigenvectors of (L^T W) C (L^T W)^T,
 
-and the error left is the sum of the dropped eigenvalues. No inverse of C appears, so a singular C (fewer tokens than channels) is no special case. With
-M = I this is the truncation-aware SVD of SVD-LLM (Wang et al., 2024, arXiv 2403.07378) and, for C a centred covariance, the principal components of
-the output (atomic feature mimicking); with C and M both given, the Kronecker-factored Fisher norm of `kfac-svd`; with neither, the plain SVD.
+and the error left is the sum of the dropped eigenvalues. No inverse of C appears, so a singular C (fewer tokens than
+channels) is no special case. With M = I this is the truncation-aware SVD of SVD-LLM (Wang et al., 2024, arXiv
+2403.07378) and, for C a centred covariance, the principal components of the output (atomic feature mimicking); with C
+and M both given, the Kronecker-factored Fisher norm of `kfac-svd`; with neither, the plain SVD.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from weft.linalg.whiten import Root, moment_root
 __all__ = ["even_split", "principal_factors", "tail_losses"]
 
 
-def principal_factors(W: Tensor, C: Tensor | None = None, M: Tensor | None = None, *, ridge: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """B (out, m), A (m, in), s (m,) with m = min(out, in): W = B A, and B[:, :r] A[:r] is the best rank-r W' in the (M, C) norm.
+def principal_factors(
+    W: Tensor, C: Tensor | None = None, M: Tensor | None = None, *, ridge: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """B (out, m), A (m, in), s (m,), m = min(out, in): W = B A, and B[:, :r] A[:r] is the best W' of rank r.
 
     Args:
         W: (out, in), any float dtype.
@@ -29,8 +33,9 @@ def principal_factors(W: Tensor, C: Tensor | None = None, M: Tensor | None = Non
         ridge: added to the diagonals of C and M, relative to their mean.
 
     Returns:
-        Factors in fp64, each component's size shared evenly between its column and its row, and s falling: the error of rank r
-        is sum(s[r:]^2). At r = m the product is W itself where C and M are regular; where they are singular, it is so on their range.
+        Factors in fp64, each component's size shared evenly between its column and its row, and s falling: the error of
+        rank r is sum(s[r:]^2). At r = m the product is W itself where C and M are regular; where they are singular, it
+        is so on their range.
     """
     H, left = _apply_output_metric(W.double(), M, ridge)
     U, s = _left_singular(H, C, ridge)
@@ -43,16 +48,17 @@ def principal_factors(W: Tensor, C: Tensor | None = None, M: Tensor | None = Non
 
 
 def even_split(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Rescale each component so that its column of B (out, m) and its row of A (m, in) have one norm; the product stays."""
+    """Give each column of B (out, m) and its row of A (m, in) one norm; the product stays."""
     b, a = B.norm(dim=0), A.norm(dim=1)
     balance = torch.where((a > 0) & (b > 0), (a / b).sqrt(), torch.ones_like(a))
     return B * balance, A / balance.unsqueeze(1)
 
 
 def tail_losses(B: Tensor, A: Tensor, C: Tensor, M: Tensor) -> Tensor:
-    """What every truncation costs in the (M, C) norm: (m + 1,), entry r is tr(D^T M D C) for D = sum of the components from r on.
+    """What every truncation costs: (m + 1,), entry r is tr(D^T M D C) for D the sum of the components from r on.
 
-    The components need not be orthogonal in this norm: the pairwise products P_kl = (b_k^T M b_l) (a_k^T C a_l) are summed over k, l >= r.
+    The components need not be orthogonal in this norm: the pairwise products P_kl = (b_k^T M b_l) (a_k^T C a_l) are
+    summed over k, l >= r.
     """
     B, A = B.double(), A.double()
     pairs = (B.mT @ M.double() @ B) * (A @ C.double() @ A.mT)

@@ -15,7 +15,7 @@ def stable_rank(s: Tensor) -> float:
 
 
 def effective_rank(s: Tensor) -> float:
-    """exp of the Shannon entropy of s / sum(s), between 1 and the rank (Roy and Vetterli, 2007); 0 for a zero or empty matrix."""
+    """exp of the entropy of s / sum(s) (Roy and Vetterli, 2007), between 1 and the rank; 0 for a zero or empty one."""
     s = s.double()
     total = s.sum()
     if not total > 0:

@@ -1,7 +1,8 @@
 """Singular value decompositions of a matrix W (out, in): exact, and one-sided through the smaller Gram matrix.
 
-Letters: U (out, r), s (r,) falling, V (r, in), with W = U diag(s) V at full rank. All inputs may be of any float dtype, strided, empty or rank-deficient;
-work is done in fp32 or wider, at a scale where no square overflows. Randomised and warm-started forms are in `weft.linalg.subspace`.
+Letters: U (out, r), s (r,) falling, V (r, in), with W = U diag(s) V at full rank. All inputs may be of any float dtype,
+strided, empty or rank-deficient; work is done in fp32 or wider, at a scale where no square overflows. Randomised and
+warm-started forms are in `weft.linalg.subspace`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B (out, r) = U sqrt(s) and A (r, in) = sqrt(s) V: the best rank-r product, its size shared evenly between the factors."""
+    """B (out, r) = U sqrt(s), A (r, in) = sqrt(s) V: the best rank-r product, its size shared evenly."""
     U, s, V = truncated_svd(matrix, rank)
     root = s.sqrt()
     return U * root, root.unsqueeze(-1) * V

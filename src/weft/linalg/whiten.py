@@ -1,6 +1,7 @@
 """Whitening: a square root L of a second moment C (n, n), L L^T = C + ridge, and solves with it.
 
-The ridge is relative: `ridge` times the mean of C's diagonal, so that it means the same for every layer and every number of tokens.
+The ridge is relative: `ridge` times the mean of C's diagonal, so that it means the same for every layer and every
+number of tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = ["Root", "moment_root"]
 
 
 class Root(NamedTuple):
-    """L (n, n) with L L^T = C + ridge: lower triangular, or, for a singular C, Q diag(sqrt(l)) from its eigenvectors Q."""
+    """L (n, n) with L L^T = C + ridge: lower triangular, or Q diag(sqrt(l)) of its eigenvectors where C is singular."""
 
     factor: Tensor  # (n, n)
     triangular: bool
@@ -39,7 +40,7 @@ class Root(NamedTuple):
 
 
 def moment_root(moment: Tensor, *, ridge: float = 0.0) -> Root:
-    """A square root of the symmetric positive semi-definite C (n, n), in fp64: Cholesky, or eigenvectors where C (with its ridge) is singular.
+    """A square root of C (n, n), symmetric and positive semi-definite: Cholesky in fp64, or eigenvectors if singular.
 
     Args:
         ridge: added to the diagonal, in units of the diagonal's mean.
@@ -63,7 +64,7 @@ def moment_root(moment: Tensor, *, ridge: float = 0.0) -> Root:
 
 
 def _well_conditioned(factor: Tensor) -> bool:
-    """Whether a triangular solve means anything: a Cholesky of a singular matrix can succeed with noise on its diagonal."""
+    """Whether a triangular solve means anything: a singular matrix can have a Cholesky with noise on its diagonal."""
     diagonal = factor.diagonal()
     if diagonal.numel() == 0:
         return True

@@ -1,9 +1,12 @@
-"""afm: atomic feature mimicking, a principal component analysis of what the layer outputs (Yu and Wu, AAAI 2023; used by arXiv 2405.18146).
+"""afm: atomic feature mimicking, a principal component analysis of what the layer outputs (Yu and Wu, AAAI 2023; used
+by arXiv 2405.18146).
 
-    m = W mu + b,  Cov = W (C - mu mu^T) W^T,  U_r = its leading eigenvectors:   y' = U_r U_r^T (W x + b) + (I - U_r U_r^T) m
+    m = W mu + b,   Cov = W (C - mu mu^T) W^T,   U_r = its leading eigenvectors
+    y' = U_r U_r^T (W x + b) + (I - U_r U_r^T) m
 
-which is the low-rank weight U_r (U_r^T W) with the bias b + (W - U_r U_r^T W) mu: the best affine rank-r map on the data.
-A layer without a bias gains one; `bias=False` keeps it without, and then the uncentred components are the optimum (svd-llm's answer).
+which is the low-rank weight U_r (U_r^T W) with the bias b + (W - U_r U_r^T W) mu: the best affine rank-r map on the
+data. A layer without a bias gains one; `bias=False` keeps it without, and then the uncentred components are the optimum
+(svd-llm's answer).
 Deviations: output statistics are derived from the input's mean mu and second moment C, which every other method shares.
 """
 

@@ -1,9 +1,11 @@
-"""asvd: SVD of the weight with each input column scaled by how large its activations are (Yuan et al., 2023, arXiv 2312.05821).
+"""asvd: SVD of the weight with each input column scaled by how large its activations are (Yuan et al., 2023, arXiv
+2312.05821).
 
     S = diag(a^alpha),  a_j = E|x_j|,   W' = truncate(W S) S^-1,   i.e. the diagonal input metric a^(2 alpha).
 
 Its published allocation, `asvd`, searches a table of per-layer sensitivities.
-Deviations: an exact SVD where the official code draws a randomised one without oversampling or seed; the scale's 1e-6 is relative to its mean.
+Deviations: an exact SVD where the official code draws a randomised one without oversampling or seed; the scale's 1e-6
+is relative to its mean.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """fwsvd: SVD weighted by the Fisher information of the task loss (Hsu et al., 2022, arXiv 2207.00112).
 
-An element-wise weighted SVD has no closed form; summing the Fisher information over one side of W leaves a diagonal metric, which has one:
+An element-wise weighted SVD has no closed form; summing the Fisher information over one side of W leaves a diagonal
+metric, which has one:
 
     axis = "input":   minimise sum_ij f_j (W - W')_ij^2,   f_j = sum_i F_ij,   F_ij = E_d[(dL_d / dW_ij)^2]
     axis = "output":  the same with f_i = sum_j F_ij on the rows.
 
-Deviations: the paper's rows are taken for torch's inputs, as its re-implementations do (`axis` chooses); the Fisher information is a mean over samples of
-squared *per-sample* gradients, where those re-implementations square the batch gradient.
+Deviations: the paper's rows are taken for torch's inputs, as its re-implementations do (`axis` chooses); the Fisher
+information is a mean over samples of squared *per-sample* gradients, where those re-implementations square the batch
+gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ __all__ = ["METHOD", "factorise"]
 
 
 def factorise(W: Tensor, moments: Moments, *, axis: str = "input", floor: float = 1e-6) -> Factors:
-    """The weighted factors; `floor` is added to f relative to its mean, so that a weight the task never moves stays finite."""
+    """The weighted factors; `floor` is added to f relative to its mean: a weight the task never moves stays finite."""
     if axis not in ("input", "output"):
         raise WeftError(f"fwsvd's axis is 'input' or 'output', not {axis!r}.")
     if axis == "input":

@@ -1,4 +1,4 @@
-"""svd: plain truncated SVD of the weight, the best rank-r W' in the Frobenius norm (Eckart and Young, 1936). It sees no data."""
+"""svd: truncated SVD of the weight alone, the best rank-r W' in the Frobenius norm (Eckart and Young, 1936)."""
 
 from __future__ import annotations
 

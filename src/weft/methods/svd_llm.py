@@ -1,10 +1,13 @@
-"""svd-llm: the truncation that loses least at the layer's output, min ||(W - W') X||_F (Wang et al., 2024, arXiv 2403.07378).
+"""svd-llm: the truncation that loses least at the layer's output, min ||(W - W') X||_F (Wang et al., 2024, arXiv
+2403.07378).
 
     U_r = leading eigenvectors of W C W^T,  C = E[x x^T];   W' = U_r (U_r^T W)
 
-equals truncating the SVD of W L, C = L L^T (the paper's Cholesky whitening, and V2's eigen form, arXiv 2503.12340, section 3.3), without inverting
-anything. `sequential` recalibrates each layer on the outputs of the layers already compressed (the paper's parameter update).
-Deviations: the inverse-free form (V1's Cholesky fails on singular moments); a mean, not a sum, over tokens (no effect on W').
+equals truncating the SVD of W L, C = L L^T (the paper's Cholesky whitening, and V2's eigen form, arXiv 2503.12340,
+section 3.3), without inverting anything. `sequential` recalibrates each layer on the outputs of the layers already
+compressed (the paper's parameter update).
+Deviations: the inverse-free form (V1's Cholesky fails on singular moments); a mean, not a sum, over tokens (no effect
+on W').
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ def factorise(W: Tensor, moments: Moments, *, ridge: float = 1e-4) -> Factors:
 METHOD = Method(
     name="svd-llm",
     kind="compress",
-    summary="Truncation-aware SVD: whitened by the inputs' second moment, so each dropped value is the output error it causes.",
+    summary="SVD whitened by the inputs' second moment: each dropped value is the output error it causes.",
     paper="Wang et al., 2024, arXiv 2403.07378; V2, 2025, arXiv 2503.12340",
     needs=("input_moment",),
     factorise=factorise,

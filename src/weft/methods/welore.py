@@ -1,9 +1,11 @@
-"""welore: one threshold on the normalised singular values of the whole model; what it factorises is fine-tuned, the rest frozen
-(Jaiswal et al., 2024, arXiv 2407.11239).
+"""welore: one threshold on the normalised singular values of the whole model; what it factorises is fine-tuned, the
+rest frozen (Jaiswal et al., 2024, arXiv 2407.11239).
 
-init: plain SVD with B = U sqrt(s), A = sqrt(s) V. allocate: `welore`, ranks r = #{j : (s_j - s_m) / (s_1 - s_m) >= k} for the k that meets the budget; a
-matrix that would not shrink stays dense. trained: the low-rank components only (the published AdamW lr is 5e-5).
-Deviations: k is bisected to a *parameter* budget, where the official code carries constants for rank reductions of LLaMA-2; biases are kept.
+init: plain SVD with B = U sqrt(s), A = sqrt(s) V. allocate: `welore`, ranks r = #{j : (s_j - s_m) / (s_1 - s_m) >= k}
+for the k that meets the budget; a matrix that would not shrink stays dense. trained: the low-rank components only (the
+published AdamW lr is 5e-5).
+Deviations: k is bisected to a *parameter* budget, where the official code carries constants for rank reductions of
+LLaMA-2; biases are kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Statistics on disk: a key of model, data and needs; snapshots of a pass under way, from which it resumes to the same bits."""
+"""Statistics on disk: a key of model, data and needs; snapshots of a pass under way, from which it resumes to the same
+bits.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _SECONDS = 30.0  # between snapshots: an interruption costs at most this much wo
 def fingerprint(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], needs: Iterable[str], layers: Iterable[str]
 ) -> str:
-    """A key of everything the statistics depend on: the weights (by sums of values and squares), the tokens, the statistics, the layers."""
+    """A key of everything the statistics depend on: the weights (by sums of values and squares), the tokens, the
+    statistics, the layers.
+    """
     digest = hashlib.sha256(json.dumps([sorted(needs), list(layers)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.is_floating_point() and tensor.numel():
@@ -37,7 +41,7 @@ def fingerprint(
 
 
 class Snapshots:
-    """The state of one `Collector`, written beside and renamed into `path` (a stem): every half minute, and at the end."""
+    """The state of one `Collector`, renamed into `path` (a stem) when whole: every half minute, and at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.with_suffix(".safetensors")

@@ -1,7 +1,9 @@
-"""One streaming pass over calibration batches: every layer's statistics, with a bounded memory, resumable, cached on disk.
+"""One streaming pass over calibration batches: every layer's statistics, with a bounded memory, resumable, cached on
+disk.
 
-Peak memory is the moments of the layers that are collected together: all of them in one pass, or, called with the layers of one group of
-`layers_by_block` after another, one block's. The sequential form, which feeds each block the outputs of the blocks already changed, is in `weft.stats.walk`.
+Peak memory is the moments of the layers that are collected together: all of them in one pass, or, called with the
+layers of one group of `layers_by_block` after another, one block's. The sequential form, which feeds each block the
+outputs of the blocks already changed, is in `weft.stats.walk`.
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ def calibrate(
 
     Args:
         model: any transformers model; run in eval mode, its parameters frozen and restored afterwards.
-        batches: mappings for the model's forward. Tokens with attention_mask 0 are left out. For gradient statistics a batch needs `labels`, or, for a causal
-            model, its input_ids are the labels.
+        batches: mappings for the model's forward. Tokens with attention_mask 0 are left out. For gradient statistics a
+            batch needs `labels`, or, for a causal model, its input_ids are the labels.
         needs: statistic names, see `weft.stats.collect`; `weft.needs("svd-llm")` gives a method's.
         layers: shell patterns of layer names, None for all.
-        cache: a directory: finished statistics are kept there under a key of model, data and needs, and an interrupted pass resumes from its last snapshot.
+        cache: a directory: finished statistics are kept there under a key of model, data and needs, and an interrupted
+            pass resumes from its last snapshot.
         track: (batches, description) -> the same batches, for a progress bar.
 
     Raises:
@@ -62,7 +65,7 @@ def calibrate(
 
 
 def layers_by_block(model: nn.Module, layers: Iterable[str]) -> list[list[str]]:
-    """The layer names grouped by the block they lie in, in the model's order; layers outside blocks come last, together."""
+    """The layer names grouped by the block they lie in, in the model's order; those outside blocks come last."""
     prefixes = [f"{path}.{i}." for path, stack in block_stacks(model).items() for i in range(len(stack))]
     groups: dict[str, list[str]] = {prefix: [] for prefix in [*prefixes, ""]}
     for name in layers:
@@ -102,13 +105,16 @@ def run_batch(model: nn.Module, batch: Batch, collector: Collector, backward: bo
     loss, count = token_loss(model, batch)
     if not loss.requires_grad:
         raise WeftError(
-            f"The loss of {type(model).__name__} does not depend on its embeddings, so there are no gradients to collect."
+            f"The loss of {type(model).__name__} does not depend on its embeddings: there are no gradients to collect."
         )
     (loss * count).backward()
 
 
 def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-    """The model's own mean loss on a batch, and over how many predictions it is a mean. Labels default to the input ids of a causal model."""
+    """The model's own mean loss on a batch, and over how many predictions it is a mean.
+
+    Labels default to the input ids of a causal model.
+    """
     batch = dict(batch)
     causal = not _is_encoder_decoder(model) and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     if "labels" not in batch:
@@ -125,7 +131,10 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The arguments of a forward pass that needs no loss: labels stay only where an encoder-decoder model derives its decoder's input from them."""
+    """The arguments of a forward pass that needs no loss.
+
+    Labels stay only where an encoder-decoder model derives its decoder's input from them.
+    """
     return {k: v for k, v in batch.items() if k != "labels" or _is_encoder_decoder(model)} | _no_cache(model)
 
 

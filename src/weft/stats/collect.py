@@ -10,8 +10,9 @@
     fisher_rows         E_d[sum_j Q_ij^2]   (out,)       Q: d(sum of token losses of sequence d) / dW
     fisher_columns      E_d[sum_i Q_ij^2]   (in,)
 
-Expectations run over the tokens that the attention mask keeps (the Fisher sums: over sequences). A layer applied several times in a pass adds up its uses.
-Layers that are fed one and the same tensor (q, k and v; gate and up) share its input statistics.
+Expectations run over the tokens that the attention mask keeps (the Fisher sums: over sequences). A layer applied
+several times in a pass adds up its uses. Layers that are fed one and the same tensor (q, k and v; gate and up) share
+its input statistics.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Collector:
         layers: name -> linear layer.
         needs: statistics from the table above.
 
-    Set `masks` before each pass: booleans (batch, positions), one for each of the model's token streams; a stream without one is kept whole.
-    `sums`, `tokens`, `sequences` and `leader` are its whole state.
+    Set `masks` before each pass: booleans (batch, positions), one for each of the model's token streams; a stream
+    without one is kept whole. `sums`, `tokens`, `sequences` and `leader` are its whole state.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], needs: Iterable[str]) -> None:
@@ -78,7 +79,7 @@ class Collector:
         self._handles, self._last = [], None
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """layer -> {statistic: tensor}, as means. Raises WeftError naming a layer that saw nothing, only zeros, or NaN."""
+        """layer -> {statistic: tensor}, as means; WeftError names a layer that saw nothing, only zeros, or NaN."""
         return {name: self._layer_moments(name) for name in self.layers}
 
     @property
@@ -177,7 +178,7 @@ def _rows(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _matching(masks: list[Tensor], x: Tensor) -> Tensor | None:
-    """The first mask that covers exactly x's tokens, flat or not; None when there is none (e.g. a pooled vector a sequence)."""
+    """The first mask that covers exactly x's tokens, flat or not; None when there is none (a pooled vector, say)."""
     for mask in masks:
         if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
             return mask
@@ -187,10 +188,11 @@ def _matching(masks: list[Tensor], x: Tensor) -> Tensor | None:
 def _check(name: str, need: str, total: Tensor) -> None:
     if not torch.isfinite(total).all():
         raise WeftError(
-            f"The statistic {need} of layer {name} holds NaN or infinity; run the model in float32, or leave the layer out."
+            f"The statistic {need} of layer {name} holds NaN or infinity; "
+            "run the model in float32, or leave the layer out with a layer pattern."
         )
     if not bool(total.any()):
         raise WeftError(
-            f"The statistic {need} of layer {name} is zero everywhere: the layer is dead on this calibration text, or does not touch the loss; "
-            "give other text, or leave the layer out with a layer pattern."
+            f"The statistic {need} of layer {name} is zero everywhere: the layer is dead on this calibration text, "
+            "or does not touch the loss; give other text, or leave the layer out with a layer pattern."
         )

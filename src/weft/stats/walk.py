@@ -1,16 +1,18 @@
-"""The sequential form: block by block, group by group, each group of layers seeing the outputs of everything already changed before it.
+"""The sequential form: block by block, each group of layers seeing the outputs of everything changed before it.
 
     for group in walk(model, batches, layers):
         ... replace group.names in the model, from group.moments ...
 
-Only the hidden states between two blocks and one group's moments are in memory. Beside the inputs x of the changed model, the walk can follow the
-inputs x_o that the same layers had in the original one (`original=True`), for E[x_o x^T]: what is needed to correct for the drift between the two.
+Only the hidden states between two blocks and one group's moments are in memory. Beside the inputs x of the changed
+model, the walk can follow the inputs x_o that the same layers had in the original one (`original=True`), for
+E[x_o x^T]: what is needed to correct for the drift between the two.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +179,7 @@ def _groups(block: nn.Module, call: _Call, layers: list[str]) -> list[list[str]]
 
 
 def _block_calls(model: nn.Module, path: str, batches: Sequence[Batch]) -> list[list[_Call]]:
-    """What each block of a stack is called with, batch by batch: [block][batch]. Hidden states are kept for the first block only."""
+    """What each block of a stack is called with: [block][batch]. Hidden states are kept for the first block only."""
     stack = model.get_submodule(path)
     calls: list[list[_Call]] = [[] for _ in stack]  # type: ignore[union-attr, attr-defined]
 
@@ -198,10 +200,8 @@ def _block_calls(model: nn.Module, path: str, batches: Sequence[Batch]) -> list[
     try:
         for batch in batches:
             batch = to_device(batch, model)
-            try:
+            with suppress(_Stop):
                 model(**forward_inputs(model, batch))
-            except _Stop:
-                pass
             for block_calls in calls:
                 block_calls[-1].masks = forward_masks(batch)
     finally:
@@ -211,7 +211,7 @@ def _block_calls(model: nn.Module, path: str, batches: Sequence[Batch]) -> list[
 
 
 def _positional_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with the hidden states as first argument, and without a key-value cache, which a repeated call would fill again."""
+    """The call with the hidden states first, and without a key-value cache, which a repeated call would fill again."""
     kwargs = {k: v for k, v in kwargs.items() if k not in ("past_key_value", "past_key_values", "use_cache")}
     if not args:
         args = (kwargs.pop("hidden_states"),)

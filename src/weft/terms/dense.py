@@ -18,7 +18,9 @@ class Dense(Term):
 
     kind = "dense"
 
-    def __init__(self, in_features: int, out_features: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(in_features, out_features)
         self.matrix = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
 

@@ -1,7 +1,7 @@
-"""The linear layers of a model: finding them by name, reading their weights, replacing them, and the blocks they lie in.
+"""The linear layers of a model: found by name, read, replaced; and the blocks they lie in.
 
-A *linear layer* is an `nn.Linear`, a GPT-2 `Conv1D` or a `SumLinear`, inside the model's base (so not the output head), whose weight is
-shared with no other module.
+A *linear layer* is an `nn.Linear`, a GPT-2 `Conv1D` or a `SumLinear`, inside the model's base (so not the output head),
+whose weight is shared with no other module.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["bias_of", "block_stacks", "is_conv1d", "is_linear", "linear_layers",
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' `Conv1D` (weight stored (in, out)); told by name, so that transformers is not imported."""
+    """Whether this is transformers' `Conv1D`, weight (in, out); told by name: no import."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether weft can put a sum of terms in this module's place. Subclasses of `nn.Linear` are left alone: they may be used otherwise."""
+    """Whether weft can put a sum of terms here. Subclasses of `nn.Linear` are left alone: they may do more."""
     return type(module) is nn.Linear or isinstance(module, SumLinear) or is_conv1d(module)
 
 
@@ -52,8 +52,9 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
         layers: None for all, or one or more shell patterns on the full name (`*q_proj`, `model.layers.0.*`).
 
     Raises:
-        WeftError: a pattern matches nothing (the nearest names are listed), there is no linear layer at all, or the model holds mixture-of-experts
-            weights as 3-D tensors, which no term represents, and no pattern says which other layers are meant.
+        WeftError: a pattern matches nothing (the nearest names are listed), there is no linear layer at all, or the
+            model holds mixture-of-experts weights as 3-D tensors, which no term represents, and no pattern says which
+            other layers are meant.
     """
     found = dict(_eligible(model))
     if layers is None:
@@ -65,7 +66,9 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
     for pattern in patterns:
         if not fnmatch.filter(found, pattern):
             near = ", ".join(nearest(pattern, found))
-            raise WeftError(f"The layer pattern {pattern!r} matches no linear layer; the nearest names are: {near or 'none'}.")
+            raise WeftError(
+                f"The layer pattern {pattern!r} matches no linear layer; the nearest names are: {near or 'none'}."
+            )
     return {name: module for name, module in found.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
 
@@ -77,7 +80,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def set_low_rank(model: nn.Module, name: str, B: Tensor, A: Tensor, bias: Tensor | None) -> SumLinear:
-    """Replace a linear layer by one LowRank term of factors B (out, r), A (r, in), in the layer's own dtype and device."""
+    """Replace a linear layer by one LowRank term of factors B (out, r), A (r, in), in its dtype and device."""
     old = model.get_submodule(name)
     reference = old.weight
     assert isinstance(reference, Tensor)
@@ -89,7 +92,7 @@ def set_low_rank(model: nn.Module, name: str, B: Tensor, A: Tensor, bias: Tensor
 
 
 def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost `nn.ModuleList`s that hold linear layers, by name: the decoder's blocks, or an encoder's and a decoder's."""
+    """The outermost `nn.ModuleList`s with linear layers: a decoder's blocks, or an encoder's and a decoder's."""
     stacks: dict[str, nn.ModuleList] = {}
     names = list(dict(_eligible(model)))
     for path, module in model.named_modules():
@@ -128,6 +131,6 @@ def _refuse_experts(model: nn.Module) -> None:
         if parameter.dim() == 3 and "expert" in name:
             shape = tuple(parameter.shape)
             raise WeftError(
-                f"{type(model).__name__} is a mixture of experts that holds them as one tensor ({name}, shape {shape}), which no sum of "
-                "terms represents; name the layers you mean, for example layers='*self_attn*'."
+                f"{type(model).__name__} is a mixture of experts that holds them as one tensor ({name}, {shape}), "
+                "which no sum of terms represents; name the layers you mean, for example layers='*self_attn*'."
             )

@@ -16,12 +16,18 @@ _INT32_LIMIT = 2**31
 
 
 class Sparse(Term):
-    """T[i, j] = values[k] where positions[k] = i * in + j. The support is sorted, free of duplicates, and never changes."""
+    """T[i, j] = values[k] where positions[k] = i * in + j. The support is sorted, free of duplicates and fixed."""
 
     kind = "sparse"
 
     def __init__(
-        self, in_features: int, out_features: int, nonzeros: int, *, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        nonzeros: int,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
         self.nonzeros = nonzeros

@@ -1,4 +1,4 @@
-"""Spectral: T = U diag(s) V with U (out, r), s (r,), V (r, in); the singular values are a tensor of their own, to be trained or masked alone."""
+"""Spectral: T = U diag(s) V, U (out, r), s (r,), V (r, in); s is a tensor of its own, to be trained or masked alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SumLinear: a linear layer whose weight is a sum of terms, W = T_1 + ... + T_k; it replaces `nn.Linear` and GPT-2's `Conv1D` in place."""
+"""SumLinear: a linear layer whose weight is W = T_1 + ... + T_k; it replaces `nn.Linear` and GPT-2's `Conv1D`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class SumLinear(nn.Module):
     Args:
         terms: name -> Term, all of one shape; the order is the order of summation. Names are identifiers without dots.
         bias: (out,) or None.
-        transposed: True when the layer replaced a `Conv1D`, whose weight is stored (in, out); `collapse` then gives a `Conv1D` back.
+        transposed: True when the layer replaced a `Conv1D`, whose weight is stored (in, out); `collapse` then gives a
+            `Conv1D` back.
 
-    `weight` is an empty buffer of the layer's dtype and device: code that only peeks at `layer.weight.dtype` or `.device` reads the truth,
-    and a loader that knows nothing of weft finds a tensor of the wrong shape and refuses, instead of filling the layer with noise.
+    `weight` is an empty buffer of the layer's dtype and device: code that only peeks at `layer.weight.dtype` or
+    `.device` reads the truth, and a loader that knows nothing of weft finds a tensor of the wrong shape and refuses,
+    instead of filling the layer with noise.
 
     Raises:
         ValueError: no terms, or terms of different shapes.
@@ -50,7 +52,7 @@ class SumLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The (out, in) sum of the terms' matrices, added in fp32 or wider and cast last; `dtype` None means the stored one."""
+        """The (out, in) sum of the terms' matrices, added in fp32 or wider; `dtype` None means the stored one."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         total = sum(term.dense(wide) for term in self._terms())
         assert isinstance(total, Tensor)

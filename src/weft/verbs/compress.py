@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
-from weft.errors import WeftError, unknown
 from weft.embedded.text import default_text
+from weft.errors import WeftError, unknown
 from weft.io.save import save_model
 from weft.methods import find
 from weft.methods.base import Method
@@ -42,7 +42,10 @@ class Compressed:
 
 
 def needs(method: str, *, allocate: str | None = None) -> tuple[str, ...]:
-    """The statistics that a method (with an allocation; None: its own) reads: what to `calibrate` for it. Raises WeftError for an unknown name."""
+    """The statistics that a method (with an allocation; None: its own) reads: what to `calibrate` for it.
+
+    Raises WeftError for an unknown name.
+    """
     found = find(method)
     if found.kind != "compress":
         return found.needs
@@ -74,24 +77,32 @@ def compress(
     Args:
         model: any transformers model with linear layers (`weft.terms.layers.linear_layers`).
         method: a name of `weft.methods()` of kind "compress", or a `Method`.
-        budget: what is **kept**: a share of the replaced matrices' parameters (0.6, "60%"), or the size of the whole model ("500MB").
-        allocate: a name of `weft.allocate.ALLOCATIONS` (None: the method's own), a saved allocation's path, or a mapping layer -> rank (None: dense).
-        batches: calibration batches, for methods and allocations that need data; `weft.train.data.calibration_batches` makes them.
+        budget: what is **kept**: a share of the replaced matrices' parameters (0.6, "60%"), or the size of the whole
+            model ("500MB").
+        allocate: a name of `weft.allocate.ALLOCATIONS` (None: the method's own), a saved allocation's path, or a
+            mapping layer -> rank (None: dense).
+        batches: calibration batches, for methods and allocations that need data; `weft.train.data.calibration_batches`
+            makes them.
         stats: statistics from `weft.calibrate(model, batches, weft.needs(method))`, instead of a pass over the batches.
         layers: shell patterns of layer names; None for all.
         round: make every rank a multiple of this.
-        sequential: recalibrate each layer on the layers compressed before it (None: as the method is published); needs `batches`.
-        correction: share, 0 to 1, of the drift of a layer's inputs that the sequential form corrects (None: the method's own).
-        by_block: collect one block's statistics at a time, with a pass over the batches for each: bounded memory for large models.
+        sequential: recalibrate each layer on the layers compressed before it (None: as the method is published); needs
+            `batches`.
+        correction: share, 0 to 1, of the drift of a layer's inputs that the sequential form corrects (None: the
+            method's own).
+        by_block: collect one block's statistics at a time, with a pass over the batches for each: bounded memory for
+            large models.
         progress: a directory for finished blocks, from which an interrupted call goes on.
         track: (items, description) -> the same items, for a progress bar.
         options: the method's own hyperparameters.
 
     Returns:
-        The allocation, which says what was spent, and the seconds spent on survey (calibration and factorisation) and replacement.
+        The allocation, which says what was spent, and the seconds spent on survey (calibration and factorisation) and
+        replacement.
 
     Raises:
-        WeftError: unknown method, allocation, option or layer pattern; a budget out of range or below reach; data missing.
+        WeftError: unknown method, allocation, option or layer pattern; a budget out of range or below reach; data
+            missing.
     """
     found = find(method, "compress") if isinstance(method, str) else method
     plan = Plan(
@@ -182,7 +193,8 @@ def _given_ranks(allocate: Any, layers: Sequence[str]) -> Ranks | None:
     strange = sorted(set(allocate) ^ set(layers))
     if strange:
         raise WeftError(
-            f"The allocation and the model differ in the layer {strange[0]}; make one for this model, or name its layers by a pattern."
+            f"The allocation and the model differ in the layer {strange[0]}; make one for this model, "
+            "or name its layers by a pattern."
         )
     return dict(allocate)
 
@@ -238,8 +250,8 @@ def run(
 ) -> dict[str, Any]:
     """`weft compress`: read a model, calibrate, compress, write a directory with `allocation.json` and `run.json`.
 
-    Arguments are those of `compress` and of `weft.train.windows.calibration_batches`. The result is what `run.json` holds as metrics.
-    An interrupted run keeps its finished blocks beside `out` and goes on from them.
+    Arguments are those of `compress` and of `weft.train.windows.calibration_batches`. The result is what `run.json`
+    holds as metrics. An interrupted run keeps its finished blocks beside `out` and goes on from them.
 
     Raises:
         WeftError: any argument that cannot work, before the model is loaded where it can be told.
@@ -257,8 +269,8 @@ def run(
     with open_output(out, arguments) as place:
         before = _size(source)
         done = compress(
-            source, method, budget=budget, allocate=allocate, batches=data, layers=layers, round=round, sequential=sequential,
-            by_block=by_block, progress=place.progress, track=track, **options,
+            source, method, budget=budget, allocate=allocate, batches=data, layers=layers, round=round,
+            sequential=sequential, by_block=by_block, progress=place.progress, track=track, **options,
         )  # fmt: skip
         metrics = _metrics(before, _size(source), done)
         done.allocation.save(place.path / "allocation.json")

@@ -1,10 +1,11 @@
 """How `compress` works through a model: survey every layer, spend the budget, then replace layer by layer.
 
-    survey       W, moments -> Factors, and what the allocation wants to know (`LayerInfo`); one block's moments in memory, or all at once
+    survey       W, moments -> Factors, and what the allocation wants to know (`LayerInfo`)
     one_shot     replace each layer by the first r components of the surveyed factors
     sequential   walk the blocks; factorise each group anew on the inputs that it gets in the model compressed so far
 
-With a `Store` that has a directory, finished blocks are kept on disk, and an interrupted run goes on from them to the same bits.
+With a `Store` that has a directory, finished blocks are kept on disk, and an interrupted run goes on from them to the
+same bits.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ class Store:
 def survey(
     model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | None, store: Store
 ) -> dict[str, LayerInfo]:
-    """What the allocation reads of every layer; factors (one-shot) or carried statistics (sequential) go to the store, block by block."""
+    """What the allocation reads of every layer.
+
+    Factors (one-shot) or carried statistics (sequential) go to the store, block by block.
+    """
     infos: dict[str, LayerInfo] = {}
     whole = stats
     chunks = layers_by_block(model, plan.layers)
@@ -148,8 +152,9 @@ def surveyed_factors(model: nn.Module, plan: Plan, store: Store) -> Iterator[tup
 def sequential(model: nn.Module, plan: Plan, ranks: Ranks, batches: Sequence[Batch], store: Store) -> None:
     """Walk the blocks, replacing each group of layers on the inputs it gets after everything before it was replaced.
 
-    With `plan.correction` = a > 0, the target is not this layer's own map W but W ((1 - a) X + a C) X^-1, where X = E[x x^T] of the inputs x now and
-    C = E[x_o x^T] with the inputs x_o of the original model: the least-squares map from x to the mix (1 - a) W x + a W x_o.
+    With `plan.correction` = a > 0, the target is not this layer's own map W but W ((1 - a) X + a C) X^-1, where
+    X = E[x x^T] of the inputs x now and C = E[x_o x^T] with the inputs x_o of the original model: the least-squares
+    map from x to the mix (1 - a) W x + a W x_o.
     """
     carried: dict[str, Tensor] = {}
     for i in range(len(layers_by_block(model, plan.layers))):
@@ -176,7 +181,10 @@ def sequential(model: nn.Module, plan: Plan, ranks: Ranks, batches: Sequence[Bat
 
 
 def truncate(model: nn.Module, name: str, factors: Factors, rank: int) -> dict[str, Tensor]:
-    """Replace a layer by the first `rank` components, correcting its bias where the factors ask for it; what was stored, by name."""
+    """Replace a layer by the first `rank` components, and correct its bias where the factors ask for it.
+
+    Returns what was stored, by name.
+    """
     layer = model.get_submodule(name)
     weight, bias = weight_of(layer), bias_of(layer)
     B, A = (t.to(weight.device, weight.dtype) for t in factors.truncate(rank)[:2])
@@ -190,7 +198,7 @@ def truncate(model: nn.Module, name: str, factors: Factors, rank: int) -> dict[s
 
 
 def _survey_layer(layer: nn.Module, moments: Moments, plan: Plan, rank: int | None) -> dict[str, Tensor]:
-    """What is kept of one layer: factors up to the largest rank that saves, spectra, predicted losses, carried statistics."""
+    """What is kept of one layer: factors up to the largest rank that saves, spectra, losses, carried statistics."""
     W = weight_of(layer, torch.float64)
     entry: dict[str, Tensor] = {need: moments[need] for need in plan.carried}
     if "weight_spectrum" in plan.reads:
