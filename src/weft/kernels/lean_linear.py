@@ -1,8 +1,10 @@
-"""Linear layers that keep the least for their backward pass: y = x W^T + sum_i s_i x A_i^T B_i^T + bias in one autograd node.
+"""Linear layers that keep the least for their backward pass: y = x W^T + sum_i s_i x A_i^T B_i^T + bias in one
+autograd node.
 
-Kept are x, once for the base and all factors, or what x is recomputed from (`weft.kernels.recompute`), and the rank-r x A_i^T; nothing of size
-(tokens, out), and no x at all where neither W nor any A is trained. The products accumulate in place, so that a sum costs no pass over y of
-its own; the base may be a function that dequantises it, which is called again in backward and kept in between by nobody.
+Kept are x, once for the base and all factors, or what x is recomputed from (`weft.kernels.recompute`), and the rank-r
+x A_i^T; nothing of size (tokens, out), and no x at all where neither W nor any A is trained. The products accumulate
+in place, so that a sum costs no pass over y of its own; the base may be a function that dequantises it, which is
+called again in backward and kept in between by nobody.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Factor(NamedTuple):
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, factors: Sequence[Factor] = ()) -> Tensor:
-    """x (..., in) -> (..., out) of W + sum_i s_i B_i A_i. Computed in autocast's dtype if it is on, else in the dtype of x."""
+    """x (..., in) -> (..., out) of W + sum_i s_i B_i A_i, in autocast's dtype if it is on, else in that of x."""
     frozen = None if isinstance(weight, Tensor) else weight
     flat = [t for factor in factors for t in factor[:2]]
     source = source_of(x)
@@ -43,7 +45,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, factors: Seque
 
 
 def frozen_linear(x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
-    """x (..., in) times the transpose of a frozen matrix that is made from its code at each call: nothing is kept for backward."""
+    """x (..., in) times the transpose of a frozen matrix made from its code at each call: nothing is kept."""
     return linear(x, weight)
 
 
@@ -94,7 +96,7 @@ class _Linear(torch.autograd.Function):
         if needs[0]:
             grad_x = grad @ (ctx.frozen(dtype) if ctx.frozen else weight.to(dtype))
         if needs[4]:
-            grad_weight = grad.mT @ rows
+            grad_weight = grad.mT @ rows  # type: ignore[operator]
         grads: list[Tensor | None] = []
         for i, scale in enumerate(ctx.scales):
             B, A = factors[2 * i].to(dtype), factors[2 * i + 1].to(dtype)

@@ -1,8 +1,9 @@
 """Tensors that autograd does not keep, because they are cheap to make again from others that it keeps anyway.
 
-`recompute(f, inputs)` is f(*inputs), with only the inputs saved. Its output remembers where it came from, so that an operation of ours that
-would save it (`linear` of `weft.kernels.lean_linear`) saves those same inputs instead: a norm's output costs nothing beside the residual
-stream, SiLU(gate) * up nothing beside gate and up. In backward the tensor is made once, by whoever needs it first, and freed by the last.
+`recompute(f, inputs)` is f(*inputs), with only the inputs saved. Its output remembers where it came from, so that an
+operation of ours that would save it (`linear` of `weft.kernels.lean_linear`) saves those same inputs instead: a
+norm's output costs nothing beside the residual stream, SiLU(gate) * up nothing beside gate and up. In backward the
+tensor is made once, by whoever needs it first, and freed by the last.
 
 Chen et al., 2016, arXiv 1604.06174, restricted to functions whose recomputation is a few element-wise passes.
 """
@@ -23,7 +24,7 @@ _SOURCE = "_weft_source"
 
 
 class Recipe:
-    """A function of tensors, under the autocast state in which it was first run, and its result while a backward pass needs it."""
+    """A function of tensors, the autocast state it was first run in, and its result while a backward pass needs it."""
 
     def __init__(self, function: Callable[..., Tensor], device_type: str) -> None:
         self.function, self.device_type = function, device_type
@@ -39,7 +40,7 @@ class Recipe:
         return self.made
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The autocast state of the forward pass. Without its cache, which would hand out casts made in another grad mode."""
+        """The autocast state of the forward pass. Its cache would hand out casts of another grad mode."""
         return torch.autocast(self.device_type, dtype=self.narrow, enabled=self.narrow is not None, cache_enabled=False)
 
 
@@ -52,7 +53,7 @@ class Source(NamedTuple):
 
 
 def source_of(x: Tensor) -> Source:
-    """What to save for backward in place of `x`: its inputs if it is an untouched output of `recompute`, else itself."""
+    """What to save in place of `x`: its inputs if it is an untouched output of `recompute`, else itself."""
     source: Source | None = getattr(x, _SOURCE, None)
     # changed in place since: its inputs no longer make it
     return source if source is not None and source.version == x._version else Source(None, (x,), x._version)
@@ -63,7 +64,9 @@ def fetch(recipe: Recipe | None, tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if recipe is None else recipe.make(tensors)[1].detach()
 
 
-def recompute(function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter] = ()) -> Tensor:
+def recompute(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter] = ()
+) -> Tensor:
     """function(*inputs), keeping only `inputs` for the backward pass.
 
     Args:
@@ -95,6 +98,8 @@ class _Recompute(torch.autograd.Function):
         wanted = [*leaves, *ctx.parameters]
         needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
         grads: list[Tensor | None] = [None] * len(wanted)
-        for i, g in zip(needed, torch.autograd.grad(output, [wanted[i] for i in needed], grad, allow_unused=True), strict=True):
+        for i, g in zip(
+            needed, torch.autograd.grad(output, [wanted[i] for i in needed], grad, allow_unused=True), strict=True
+        ):
             grads[i] = g
         return None, None, *grads

@@ -1,4 +1,4 @@
-"""Memory savers for training: activations that are cheap to make again are not kept, and the logits are never all there at once."""
+"""Memory savers for training: what is cheap to make again is not kept, and the logits are never all there at once."""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
     loss = sum_i (logsumexp(z_i) - z_i[t_i]) / n,   z_i = steps(C e_i + b),   E (tokens, in), C (vocabulary, in)
 
-Tokens go through in chunks; the gradient of a chunk is computed beside its loss, so that its logits live only that long and no product is done
-twice (Hsu et al., 2024, arXiv 2410.10989, section 3.2). Exact: what is not kept is recomputed by nobody and left out by nobody. For a trained head
-on a GPU, cut-cross-entropy (Wijmans et al., 2024, arXiv 2411.09009) is used where it is installed, unfiltered; for a frozen head the chunks
-need two matrix products where it needs three.
+Tokens go through in chunks; the gradient of a chunk is computed beside its loss, so that its logits live only that
+long and no product is done twice (Hsu et al., 2024, arXiv 2410.10989, section 3.2). Exact: what is not kept is
+recomputed by nobody and left out by nobody. For a trained head on a GPU, cut-cross-entropy (Wijmans et al., 2024,
+arXiv 2411.09009) is used where it is installed, unfiltered; for a frozen head the chunks need two matrix products
+where it needs three.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def linear_cross_entropy(
         loss: Tensor = kernel(hidden, weight, targets, ignore_index, softcap, reduction, False, None)
         return loss
     chunk = chunk or max(CHUNK_LOGITS // weight.shape[0], 1)
-    return chunked_cross_entropy(hidden, targets, logits, trained, chunk, ignore_index=ignore_index, reduction=reduction)
+    return chunked_cross_entropy(
+        hidden, targets, logits, trained, chunk, ignore_index=ignore_index, reduction=reduction
+    )
 
 
 def chunked_cross_entropy(
@@ -86,23 +89,28 @@ def chunked_cross_entropy(
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if reduction == "none":
         # each token's gradient waits for its own weight, so the logits are made again in backward
-        pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        return torch.cat(
-            [checkpoint(_losses, logits, rows, classes, options, use_reentrant=False) for rows, classes in pairs]  # type: ignore[misc]
-        )
+        pairs = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+        losses = [checkpoint(_losses, logits, *pair, options, use_reentrant=False) for pair in pairs]
+        return torch.cat(losses)  # type: ignore[arg-type]
     counted = targets != ignore_index
     total = int(counted.sum())
     if 0 < total < len(targets):
         # tokens without a target cost nothing
         hidden, targets = hidden[counted], targets[counted]
     divisor = torch.tensor(total if reduction == "mean" else 1, device=hidden.device)
-    loss: Tensor = _ChunkedLoss.apply(logits, chunk, options, divisor, targets, hidden, *parameters)  # type: ignore[no-untyped-call]
+    inputs = logits, chunk, options, divisor, targets, hidden
+    loss: Tensor = _ChunkedLoss.apply(*inputs, *parameters)  # type: ignore[no-untyped-call]
     return loss
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
     """The kernel, where it is installed, fits and pays: half-precision tensors on a CUDA GPU and a trained head."""
-    fits = hidden.is_cuda and weight.requires_grad and hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    fits = (
+        hidden.is_cuda
+        and weight.requires_grad
+        and hidden.dtype == weight.dtype
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+    )
     if not fits or importlib.util.find_spec("cut_cross_entropy") is None:
         return None
     kernel: Callable[..., Tensor] = importlib.import_module("cut_cross_entropy").linear_cross_entropy

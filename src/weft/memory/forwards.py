@@ -1,7 +1,7 @@
 """The lean forward of each kind of module: the same values, fewer tensors kept for backward.
 
-A forward is a function (module, *args, **kwargs), put on an instance by `LeanForward`. Each falls back to the class's own forward for calls it
-does not know.
+A forward is a function (module, *args, **kwargs), put on an instance by `LeanForward`. Each falls back to the class's
+own forward for calls it does not know.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ __all__ = [
 
 
 class LeanForward:
-    """The `forward` attribute of one module instance, in the way of its class's own: deep-copied and pickled with the module.
+    """The `forward` attribute of one module instance, in the way of its class's own: deep-copied and pickled with the
+    module.
 
-    Outside of training, and under torch.compile, whose partitioner recomputes what is cheap by itself, it is the class's own forward.
+    Outside of training, and under torch.compile, whose partitioner recomputes what is cheap by itself, it is the
+    class's own forward.
     """
 
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
@@ -68,7 +70,9 @@ def elementwise(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def gated_mlp(module: Any, x: Tensor) -> Any:
     """down(act(gate(x)) * up(x)): keeps gate and up."""
     act = module.act_fn
-    return module.down_proj(recompute(partial(_gate, act), (module.gate_proj(x), module.up_proj(x)), tuple(act.parameters())))
+    return module.down_proj(
+        recompute(partial(_gate, act), (module.gate_proj(x), module.up_proj(x)), tuple(act.parameters()))
+    )
 
 
 def fused_gated_mlp(module: Any, x: Tensor) -> Any:
@@ -87,7 +91,7 @@ def plain_linear(module: Any, x: Tensor) -> Any:
 
 def sum_linear(module: SumLinear, x: Tensor) -> Any:
     """A sum of terms: keeps x once for the base and all low-rank terms; further terms keep what they keep."""
-    terms: list[Term] = list(module.terms.values())  # type: ignore[arg-type]
+    terms = module._terms()
     weight = weight_of(terms[0])
     if weight is None:
         return original(module, x)

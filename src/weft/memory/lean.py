@@ -1,7 +1,8 @@
 """Switching the memory saver on and off: which modules of a model it knows, and which it leaves as they are.
 
-Modules are recognised by what they are (a leaf that is called a norm, an activation of the known names) or by what they compute: a gated MLP is
-one whose children have the usual names and whose forward, run on small stand-ins for its linear layers, gives the formula's values.
+Modules are recognised by what they are (a leaf that is called a norm, an activation of the known names) or by what
+they compute: a gated MLP is one whose children have the usual names and whose forward, run on small stand-ins for its
+linear layers, gives the formula's values.
 """
 
 from __future__ import annotations
@@ -36,22 +37,28 @@ _GATED: dict[tuple[str, ...], Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class LeanReport:
-    """What the memory saver does on a model: `lean` counts the modules by kind, `left` names those it leaves as they are, with the reason."""
+    """What the saver does on a model: `lean` counts modules by kind, `left` names those it leaves, with the reason."""
 
     lean: dict[str, int] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.lean.items()) or "nothing"
-        return "\n".join([f"lean: {kinds}", *(f"left as it is: {name or 'the model'}: {reason}" for name, reason in self.left.items())])
+        return "\n".join(
+            [
+                f"lean: {kinds}",
+                *(f"left as it is: {name or 'the model'}: {reason}" for name, reason in self.left.items()),
+            ]
+        )
 
 
 def lean(model: M, on: bool = True) -> M:
     """Keep fewer activations in training: the same model, the same gradients to rounding.
 
-    The input of a layer is kept once for its base and its adapters, norms and the element-wise parts of the MLP are recomputed in backward, and
-    the loss is computed without the logits (`output.logits` is None in training when labels are given). What is unknown stays as it is and
-    is named by `weft.memory.lean_report`. Call it after `weft.adapt`; calling it again is free, and takes in what has come since.
+    The input of a layer is kept once for its base and its adapters, norms and the element-wise parts of the MLP are
+    recomputed in backward, and the loss is computed without the logits (`output.logits` is None in training when
+    labels are given). What is unknown stays as it is and is named by `weft.memory.lean_report`. Call it after
+    `weft.adapt`; calling it again is free, and takes in what has come since.
 
     Args:
         model: any model, transformers' ones above all; changed in place.
@@ -125,7 +132,7 @@ def _known(module: nn.Module) -> Callable[..., Any] | str | None:
 
 
 def _fits(module: SumLinear) -> bool:
-    first, *rest = module.terms.values()
+    first, *rest = module._terms()
     return forwards.weight_of(first) is not None and all(forwards.factors_of(term) is not None for term in rest)
 
 
@@ -133,7 +140,9 @@ def _computes(module: nn.Module, run: Callable[..., Any]) -> bool:
     """Whether the class's forward gives the values of `run`, with small linear layers in place of the module's own."""
     probe = copy.copy(module)
     sizes = {"gate_proj": (4, 3), "up_proj": (4, 3), "gate_up_proj": (8, 3), "down_proj": (3, 4)}
-    probe.__dict__["_modules"] = {name: _stand_in(*sizes[name]) if name in sizes else child for name, child in module.named_children()}
+    probe.__dict__["_modules"] = {
+        name: _stand_in(*sizes[name]) if name in sizes else child for name, child in module.named_children()
+    }
     x = _wave(2, 3)
     try:
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Logits that are a promise: the hidden states and the head, not their product.
 
-A model's own code keeps running on them: element-wise steps (softcapping, scales, the cast to fp32), slices of tokens and reshapes are written down,
-and `F.cross_entropy` takes the chunked way with exactly those steps. Anything else makes the logits after all, and goes on with the tensor, so
-that no use of them can be wrong.
+A model's own code keeps running on them: element-wise steps (softcapping, scales, the cast to fp32), slices of tokens
+and reshapes are written down, and `F.cross_entropy` takes the chunked way with exactly those steps. Anything else
+makes the logits after all, and goes on with the tensor, so that no use of them can be wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from weft.memory.cross_entropy import CHUNK_LOGITS, chunked_cross_entropy, cut_cross_entropy, linear_cross_entropy
 
@@ -104,7 +105,9 @@ class Logits:
         return getattr(self.tensor(), name)
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function is torch.tanh and isinstance(args[0], Logits):
             return args[0]._then(torch.tanh)
@@ -112,8 +115,8 @@ class Logits:
             loss = _cross_entropy(*args, **kwargs)
             if loss is not None:
                 return loss
-        made = [_made(a) for a in args]
-        return function(*made, **{key: _made(value) for key, value in kwargs.items()})
+        args, kwargs = tree_map(_made, (args, kwargs))
+        return function(*args, **kwargs)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         z = self._head(hidden)
@@ -128,7 +131,11 @@ class Logits:
         return Logits(self._hidden, self._head, self._parameters, self._width, self._weight, (*self._steps, step))
 
     def _scaled(self, function: Callable[..., Tensor], other: Any) -> Any:
-        return self._then(partial(function, other=other)) if isinstance(other, int | float) else function(self.tensor(), other)
+        return (
+            self._then(partial(function, other=other))
+            if isinstance(other, int | float)
+            else function(self.tensor(), other)
+        )
 
 
 def _cross_entropy(input: Any, target: Any, weight: Tensor | None = None, **options: Any) -> Tensor | None:
@@ -152,3 +159,12 @@ def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:
 
 def _made(value: Any) -> Any:
     return value.tensor() if isinstance(value, Logits) else value
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.tensor(), name)(*map(_made, others))
+
+
+# operators are looked up on the class, past __getattr__
+for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "matmul", "lt", "le", "gt", "ge", "len", "iter"):
+    setattr(Logits, f"__{_name}__", _operator(f"__{_name}__"))
