@@ -32,12 +32,11 @@ def _store(state: State, name: str, value: Tensor) -> None:
         state[name].copy_(value)
 
 
-def _correction(beta: float, t: Scalar) -> Scalar:
-    return 1.0 - beta**t
-
-
-def _root(x: Scalar) -> Scalar:
-    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
+def _corrections(betas: tuple[float, float], t: Scalar, dtype: torch.dtype) -> tuple[Scalar, Scalar]:
+    """sqrt(1 - b2^t) and 1 - b1^t, found in fp64."""
+    if isinstance(t, Tensor):
+        return (1 - betas[1] ** t).sqrt().to(dtype), (1 - betas[0] ** t).to(dtype)
+    return math.sqrt(1 - betas[1] ** t), 1 - betas[0] ** t
 
 
 def _adam(R: Tensor, m: Tensor, v: Tensor, t: Scalar, rule: Adam | Adam8bit) -> tuple[Tensor, Scalar]:
@@ -45,9 +44,9 @@ def _adam(R: Tensor, m: Tensor, v: Tensor, t: Scalar, rule: Adam | Adam8bit) -> 
     b1, b2 = rule.betas
     m.mul_(b1).add_(R, alpha=1 - b1)
     v.mul_(b2).addcmul_(R, R, value=1 - b2)
-    root = _root(_correction(b2, t))
+    root, first = _corrections(rule.betas, t, R.dtype)
     eps = rule.eps if rule.form == "galore" else rule.eps * root
-    return m / v.sqrt().add_(eps), root / _correction(b1, t)
+    return m / v.sqrt().add_(eps), root / first
 
 
 @dataclass(frozen=True)
@@ -230,10 +229,10 @@ class Adafactor(Inner):
         }
 
     def update(self, R: Tensor, state: State, t: Scalar, rows: Rows) -> tuple[Tensor, Scalar]:
-        weight = t**self.decay
+        weight = (torch.as_tensor(t, dtype=R.dtype) ** self.decay).to(R.device)
         square = R.square() + self.eps
         row, column = state["row"], state["column"]
-        row.lerp_(square.mean(dim=-1, keepdim=True), weight)
+        row.lerp_(square.mean(dim=-1, keepdim=True), weight.amin(-1, keepdim=True) if weight.ndim else weight)
         column.lerp_(rows.sum(square.sum(dim=-2, keepdim=True)) / rows.total, weight)
         mean = rows.sum(row.sum(dim=-2, keepdim=True)) / rows.total
         N = R * ((row / mean).rsqrt() * column.rsqrt())

@@ -302,9 +302,13 @@ class LowRank(torch.optim.Optimizer):
         restore(self, state_dict)
         self._built = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_default", "_recipes", "_members", "nonfinite", "seed")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._built = None
+        self._batches, self._places, self._built = [], {}, None
 
 
 def _refresh(rule: int | Refresh) -> Refresh:

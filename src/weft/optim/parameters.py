@@ -49,12 +49,8 @@ def _whole(model: nn.Module, exclude: Sequence[str]) -> Iterator[Tensor]:
     embeddings = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     for name, p in model.named_parameters(remove_duplicate=False):
         in_block = any(name.startswith(c) for c in containers)
-        if (
-            p.ndim != 2
-            or not in_block
-            or any(name.startswith(e) for e in embeddings)
-            or any(x in name for x in exclude)
-        ):
+        matrix = p.ndim == 2 and 1 not in p.shape and not any(name.startswith(e) for e in embeddings)
+        if not (in_block and matrix) or any(x in name for x in exclude):
             yield p
 
 

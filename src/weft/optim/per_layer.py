@@ -82,7 +82,7 @@ class PerLayer:
             parameter.grad = None
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        closure: Callable[[], Any] | None = kwargs.get("closure") or (args[0] if args else None)
+        closure: Callable[[], Any] | None = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is not None:
             raise WeftError("Per-layer updates happen in the backward pass, so step() takes no closure.")
 
