@@ -7,7 +7,27 @@ from types import ModuleType
 from typing import Any
 
 from weft.errors import unknown
-from weft.methods import afm, asvd, dora, full, fwsvd, kfac_svd, lora, pissa, svd, svd_llm, welore
+from weft.methods import (
+    afm,
+    asvd,
+    corda,
+    dora,
+    eva,
+    full,
+    fwsvd,
+    kfac_svd,
+    lora,
+    lora_ga,
+    lora_sb,
+    lora_xs,
+    olora,
+    pissa,
+    soma,
+    sorsa,
+    svd,
+    svd_llm,
+    welore,
+)
 from weft.methods.base import Factors, Method, Site
 
 __all__ = ["METHODS", "Factors", "Method", "Site", "find"]
@@ -24,8 +44,16 @@ METHODS: dict[str, Method] = {
         welore,
         full,
         lora,
-        pissa,
         dora,
+        pissa,
+        olora,
+        corda,
+        eva,
+        lora_ga,
+        lora_sb,
+        lora_xs,
+        soma,
+        sorsa,
     )
 }
 

@@ -121,13 +121,15 @@ class Method:
         attach: (site, **options) -> terms by role, "" for the main one; what shall be trained requires a gradient. For
             kind "adapt", as are all below.
         count: (out, in, rank, options) -> trainable numbers of one matrix, the paper's formula.
+        count_shared: (shapes by layer, rank, options) -> trainable numbers that the layers share, counted once.
         limit: (out, in, options) -> the largest rank that makes sense.
         share: (shapes by layer, rank, generator, options) -> what all layers share (a random store, a pool), handed to
             each `attach` in its site.
-        spread: (moments by layer, rank, options) -> rank by layer, under the mean `rank`; 0 leaves a layer out.
+        spread: (moments by layer, shapes by layer, rank, options) -> rank by layer; 0 leaves a layer out.
         rates: (options) -> factor of the learning rate by parameter name within a term.
         extras: (layer names, parameter names, options) -> parameters of the model itself to be trained along.
         deviates: how the function differs at the start; "" where it does not.
+        exempt: property of the conformance suite (`weft.testing_adapters`) -> a sentence saying why the method does not have it.
         rules: factories of `weft.rules.Rule`, called with the method's options (and `adapter`, its name, for kind
             "adapt"), run around each training step.
         trained: (model) -> the parameters that training updates; all others are frozen.
@@ -145,12 +147,14 @@ class Method:
     factorise: Callable[..., Factors] | None = None
     attach: Callable[..., Mapping[str, Any]] | None = None
     count: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
+    count_shared: Callable[[Mapping[str, tuple[int, int]], int, Mapping[str, Any]], int] | None = None
     limit: Callable[[int, int, Mapping[str, Any]], int] = smaller_side
     share: Callable[..., Any] | None = None
     spread: Callable[..., dict[str, int]] | None = None
     rates: Callable[[Mapping[str, Any]], dict[str, float]] | None = None
     extras: Callable[[Sequence[str], Sequence[str], Mapping[str, Any]], list[str]] | None = None
     deviates: str = ""
+    exempt: Mapping[str, str] = field(default_factory=dict)
     rules: tuple[Callable[..., Any], ...] = ()
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
     defaults: Mapping[str, Any] = field(default_factory=dict)

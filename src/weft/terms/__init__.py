@@ -8,6 +8,7 @@ import torch
 
 from weft.errors import unknown
 from weft.terms.base import Spec, Term
+from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
@@ -19,6 +20,7 @@ from weft.terms.wrapper import Wrapper
 
 __all__ = [
     "TERMS",
+    "CoreLowRank",
     "Dense",
     "LowRank",
     "Magnitude",
@@ -33,7 +35,7 @@ __all__ = [
     "build_sum",
 ]
 
-TERMS: dict[str, type[Term]] = {term.kind: term for term in (Dense, LowRank, Spectral, Sparse, Shifted, Magnitude)}
+TERMS: dict[str, type[Term]] = {term.kind: term for term in (Dense, LowRank, Spectral, Sparse, CoreLowRank, Shifted, Magnitude)}
 """Every structure by its kind: the closed table that a saved spec is read with."""
 
 
