@@ -1,0 +1,108 @@
+"""Token windows: every token scored once, calibration windows disjoint and seeded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from weft.embedded import model_path
+from weft.errors import WeftError
+from weft.train.windows import batches, calibration_batches, evaluation_windows, token_stream, token_windows
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(model_path("pico"))
+
+
+TEXT = "def add(a, b):\n    return a + b\n" * 60
+
+
+@given(st.data())
+def test_every_token_with_context_is_scored_exactly_once(data):
+    window = data.draw(st.integers(2, 40))
+    tokens = data.draw(st.integers(window, 300))
+    stride = data.draw(st.integers(1, window))
+    times = [0] * tokens
+    for w in evaluation_windows(tokens, window, stride):
+        assert 0 <= w.start <= tokens - window and w.context >= 1
+        for position in range(w.start + w.context, w.start + window):
+            times[position] += 1
+    if stride < window:
+        assert times[0] == 0 and set(times[1:]) <= {1}
+    else:  # disjoint windows: their first tokens have no context; the last window is moved back to the end
+        unscored = [i for i, n in enumerate(times) if n == 0]
+        assert unscored == list(range(0, tokens - window + 1, window)) and max(times) == 1
+
+
+def test_count_takes_the_first_windows():
+    assert evaluation_windows(100, 10, count=3) == evaluation_windows(100, 10)[:3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((5, 8), "5 tokens, fewer than one window of 8"),
+        ((100, 1), "at least 2"),
+        ((100, 8, 9), "between 1 and the window, 8"),
+        ((100, 8, 0), "between 1 and the window, 8"),
+        ((20, 8, None, 3), "holds 2 windows of 8 tokens, not 3"),
+        ((20, 8, None, 0), "at least 1"),
+    ],
+)
+def test_impossible_windows_are_refused(arguments, sentence):
+    with pytest.raises(WeftError, match=sentence):
+        evaluation_windows(*arguments)
+
+
+def test_stream_ends_each_document_once(tokenizer):
+    one = tokenizer("a b c")["input_ids"]
+    end = tokenizer.eos_token_id
+    assert token_stream(tokenizer, ["a b c", " ", "a b c"]).tolist() == [*one, end, *one, end]
+    with pytest.raises(WeftError, match="empty"):
+        token_stream(tokenizer, ["", " \n"])
+
+
+def test_token_windows_are_slices_of_the_stream(tokenizer):
+    stream = token_stream(tokenizer, TEXT)
+    windows = token_windows(tokenizer, TEXT, 16, count=4, stride=5)
+    assert windows.shape == (4, 16)
+    for i in range(4):
+        assert torch.equal(windows[i], stream[5 * i : 5 * i + 16])
+
+
+def test_batches_hold_every_window_once():
+    windows = torch.arange(21).reshape(7, 3)
+    made = list(batches(windows, 3))
+    assert [len(b["input_ids"]) for b in made] == [3, 3, 1]
+    assert torch.equal(torch.cat([b["input_ids"] for b in made]), windows)
+    assert all(b["attention_mask"].all() and torch.equal(b["labels"], b["input_ids"]) for b in made)
+
+
+def test_calibration_windows_are_seeded_disjoint_and_spread(tokenizer):
+    stream = token_stream(tokenizer, TEXT)
+    part = len(stream) // 5
+
+    def starts(seed):
+        rows = torch.cat([b["input_ids"] for b in calibration_batches(tokenizer, TEXT, 5, 16, 2, seed)])
+        assert rows.shape == (5, 16)
+        found = []
+        for i, row in enumerate(rows):  # the text repeats, so look only inside the part the window was drawn from
+            places = [s for s in range(i * part, (i + 1) * part - 15) if torch.equal(stream[s : s + 16], row)]
+            assert places
+            found.append(places[0])
+        return rows, found
+
+    rows, first = starts(0)
+    assert torch.equal(rows, starts(0)[0])
+    assert not torch.equal(rows, starts(1)[0])
+
+
+def test_calibration_refuses_a_short_text(tokenizer):
+    with pytest.raises(WeftError, match="100 windows of 16 tokens need 1600 tokens"):
+        calibration_batches(tokenizer, TEXT, 100, 16)
+    with pytest.raises(WeftError, match="at least 1"):
+        calibration_batches(tokenizer, TEXT, 0, 16)

@@ -1,0 +1,196 @@
+"""Fine-tuning: what is trained and what is not, mistakes, and interrupted runs that end in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from weft.errors import WeftError
+from weft.terms import LowRank, SumLinear
+from weft.terms.layers import linear_layers, set_low_rank, weight_of
+from weft.train.recipe import Recipe
+from weft.train.sources import Completion
+from weft.verbs import finetune as verb
+from weft.verbs.finetune import finetune, run
+
+TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(120))
+SETTINGS = {"steps": 6, "lr": 1e-2, "window": 32, "batch": 2, "log_every": 1, "device": "cpu"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def tokenizer(tiny_directory):
+    return AutoTokenizer.from_pretrained(tiny_directory)
+
+
+def model_of(directory, rank=None):
+    """The tiny model; with a rank, its MLP matrices are factors."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for name, layer in linear_layers(model).items():
+        if rank and ".mlp." in name:
+            U, s, V = torch.linalg.svd(weight_of(layer), full_matrices=False)
+            set_low_rank(model, name, U[:, :rank] * s[:rank], V[:rank], bias=None)
+    return model
+
+
+def changed(model, before):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+RECIPE = Recipe(steps=4, lr=1e-2, window=32, batch=2, log_every=1)
+
+
+def test_welore_trains_the_low_rank_components_and_nothing_else(tiny_directory, tokenizer):
+    model = model_of(tiny_directory, rank=4)
+    before = snapshot(model)
+    result = finetune(model, tokenizer, TEXT, "welore", recipe=RECIPE, evaluation=TEXT, eval_windows=4)
+    factors = {id(p) for m in model.modules() if isinstance(m, LowRank) for p in m.parameters()}
+    assert changed(model, before) == {name for name, p in model.named_parameters() if id(p) in factors}
+    assert result["trainable_parameters"] == sum(4 * (32 + 48) for _ in range(6))
+    assert result["perplexity"] < result["perplexity_before"] and result["loss_last"] < result["loss_first"]
+
+
+def test_lora_trains_its_adapters_and_nothing_else(tiny_directory, tokenizer):
+    model = model_of(tiny_directory)
+    result = finetune(model, tokenizer, TEXT, "lora", rank=2, recipe=RECIPE, targets="q_proj", alpha=8.0)
+    sums = [m for m in model.modules() if isinstance(m, SumLinear)]
+    assert len(sums) == 2 and result["trainable_parameters"] == 2 * 2 * (32 + 32)
+    fresh = model_of(tiny_directory)
+    for name, layer in linear_layers(fresh).items():
+        moved = model.get_submodule(name)
+        if isinstance(moved, SumLinear):
+            assert not torch.equal(moved.dense(), weight_of(layer))
+        else:
+            assert torch.equal(weight_of(moved), weight_of(layer)), name
+
+
+def test_full_trains_everything(tiny_directory, tokenizer):
+    model = model_of(tiny_directory)
+    before = snapshot(model)
+    finetune(model, tokenizer, TEXT, "full", recipe=RECIPE)
+    assert changed(model, before) == set(before)
+
+
+def test_welore_on_a_dense_model_is_a_sentence(tiny_directory, tokenizer):
+    with pytest.raises(WeftError, match="'welore' finds nothing to train in this model; compress it first"):
+        finetune(model_of(tiny_directory), tokenizer, TEXT, "welore", recipe=RECIPE)
+
+
+def test_prompts_are_data_too(tiny_directory, tokenizer):
+    documents = [Completion(f"add {i} and {i}:", f" {2 * i}") for i in range(20)]
+    result = finetune(model_of(tiny_directory), tokenizer, documents, "full", recipe=RECIPE)
+    assert result["examples"] == 20 and result["packed"] and result["loss_last"] < result["loss_first"]
+
+
+def test_run_writes_a_directory_that_transformers_opens(tiny_directory, data, tmp_path):
+    out = tmp_path / "out"
+    result = run(str(tiny_directory), out, method="lora", rank=2, data=data, eval_text=data, eval_windows=2, **SETTINGS)
+    assert not (tmp_path / "out.partial").exists()
+    record = json.loads((out / "run.json").read_text())
+    assert record["command"] == "finetune" and record["arguments"]["steps"] == 6
+    assert record["metrics"]["loss_last"] == result["loss_last"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert all("scaled_learning_rate_default" in line for line in lines if "loss" in line)
+    import weft.io  # noqa: F401
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert any(isinstance(m, SumLinear) for m in model.modules()) and model.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"method": "lorra"}, "no method to .* called 'lorra'; the nearest are: lora"),
+        ({"method": "lora", "alfa": 3}, "'lora' has no option 'alfa'"),
+        ({"rank": 0}, "--rank is 0"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"window": 256}, "The window is 256 tokens and the model's context 128"),
+        ({"data": "nowhere.txt"}, "no data at nowhere.txt"),
+        ({"eval_text": "nowhere.txt"}, "no data at nowhere.txt"),
+        ({"text_field": "a", "prompt_field": "b"}, "Fields were given for text and prompt"),
+    ],
+)
+def test_mistakes_are_sentences_before_the_model_is_loaded(
+    tiny_directory, data, tmp_path, monkeypatch, arguments, sentence
+):
+    monkeypatch.setattr(verb, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(WeftError, match=sentence):
+        run(str(tiny_directory), tmp_path / "out", **{"method": "full", "data": data, **SETTINGS, **arguments})
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+PROGRAM = """
+import sys
+from weft.verbs.finetune import run
+model, data, out, method = sys.argv[1:]
+options = {"dropout": 0.2, "rank": 2} if method == "lora" else {}
+try:
+    run(model, out, method=method, data=data, steps=30, lr=1e-2, window=32, batch=2, log_every=1, save_every=7,
+        device="cpu", **options)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def start(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def stop_at(process, metrics, step, number):
+    """Send a signal once that step has been logged."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and sum('"loss"' in line for line in metrics.read_text().splitlines()) >= step:
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_interrupted_runs_end_in_the_same_bytes(tiny_directory, data, tmp_path):
+    """With dropout; interrupted by SIGINT, then by SIGKILL, which leaves only the periodic checkpoint."""
+    whole = start(tiny_directory, data, tmp_path / "whole", "lora")
+    out, metrics = tmp_path / "broken", tmp_path / "broken.partial" / "progress" / "metrics.jsonl"
+    for step, number, expected in ((4, signal.SIGINT, 130), (12, signal.SIGKILL, -9)):
+        assert stop_at(start(tiny_directory, data, out, "lora"), metrics, step, number) == expected
+        assert not out.exists() and metrics.is_file()
+    last = start(tiny_directory, data, out, "lora")
+    _, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    assert whole.wait(timeout=120) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
+
+
+def test_another_command_does_not_take_over_unfinished_work(tiny_directory, data, tmp_path):
+    partial = tmp_path / "out.partial"
+    (partial / "progress" / "checkpoint-3").mkdir(parents=True)
+    (partial / "arguments.json").write_text("{}")
+    with pytest.raises(WeftError, match="unfinished work of another command"):
+        run(str(tiny_directory), tmp_path / "out", method="full", data=data, **SETTINGS)
