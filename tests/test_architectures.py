@@ -21,6 +21,7 @@ from weft.io.quantizer import mark
 from weft.io.save import save_model
 from weft.terms import SumLinear
 from weft.terms.layers import bias_of, linear_layers, set_low_rank, weight_of
+from weft.verbs.compress import compress
 
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
@@ -227,6 +228,19 @@ def test_training_step(case: Case, saved: Path) -> None:
             assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters()), key
 
 
+@pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
+def test_compress_saves_and_loads(case: Case, pattern: str | None, method: str, tmp_path: Path) -> None:
+    model = dense_model(case)
+    compressed = compress(model, method, budget=0.6, batches=[dict(case.inputs)], layers=pattern)
+    allocation = compressed.allocation
+    assert 0.5 * allocation.total < allocation.spent <= 0.6 * allocation.total
+    model.save_pretrained(tmp_path)
+    loaded = case.model.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config.method == method
+    assert_same(model, loaded)
+    assert torch.equal(outputs(model, case), outputs(loaded, case))
+
+
 def test_full_rank_is_the_dense_model(case: Case, pattern: str | None) -> None:
     """An oracle for weights, biases and transposes: factors of full rank compute what the plain layers did."""
     model = dense_model(case)
@@ -301,6 +315,7 @@ print(json.dumps({"opened": opened, "refused": refused, "merged": merged}))
 LOADS_NOTHING = {"AutoModelForQuestionAnswering": ("llama", "qwen3", "qwen3-moe", "llama-tied")}
 
 
+@pytest.mark.slow
 def test_without_weft_nothing_opens_but_what_is_merged(root: Path) -> None:
     """Plain transformers refuses a weft directory by every auto class, whole or sharded, and reads a merged one."""
     cases: dict[str, Any] = {key: make() for key, make in {**CASES, **MIXTURES}.items()}

@@ -168,17 +168,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _differentiable_inputs(model: nn.Module) -> Iterator[None]:
     """Make the embeddings' output the leaf of the backward pass, so that no weight gradient is ever computed."""
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    # an encoder-decoder model has its own embedding module in each half, sharing one weight
+    halves = [m for m in model.modules() if callable(getattr(m, "get_input_embeddings", None))]
+    embeddings: set[nn.Module] = {half.get_input_embeddings() for half in halves}  # type: ignore[operator]
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_(True)
 
-    handle = embeddings.register_forward_hook(hook)
+    handles = [module.register_forward_hook(hook) for module in embeddings]
     try:
         with torch.enable_grad():
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def to_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
