@@ -1,8 +1,8 @@
 """The presets written out plainly: one matrix, one step, one line a formula, in the layout of the papers.
 
 Each function takes a weight W (out, in), its gradients in order, and hyperparameters, and returns the final weight.
-They share no code with weft. `basis(G, r, side, old, t)` chooses the projection: `svd_raw` is LAPACK's own signs, as the
-released packages have; `svd_signed` turns each column to its predecessor (first: largest entry positive), as weft does.
+They share no code with weft. `basis(G, r, side, old, t)` chooses the projection: `svd_raw` keeps LAPACK's own signs, as
+the released packages do; `svd_signed` turns each column to its predecessor (first: largest entry positive), as weft.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 
 from weft.optim.base import Refresh
 from weft.optim.lowrank import LowRank
+from weft.optim.parameters import split_parameters
 from weft.optim.per_layer import PerLayer
 from weft.optim.presets import (
     apollo,
@@ -35,6 +36,7 @@ __all__ = [
     "galore_8bit",
     "gradnormlorp",
     "normalize_weights",
+    "split_parameters",
 ]
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
