@@ -14,6 +14,8 @@ from weft.errors import WeftError
 from weft.io import hook
 
 if TYPE_CHECKING:
+    from weft.verbs.evaluate import evaluate as evaluate
+    from weft.verbs.finetune import finetune as finetune
     from weft.verbs.inspect import inspect as inspect
     from weft.verbs.merge import merge as merge
     from weft.verbs.methods import run
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "inspect": "weft.verbs.inspect",
+    "finetune": "weft.verbs.finetune",
+    "evaluate": "weft.verbs.evaluate",
     "merge": "weft.verbs.merge",
     "adapt": "weft.verbs.adapt",
     "disable": "weft.verbs.adapt",

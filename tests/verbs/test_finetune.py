@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from weft.errors import WeftError
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import linear_layers, set_low_rank, weight_of
-from weft.train.recipe import Recipe
 from weft.train.sources import Completion
 from weft.verbs import finetune as verb
 from weft.verbs.finetune import finetune, run
@@ -55,13 +54,13 @@ def snapshot(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-RECIPE = Recipe(steps=4, lr=1e-2, window=32, batch=2, log_every=1)
+SHORT = {"steps": 4, "lr": 1e-2, "window": 32, "batch": 2, "log_every": 1}
 
 
 def test_welore_trains_the_low_rank_components_and_nothing_else(tiny_directory, tokenizer):
     model = model_of(tiny_directory, rank=4)
     before = snapshot(model)
-    result = finetune(model, tokenizer, TEXT, "welore", recipe=RECIPE, evaluation=TEXT, eval_windows=4)
+    result = finetune(model, tokenizer, TEXT, "welore", **SHORT, evaluation=TEXT, eval_windows=4)
     factors = {id(p) for m in model.modules() if isinstance(m, LowRank) for p in m.parameters()}
     assert changed(model, before) == {name for name, p in model.named_parameters() if id(p) in factors}
     assert result["trainable_parameters"] == sum(4 * (32 + 48) for _ in range(6))
@@ -70,7 +69,7 @@ def test_welore_trains_the_low_rank_components_and_nothing_else(tiny_directory, 
 
 def test_lora_trains_its_adapters_and_nothing_else(tiny_directory, tokenizer):
     model = model_of(tiny_directory)
-    result = finetune(model, tokenizer, TEXT, "lora", rank=2, recipe=RECIPE, targets="q_proj", alpha=8.0)
+    result = finetune(model, tokenizer, TEXT, "lora", rank=2, **SHORT, targets="q_proj", alpha=8.0)
     sums = [m for m in model.modules() if isinstance(m, SumLinear)]
     assert len(sums) == 2 and result["trainable_parameters"] == 2 * 2 * (32 + 32)
     fresh = model_of(tiny_directory)
@@ -85,18 +84,38 @@ def test_lora_trains_its_adapters_and_nothing_else(tiny_directory, tokenizer):
 def test_full_trains_everything(tiny_directory, tokenizer):
     model = model_of(tiny_directory)
     before = snapshot(model)
-    finetune(model, tokenizer, TEXT, "full", recipe=RECIPE)
+    finetune(model, tokenizer, TEXT, "full", **SHORT)
     assert changed(model, before) == set(before)
 
 
 def test_welore_on_a_dense_model_is_a_sentence(tiny_directory, tokenizer):
     with pytest.raises(WeftError, match="'welore' finds nothing to train in this model; compress it first"):
-        finetune(model_of(tiny_directory), tokenizer, TEXT, "welore", recipe=RECIPE)
+        finetune(model_of(tiny_directory), tokenizer, TEXT, "welore", **SHORT)
+
+
+def test_a_named_optimizer_goes_on_from_its_checkpoint_bit_for_bit(tiny_directory, tokenizer, tmp_path):
+    def go(directory):
+        model = model_of(tiny_directory)
+        directory.mkdir(exist_ok=True)
+        settings = {**SHORT, "optimizer": "galore", "save_every": 2}
+        finetune(model, tokenizer, TEXT, "full", rank=4, directory=directory, **settings)
+        return model
+
+    whole = go(tmp_path / "a")
+    (tmp_path / "a" / "checkpoint-4" / "weft_rules.safetensors").unlink()  # as if killed while saving it
+    resumed = go(tmp_path / "a")
+    assert changed(whole, snapshot(model_of(tiny_directory)))
+    assert changed(resumed, snapshot(whole)) == set()
+
+
+def test_rates_of_a_method_and_a_named_optimizer_exclude_each_other(tiny_directory, tokenizer):
+    with pytest.raises(WeftError, match="learning rates of their own"):
+        finetune(model_of(tiny_directory), tokenizer, TEXT, "lora", optimizer="galore", ratio=16.0, **SHORT)
 
 
 def test_prompts_are_data_too(tiny_directory, tokenizer):
     documents = [Completion(f"add {i} and {i}:", f" {2 * i}") for i in range(20)]
-    result = finetune(model_of(tiny_directory), tokenizer, documents, "full", recipe=RECIPE)
+    result = finetune(model_of(tiny_directory), tokenizer, documents, "full", **SHORT)
     assert result["examples"] == 20 and result["packed"] and result["loss_last"] < result["loss_first"]
 
 
@@ -121,6 +140,7 @@ def test_run_writes_a_directory_that_transformers_opens(tiny_directory, data, tm
     [
         ({"method": "lorra"}, "no method to .* called 'lorra'; the nearest are: lora"),
         ({"method": "lora", "alfa": 3}, "'lora' has no option 'alfa'"),
+        ({"optimizer": "galor"}, "no optimizer called 'galor'; the nearest are: galore"),
         ({"rank": 0}, "--rank is 0"),
         ({"steps": 0}, "--steps is 0"),
         ({"lr": -1.0}, "--lr is -1.0"),

@@ -39,7 +39,10 @@ def command(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
-    rank: Annotated[int, typer.Option(help="Rank of adapters.")] = 16,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of adapters (16), or of the optimizer's subspace (its own).", show_default=False),
+    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
     window: Window = 512,
     batch: Annotated[int, typer.Option(help="Windows that a process handles at once.")] = 4,

@@ -17,10 +17,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.embedded.text import calibration_files
-from weft.errors import WeftError
+from weft.errors import WeftError, unknown
 from weft.io.save import save_model
 from weft.methods import find
 from weft.methods.base import Method
+from weft.optim import OPTIMIZERS
 from weft.rules import Rule
 from weft.train.data import training_rows
 from weft.train.packing import Rows
@@ -39,6 +40,7 @@ from weft.verbs.record import begin
 __all__ = ["finetune", "run"]
 
 KINDS = ("compress", "adapt", "train")
+RANK = 16
 CALIBRATION_WINDOWS = 32  # of the training data, for adapters that start from statistics
 
 
@@ -48,38 +50,41 @@ def finetune(
     data: str | Sequence[str | Document],
     method: str = "welore",
     *,
-    rank: int = 16,
-    recipe: Recipe | None = None,
+    rank: int | None = None,
     optimizer: str | None = None,
     evaluation: str | Sequence[str] | None = None,
     eval_windows: int | None = None,
     directory: Path | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train `model` in place by `method`, and return what was measured.
 
     Args:
         data: texts, or documents of `weft.train.sources` (with prompts, or chats).
         method: what is trained; a name of `weft.methods()`.
-        rank: of adapters; other methods have none.
-        recipe: steps, learning rate, window, batch ... (`weft.train.recipe.Recipe`).
+        rank: of adapters (16 by default); for other methods, of the optimizer's subspace (by default its own).
         optimizer: a name of `weft.optim.OPTIMIZERS`; AdamW by default.
-        evaluation: text whose perplexity is measured before, after, and every `recipe.eval_every` steps.
+        evaluation: text whose perplexity is measured before, after, and every `eval_every` steps.
         eval_windows: how many windows of it; all by default.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
-        **options: the method's own.
+        **settings: steps, lr, window, batch, accumulate, seed ..., the fields of `weft.train.recipe.Recipe`; and
+        options of
+            the method.
 
     Raises:
-        WeftError: an unknown method or option, nothing to train, or no data to learn from.
+        WeftError: an unknown method or setting, nothing to train, or no data to learn from.
         KeyboardInterrupt: a signal came; the step under way was finished and, with a `directory`, saved.
     """
-    recipe = recipe or Recipe()
+    recipe, options = split_settings(settings)
     documents = [Text(d) if isinstance(d, str) else d for d in ([data] if isinstance(data, str) else data)]
     check_context(model, recipe.window)
     rows, refusal = training_rows(model, tokenizer, documents, recipe.window)
     if refusal:
         say(f"Training with one document a row and padding: {refusal}.")
-    rules = prepare(model, tokenizer, documents, find(method, *KINDS), rank, recipe, options)
+    chosen = find(method, *KINDS)
+    adapts = chosen.kind == "adapt"
+    check_optimizer(optimizer)
+    rules = prepare(model, tokenizer, documents, chosen, rank, recipe, options)
 
     def measure() -> dict[str, Any]:
         if evaluation is None:
@@ -96,7 +101,7 @@ def finetune(
             rows,
             recipe if directory else replace(recipe, save_every=recipe.steps),
             directory or Path(scratch),
-            optimizer=lambda: make_optimizer(optimizer, model, recipe),
+            optimizer=lambda: make_optimizer(optimizer, model, recipe, None if adapts else rank),
             rules=rules,
             more=lambda lr: scaled_rates(model, lr),
             measure=measure if evaluation is not None else None,
@@ -117,7 +122,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     method: Method,
-    rank: int,
+    rank: int | None,
     recipe: Recipe,
     options: Mapping[str, Any],
 ) -> list[Rule]:
@@ -126,7 +131,7 @@ def prepare(
     """
     if method.kind == "adapt":
         batches = calibration(tokenizer, documents, recipe) if method.needs else None
-        adapt(model, method.name, rank, batches=batches, seed=recipe.seed, **options)
+        adapt(model, method.name, rank or RANK, batches=batches, seed=recipe.seed, **options)
         return adapter_rules(model)
     chosen = method.options(options)
     method.freeze(model)
@@ -142,10 +147,20 @@ def calibration(
     return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed)
 
 
-def make_optimizer(name: str | None, model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (fused on a GPU), or the named one, on the trainable parameters at the rates that the method asks for."""
+def make_optimizer(name: str | None, model: PreTrainedModel, recipe: Recipe, rank: int | None) -> torch.optim.Optimizer:
+    """AdamW (fused on a GPU) at the rates that the method asks for, or the named preset, by default of its own rank."""
     groups = parameter_groups(model, recipe.lr, recipe.weight_decay)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=groups[0]["params"][0].is_cuda or None)
+    if name is None:
+        return torch.optim.AdamW(groups, lr=recipe.lr, fused=groups[0]["params"][0].is_cuda or None)
+    if len({group["lr"] for group in groups}) > 1:
+        raise WeftError(
+            f"The method gives its factors learning rates of their own, which --optimizer {name} cannot follow."
+        )
+    subspace = {} if rank is None else {"rank": rank}
+    made: torch.optim.Optimizer = OPTIMIZERS[name](
+        model, lr=recipe.lr, weight_decay=recipe.weight_decay, seed=recipe.seed, **subspace
+    )
+    return made
 
 
 def scaled_rates(model: PreTrainedModel, lr: float) -> dict[str, float]:
@@ -178,7 +193,7 @@ def run(
     *,
     method: str = "welore",
     data: str | Path | Sequence[str | Path] | None = None,
-    rank: int = 16,
+    rank: int | None = None,
     optimizer: str | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
     eval_windows: int | None = None,
@@ -208,6 +223,7 @@ def run(
     arguments = {key: value for key, value in locals().items() if key not in ("settings", "device")} | settings
     recipe, options = split_settings(settings)
     check_method(method, rank, options)
+    check_optimizer(optimizer)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     check_output(out, arguments)
     documents = (
@@ -225,8 +241,8 @@ def run(
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     with open_output(out, arguments) as place:
         metrics = finetune(
-            source, tokenizer, documents, method, rank=rank, recipe=recipe, optimizer=optimizer, evaluation=evaluation,
-            eval_windows=eval_windows, directory=place.progress, **options,
+            source, tokenizer, documents, method, rank=rank, optimizer=optimizer, evaluation=evaluation,
+            eval_windows=eval_windows, directory=place.progress, **settings,
         )  # fmt: skip
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
         (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())
@@ -240,7 +256,12 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]
     return Recipe(**{key: value for key, value in settings.items() if key in known}), options
 
 
-def check_method(method: str, rank: int, options: Mapping[str, Any]) -> None:
+def check_method(method: str, rank: int | None, options: Mapping[str, Any]) -> None:
     find(method, *KINDS).options(options)
-    if rank < 1:
+    if rank is not None and rank < 1:
         raise WeftError(f"--rank is {rank}: give at least 1.")
+
+
+def check_optimizer(name: str | None) -> None:
+    if name is not None and name not in OPTIMIZERS:
+        raise unknown("optimizer", name, OPTIMIZERS)
