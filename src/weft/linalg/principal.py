@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weft.linalg.whiten import Root, moment_root
+from weft.linalg.whiten import Root, finite, moment_root
 
 __all__ = ["even_split", "principal_factors", "tail_losses"]
 
@@ -36,6 +36,9 @@ def principal_factors(
         Factors in fp64, each component's size shared evenly between its column and its row, and s falling: the error of
         rank r is sum(s[r:]^2). At r = m the product is W itself where C and M are regular; where they are singular, it
         is so on their range.
+
+    Raises:
+        ValueError: C or M holds NaN or infinity.
     """
     H, left = _apply_output_metric(W.double(), M, ridge)
     U, s = _left_singular(H, C, ridge)
@@ -88,7 +91,7 @@ def _left_singular(H: Tensor, C: Tensor | None, ridge: float) -> tuple[Tensor, T
         U, s, _ = torch.linalg.svd(H * _diagonal_root(C, ridge), full_matrices=False)
     elif out <= inn:
         # the eigenvectors of the smaller Gram matrix: no root of C is needed at all
-        C = C.double()
+        C = finite(C)
         ridged = C + torch.eye(inn, dtype=C.dtype, device=C.device) * (ridge * C.diagonal().mean())
         values, vectors = torch.linalg.eigh(H @ ridged @ H.mT)
         U, s = vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
@@ -98,7 +101,7 @@ def _left_singular(H: Tensor, C: Tensor | None, ridge: float) -> tuple[Tensor, T
 
 
 def _diagonal_root(diagonal: Tensor, ridge: float) -> Tensor:
-    d = diagonal.double()
+    d = finite(diagonal)
     mean = d.mean() if d.numel() else d.new_zeros(())
     # a dead channel keeps a relative floor, so that dividing by the root stays finite
     return (d + max(ridge, 1e-12) * mean).clamp(min=torch.finfo(d.dtype).tiny).sqrt()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Root", "moment_root"]
+__all__ = ["Root", "finite", "moment_root"]
 
 
 class Root(NamedTuple):
@@ -50,9 +50,7 @@ def moment_root(moment: Tensor, *, ridge: float = 0.0) -> Root:
     """
     if moment.dim() != 2 or moment.shape[0] != moment.shape[1]:
         raise ValueError(f"a second moment is square, got {tuple(moment.shape)}")
-    if not torch.isfinite(moment).all():
-        raise ValueError("the second moment holds NaN or infinity")
-    C = moment.double()
+    C = finite(moment)
     C = (C + C.mT) / 2
     if ridge and C.numel():
         C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (ridge * C.diagonal().mean())
@@ -61,6 +59,13 @@ def moment_root(moment: Tensor, *, ridge: float = 0.0) -> Root:
         return Root(factor, True)
     values, Q = torch.linalg.eigh(C)
     return Root(Q * values.clamp(min=0).sqrt(), False)
+
+
+def finite(moment: Tensor) -> Tensor:
+    """A second moment, or its diagonal, in fp64. Raises ValueError if it holds NaN or infinity."""
+    if not torch.isfinite(moment).all():
+        raise ValueError("the second moment holds NaN or infinity")
+    return moment.double()
 
 
 def _well_conditioned(factor: Tensor) -> bool:
