@@ -46,7 +46,8 @@ class Term(nn.Module):
         """The (out, in) matrix, computed in `dtype` (None: the stored one). Differentiable, never cached."""
         reference = self._reference()
         identity = torch.eye(self.in_features, device=reference.device, dtype=reference.dtype)
-        return self(identity).transpose(-1, -2).to(dtype or reference.dtype)
+        columns: Tensor = self(identity)
+        return columns.transpose(-1, -2).to(dtype or reference.dtype)
 
     @property
     def num_params(self) -> int:

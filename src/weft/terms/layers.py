@@ -105,7 +105,8 @@ def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 def _eligible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     base = getattr(model, "base_model", model)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
-    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    everywhere = model.named_modules(remove_duplicate=False)  # a module in two places shares its weight with itself
+    uses = Counter(id(p) for _, m in everywhere for p in m._parameters.values() if p is not None)
     inside_sum: list[str] = []
     for path, module in base.named_modules():
         name = ".".join(part for part in (prefix, path) if part)

@@ -48,9 +48,10 @@ class Sparse(Term):
         return term
 
     def forward(self, x: Tensor) -> Tensor:
-        values = self.values
-        if torch.is_autocast_enabled(x.device.type):
-            narrow = torch.get_autocast_dtype(x.device.type)
+        values: Tensor = self.values
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            narrow = torch.get_autocast_dtype(device)
             x, values = x.to(narrow), values.to(narrow)
         return sparse_linear(x, values, self.positions, self.out_features)
 

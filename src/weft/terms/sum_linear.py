@@ -46,7 +46,7 @@ class SumLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         first, *rest = self.terms.values()
-        y = first(x)
+        y: Tensor = first(x)
         for term in rest:
             y = y + term(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -64,7 +64,8 @@ class SumLinear(nn.Module):
         if self.transposed:
             from transformers.pytorch_utils import Conv1D
 
-            plain: nn.Module = Conv1D(self.out_features, self.in_features)
+            with torch.device("meta"):
+                plain: nn.Module = Conv1D(self.out_features, self.in_features)  # type: ignore[no-untyped-call]
             weight = weight.transpose(0, 1)
         else:
             plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
