@@ -79,7 +79,7 @@ def test_peft_gives_our_logits(name: str, options: dict[str, Any], make: Any, tm
 
 
 def test_the_export_is_safe_for_the_strictest_readers(tmp_path: Path) -> None:
-    """One rank and one scale for all layers, scale 1, nothing but lora_A and lora_B (vLLM 0.11, llama.cpp's converter)."""
+    """One rank and one scale of 1 for all layers, nothing but lora_A and lora_B (vLLM 0.11, llama.cpp's converter)."""
     model = tiny_llama()
     layers = [f"model.layers.0.self_attn.{m}" for m in ("q_proj", "v_proj")]
     adapt(model, "pissa", 4, ranks={layers[0]: 4, layers[1]: 2}, targets=["q_proj", "v_proj"], alpha=7.0)
@@ -164,7 +164,11 @@ def test_shifted_starts_agree(name: str, alpha: int) -> None:
         from peft.tuners.lora.corda import preprocess_corda
 
         config = peft.LoraConfig(
-            r=RANK, lora_alpha=alpha, target_modules=MODULES, init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm")
+            r=RANK,
+            lora_alpha=alpha,
+            target_modules=MODULES,
+            init_lora_weights="corda",
+            corda_config=CordaConfig(corda_method="ipm"),
         )
         preprocess_corda(base, config, run_model=lambda: base(**batch))
         theirs = peft.get_peft_model(base, config)
@@ -191,7 +195,11 @@ def test_shifted_starts_agree(name: str, alpha: int) -> None:
 def test_eva_agrees() -> None:
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=RANK, target_modules=MODULES, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0, use_label_mask=False)
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules=MODULES,
+        init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=1.0, use_label_mask=False),
     )
     theirs = peft.get_peft_model(tiny_llama(), config)
     peft.initialize_lora_eva_weights(theirs, dataloader=[batch], show_progress_bar=False)
