@@ -197,9 +197,11 @@ def forget(model: nn.Module) -> None:
 
 
 def merge(model: nn.Module, name: str | None = None) -> dict[str, float]:
-    """Fold an adapter into the base for good: W + T is added in fp32 and cast last. Layers without any other adapter become plain.
+    """Fold an adapter into the base for good: W + T is added in fp32 and cast last. Layers without any other adapter
+    become plain.
 
-    A base of other terms than one dense matrix (compressed, quantised) is expanded to a dense one, that of its own function.
+    A base of other terms than one dense matrix (compressed, quantised) is expanded to a dense one, that of its own
+    function.
 
     Returns:
         layer -> how much of the update is lost in the cast to the layer's dtype, ||cast(W + T) - (W + T)||_F / ||T||_F.

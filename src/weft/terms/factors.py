@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weft.terms.base import Term
+from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.low_rank import LowRank
 from weft.terms.shifted import Shifted
 from weft.terms.spectral import Spectral
@@ -35,6 +36,11 @@ def _(term: LowRank) -> Factors | None:
 @exact_factors.register
 def _(term: Spectral) -> Factors | None:
     return term.U.detach().float() * term.s.detach().float(), term.V.detach().float()
+
+
+@exact_factors.register
+def _(term: CoreLowRank) -> Factors | None:
+    return term.B.detach().float() @ term.R.detach().float() * term.scale, term.A.detach().float()
 
 
 @exact_factors.register

@@ -22,7 +22,7 @@ from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import LowRank, SumLinear, Term
-from weft.terms.adapters import Adapter, activate, adapters_of, attach, base_terms, detach, disable, unwrapped
+from weft.terms.adapters import Adapter, activate, adapters_of, attach, base_terms, detach, disable, merge, unwrapped
 from weft.terms.layers import linear_layers, weight_of
 from weft.verbs.seeding import generator
 
@@ -31,6 +31,7 @@ __all__ = [
     "adapt",
     "disable",
     "effective_rates",
+    "merge_adapter",
     "parameter_groups",
     "remove_adapter",
     "resolve_targets",
@@ -103,8 +104,13 @@ def adapt(
         )
     moments = _moments(model, chosen, layers, stats, batches)
     if chosen.spread is not None and ranks is None:
-        layers = {layer: r for layer, r in chosen.spread(moments, rank, options).items() if r}
-    adapter = Adapter(name, chosen.name, {}, settings={"rank": rank, "seed": seed, "options": options})
+        shapes = {layer: weight_shape(model.get_submodule(layer)) for layer in layers}
+        layers = {layer: r for layer, r in chosen.spread(moments, shapes, rank, options).items() if r}
+        if not layers:
+            raise WeftError(
+                f"The method {chosen.name!r} leaves every layer without an adapter; check its options and targets=."
+            )
+    adapter = Adapter(name, chosen.name, {}, settings={"rank": rank, "ranks": layers, "seed": seed, "options": options})
     adapter.terms = _terms(model, chosen, name, rank, layers, moments, seed, dtype, options)
     adapter.rates = {key: rate for key, rate in (chosen.rates(options) if chosen.rates else {}).items() if rate != 1}
     if chosen.extras is not None:
@@ -177,6 +183,19 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
     """
     detach(model, name)
     return model
+
+
+def merge_adapter(model: nn.Module, name: str | None = None) -> dict[str, float]:
+    """Fold an adapter (None: the only one) into the base for good, in fp32, cast last.
+
+    Returns:
+        layer -> how much of the update the cast to the layer's dtype loses, relative to its norm: about 1 where it is
+        below the dtype's resolution, and then keep the adapter apart or merge in fp32 (model.float() first).
+
+    Raises:
+        WeftError: there is no such adapter, or several and no name.
+    """
+    return merge(model, name)
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:

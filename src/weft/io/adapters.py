@@ -1,0 +1,302 @@
+"""Adapters on disk: our own format, which rebuilds an adapter bit for bit, and PEFT's, wherever the delta is exactly
+a LoRA.
+
+    DIR/weft_adapter.json            method, settings, and the spec of every term
+    DIR/weft_adapter.safetensors     the terms' tensors as they are, "<layer>.<role>.<tensor>"; absent where PEFT's
+    tensors are the same DIR/adapter_config.json          PEFT's, for every reader of LoRAs (see `weft.io.peft`)
+    DIR/adapter_model.safetensors
+
+An adapter without PEFT files has no exact LoRA; `why_not_peft` says why. Everything is written beside the directory
+and renamed when complete. Under FSDP2 the shards are gathered on every process and written by the first: call it on
+all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from weft.errors import WeftError, nearest
+from weft.io import peft
+from weft.terms import Term, build
+from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
+from weft.terms.layers import linear_layers
+
+__all__ = ["FORMAT", "load_adapter", "save_adapter"]
+
+FORMAT = 1
+"""The version of the layout; raised when an older weft could not read what this one writes."""
+CONFIG, TENSORS = "weft_adapter.json", "weft_adapter.safetensors"
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    format: Literal["auto", "peft", "weft"] = "auto",
+) -> None:
+    """Write an adapter (None: the only one).
+
+    Args:
+        format: "auto" for ours and, where it is exact, PEFT's beside it; "peft" or "weft" for that one alone.
+
+    Raises:
+        WeftError: no such adapter; the directory is not empty; or "peft" for an adapter whose delta is not exactly a
+        LoRA, with the reason.
+    """
+    out = Path(directory)
+    adapter = find_adapter(model, name)
+    reason = peft.why_not_peft(adapter)
+    if format == "peft" and reason:
+        raise WeftError(
+            f"The adapter {adapter.name!r} cannot be written in PEFT's format: {reason}. Save it with format='weft'."
+        )
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise WeftError(f"The directory {out} is not empty; choose another one, or remove it first.")
+    state = _gathered(model, adapter)
+    if not (dist.is_initialized() and dist.get_rank()):
+        _write(out, model, adapter, state, format, reason)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+    """Read an adapter in either format and put it on the model; the same model is returned.
+
+    Args:
+        name: another name than the saved one.
+
+    Raises:
+        WeftError: the directory holds no adapter, a file is damaged, a tensor is missing or unexpected, the adapter
+            belongs to another model, or its name is taken.
+    """
+    path, model = Path(directory), unwrapped(model)
+    if (path / CONFIG).is_file():
+        adapter, extras = _read(path, name)
+    elif (path / peft.CONFIG).is_file():
+        adapter, extras = peft.read(path, name or "default", model)
+    else:
+        raise WeftError(f"{path} holds no adapter: neither {CONFIG} nor {peft.CONFIG} is there.")
+    _check_layers(model, adapter, path)
+    device = {layer: _device(model, layer) for layer in adapter.terms}
+    for layer, terms in adapter.terms.items():
+        for term in terms.values():
+            term.to(device[layer])
+    _adopt(model, adapter, extras)
+    return model
+
+
+def _adopt(model: nn.Module, adapter: Adapter, extras: Mapping[str, Tensor]) -> None:
+    """Put the adapter on beside those in use, with its own values of the model's parameters that it trains."""
+    for key, value in extras.items():
+        parameter = dict(model.named_parameters()).get(key)
+        if parameter is None or parameter.shape != value.shape:
+            raise WeftError(
+                f"The adapter trains {key} of shape {tuple(value.shape)}, which this model does not have; load it on "
+                "its own model."
+            )
+        adapter.extras[key] = value.to(parameter.device, parameter.dtype)
+    in_use = [other.name for other in adapters_of(model).values() if other.active]
+    adapter.active = False
+    attach(model, adapter)
+    activate(model, [*in_use, adapter.name])
+
+
+def _gathered(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's whole tensors on the CPU, the same on every process.
+
+    `<layer>.<role>.<tensor>` for its terms, `<parameter>` for what is trained along.
+    """
+    found = dict(_paths(adapter))
+    parameters = dict(unwrapped(model).named_parameters())
+    found |= {key: parameters[key] if adapter.active else aside for key, aside in adapter.extras.items()}
+    return {key: whole(tensor) for key, tensor in found.items()}
+
+
+def _paths(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of its terms, as `<layer>.<role>.<tensor>`."""
+    for layer, terms in adapter.terms.items():
+        for key, term in terms.items():
+            for name, tensor in own_state(term).items():
+                yield f"{layer}.{_role(adapter, key)}.{name}", tensor
+
+
+def own_state(term: Term) -> dict[str, Tensor]:
+    """The term's tensors, without those of a base that it wraps."""
+    state = term.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if not name.startswith("inner.")}
+
+
+def own_spec(term: Term) -> dict[str, Any]:
+    """The term's spec without a base that it wraps."""
+    spec = term.spec()
+    return {**spec, "inner": {}} if "inner" in spec else spec
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a possibly sharded tensor, on the CPU."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def _role(adapter: Adapter, key: str) -> str:
+    """The term's name without the adapter's: "main" for the first."""
+    return key.removeprefix(adapter.name).removeprefix("_") or "main"
+
+
+def _key(adapter: Adapter, role: str) -> str:
+    """The inverse of `_role`."""
+    return adapter.name if role == "main" else f"{adapter.name}_{role}"
+
+
+def _write(
+    out: Path, model: nn.Module, adapter: Adapter, state: dict[str, Tensor], format: str, reason: str | None
+) -> None:
+    """Write all files beside `out`, then rename."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        itself = False
+        if format != "weft" and not reason:
+            copies = {layer: _copies(adapter, layer, state) for layer in adapter.terms}
+            itself = peft.write(partial, unwrapped(model), copies)
+        if format != "peft":
+            _write_own(partial, adapter, state, with_tensors=not itself)
+        if out.is_dir():
+            out.rmdir()  # empty, as was checked
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copies(adapter: Adapter, layer: str, state: Mapping[str, Tensor]) -> list[Term]:
+    """A layer's terms again, holding the whole tensors."""
+    copies = []
+    for key, term in adapter.terms[layer].items():
+        copy, prefix = build(own_spec(term), device="meta"), f"{layer}.{_role(adapter, key)}."
+        copy.load_state_dict({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}, assign=True)
+        copies.append(copy)
+    return copies
+
+
+def _write_own(partial: Path, adapter: Adapter, state: dict[str, Tensor], *, with_tensors: bool) -> None:
+    trained, tied = {id(p) for _, p in adapter.named_parameters()}, _tied(adapter)
+    config = {
+        "format": FORMAT,
+        "weft": version("weft"),
+        "name": adapter.name,
+        "method": adapter.method,
+        "settings": adapter.settings,
+        "rates": adapter.rates,
+        "extras": list(adapter.extras),
+        "tied": tied,
+        "layers": {
+            layer: {
+                _role(adapter, key): {
+                    "spec": own_spec(term),
+                    "trained": [name for name, tensor in own_state(term).items() if id(tensor) in trained],
+                }
+                for key, term in terms.items()
+            }
+            for layer, terms in adapter.terms.items()
+        },
+    }
+    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if with_tensors:
+        unique = {key: tensor.contiguous() for key, tensor in state.items() if key not in tied}
+        save_file(unique, partial / TENSORS)
+
+
+def _tied(adapter: Adapter) -> dict[str, str]:
+    """Tensors that several terms share: path -> the path it is saved under."""
+    first: dict[int, str] = {}
+    homes = {path: first.setdefault(id(tensor), path) for path, tensor in _paths(adapter)}
+    return {path: home for path, home in homes.items() if path != home}
+
+
+def _read(path: Path, name: str | None) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter of our own format, and its values of parameters of the model."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        _check_format(path, config)
+        own = path / TENSORS
+        state = load_file(own) if own.is_file() else peft.plain_state(path, config["layers"])
+        adapter = Adapter(name or config["name"], config["method"], {}, config["settings"], config["rates"])
+        state |= {tied: state[home] for tied, home in config["tied"].items()}
+        extras = {key: state.pop(key) for key in config["extras"]}
+        for layer, roles in config["layers"].items():
+            terms = {_key(adapter, role): _term(f"{layer}.{role}", entry, state) for role, entry in roles.items()}
+            adapter.terms[layer] = terms
+        if state:
+            raise WeftError(f"it holds the tensor {min(state)}, of which its {CONFIG} knows nothing")
+        _tie(adapter, config["tied"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join((str(error) if isinstance(error, WeftError) else repr(error)).split())
+        raise WeftError(f"The adapter in {path} cannot be read: {reason}; fetch it again, whole.") from error
+    return adapter, extras
+
+
+def _check_format(path: Path, config: Mapping[str, Any]) -> None:
+    if config["format"] != FORMAT:
+        raise WeftError(
+            f"it has format {config['format']} (written by weft {config['weft']}), and this weft reads format {FORMAT}"
+        )
+
+
+def _term(prefix: str, entry: Mapping[str, Any], state: dict[str, Tensor]) -> Term:
+    """Build one term and take its tensors out of `state`."""
+    term = build(entry["spec"], device="meta")
+    names = list(own_state(term))
+    missing = [name for name in names if f"{prefix}.{name}" not in state]
+    if missing:
+        raise WeftError(f"the tensor {prefix}.{missing[0]} is missing")
+    term.load_state_dict({name: state.pop(f"{prefix}.{name}") for name in names}, assign=True)
+    for name, parameter in term.named_parameters():
+        parameter.requires_grad_(name in entry["trained"])
+    return term
+
+
+def _tie(adapter: Adapter, tied: Mapping[str, str]) -> None:
+    """Make terms share again what they shared when they were saved."""
+    homes = {
+        f"{layer}.{_role(adapter, key)}.{name}": (term, name)
+        for layer, terms in adapter.terms.items()
+        for key, term in terms.items()
+        for name in own_state(term)
+    }
+    for path, home in tied.items():
+        (term, name), (source, source_name) = homes[path], homes[home]
+        owner, _, leaf = name.rpartition(".")
+        setattr(term.get_submodule(owner), leaf, own_state(source)[source_name])
+
+
+def _check_layers(model: nn.Module, adapter: Adapter, path: Path) -> None:
+    layers = linear_layers(model)
+    strange = next((layer for layer in adapter.terms if layer not in layers), None)
+    if strange is not None:
+        near = ", ".join(nearest(strange, layers))
+        raise WeftError(
+            f"The adapter in {path} belongs to a layer {strange}, which this {type(model).__name__} lacks (nearest: "
+            f"{near}); "
+            "load it on the model that it was made for."
+        )
+
+
+def _device(model: nn.Module, layer: str) -> torch.device:
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight.device

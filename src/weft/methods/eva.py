@@ -1,0 +1,73 @@
+"""eva: A spans the directions in which the layer's inputs vary most, B = 0; ranks go where they explain most
+(Paischer et al., 2024, arXiv 2410.07170, section 3).
+
+    Sigma = E[x x^T] - m m^T = Q diag(l) Q^T;   A = Q_r^T,  B = 0;   y = W x + s B A x;   r (in + out) trainable numbers
+
+Ranks: the N r largest explained-variance ratios l_i / sum l, over the first round(rho r) components of all N layers;
+a layer may get none. The scale is that of the nominal rank on every layer (alpha / rank is constant).
+Deviations: the exact eigenvectors of the inputs' covariance, where the paper updates an incremental PCA until it
+converges; `whiten` divides by the root of the standard deviation of one token, PEFT by that of the sum over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.methods.adapter import SCALING, Pair, lora_count, low_rank
+from weft.methods.base import Method, Moments, Site
+
+__all__ = ["METHOD", "initialise", "spread"]
+
+
+def initialise(site: Site, scale: float, *, centred: bool, whiten: bool, rho: float) -> Pair:
+    """The leading principal directions of the inputs; `centred` subtracts their mean, as the official code does."""
+    variances, Q = torch.linalg.eigh(covariance(site.moments, centred))
+    A = Q.flip(1)[:, : site.rank].mT
+    if whiten:
+        deviation = variances.flip(0)[: site.rank].clamp(min=0).sqrt()
+        A = A / deviation.clamp(min=deviation[0] * torch.finfo(A.dtype).eps).sqrt().unsqueeze(1)
+    return torch.zeros(site.shape[0], site.rank), A
+
+
+def spread(
+    moments: Mapping[str, Moments], shapes: Mapping[str, tuple[int, int]], rank: int, options: Mapping[str, Any]
+) -> dict[str, int]:
+    """Rank by layer, `rank` in the mean, from 0 to round(rho * rank)."""
+    ratios = {name: _ratios(moments[name], options["centred"]) for name in shapes}
+    most = {name: min(round(rank * options["rho"]), *shapes[name]) for name in shapes}
+    claims = [(-float(ratio), name) for name in shapes for ratio in ratios[name][: most[name]]]
+    ranks = dict.fromkeys(shapes, 0)
+    # the sort is stable: among equal ratios the earlier layer comes first
+    for _, name in sorted(claims, key=lambda claim: claim[0])[: rank * len(shapes)]:
+        ranks[name] += 1
+    return ranks
+
+
+def covariance(moments: Moments, centred: bool = True) -> Tensor:
+    """The inputs' covariance, or their second moment: (in, in) in fp64."""
+    C = moments["input_moment"].double()
+    m = moments["input_mean"].double()
+    return C - torch.outer(m, m) if centred else C
+
+
+def _ratios(moments: Moments, centred: bool) -> Tensor:
+    """Shares of the variance, falling: (in,)."""
+    variances: Tensor = torch.linalg.eigvalsh(covariance(moments, centred)).flip(0).clamp(min=0)
+    return variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
+
+
+METHOD = Method(
+    name="eva",
+    kind="adapt",
+    summary="LoRA whose A spans the directions that explain the inputs' variance; ranks follow the variance explained.",
+    paper="Paischer et al., 2024, arXiv 2410.07170",
+    needs=("input_moment", "input_mean"),
+    attach=low_rank(initialise),
+    count=lora_count,
+    spread=spread,
+    defaults={**SCALING, "rho": 2.0, "centred": True, "whiten": False},
+)

@@ -1,0 +1,50 @@
+"""sorsa: train the principal singular triplets as three factors, U and V pulled towards orthonormality (Cao, 2024,
+arXiv 2409.00055, section 3).
+
+    W = U S V;   W + U diag(s) V - (U_r diag(S_r) V_r at the start);   r (in + out + 1) trainable numbers
+    pull: mean over all U and V of ||U^T U - I||_F and ||V V^T - I||_F, times gamma / lr, added to the gradients after
+    clipping
+
+`lr` is the peak learning rate of the run: the official trainer divides gamma by it, so that the pull follows the
+schedule. Deviations: x passes through the three factors, where the official layer forms the product; the residual is
+kept as an exact sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weft.linalg.svd import truncated_svd
+from weft.methods.adapter import lora_count
+from weft.methods.base import Method, Site
+from weft.rules.orthonormal import Orthonormal
+from weft.terms import Shifted, Spectral, Term
+
+__all__ = ["METHOD", "attach"]
+
+
+def attach(site: Site, *, gamma: float, lr: float) -> dict[str, Term]:
+    """The principal triplets, taken out of the base."""
+    factors = (t.to(site.dtype) for t in truncated_svd(site.weight(), site.rank))
+    return {"": Shifted.from_term(Spectral.from_factors(*factors))}
+
+
+def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
+    return lora_count(out_features, in_features, rank, options) + rank
+
+
+def _pull(*, adapter: str, gamma: float, lr: float) -> Orthonormal:
+    return Orthonormal(adapter, weight=gamma / lr)
+
+
+METHOD = Method(
+    name="sorsa",
+    kind="adapt",
+    summary="The principal singular triplets trained as three factors, the singular vectors kept near orthonormal.",
+    paper="Cao, 2024, arXiv 2409.00055",
+    attach=attach,
+    count=_count,
+    rules=(_pull,),
+    defaults={"gamma": 4e-4, "lr": 3e-5},
+)
