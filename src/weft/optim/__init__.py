@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from weft.optim.base import Refresh
+from weft.optim.entries import Entries, EntryAdamW
 from weft.optim.lowrank import LowRank
+from weft.optim.noise import add_gradient_noise
 from weft.optim.parameters import split_parameters
 from weft.optim.per_layer import PerLayer
 from weft.optim.presets import (
@@ -19,13 +21,22 @@ from weft.optim.presets import (
     galore_8bit,
     gradnormlorp,
 )
+from weft.optim.seed_log import SeedLog
+from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.weightnorm import fold_weights, normalize_weights
+from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
 
 __all__ = [
     "OPTIMIZERS",
+    "Entries",
+    "EntryAdamW",
+    "Estimator",
     "LowRank",
     "PerLayer",
     "Refresh",
+    "SeedLog",
+    "ZerothOrder",
+    "add_gradient_noise",
     "apollo",
     "apollo_mini",
     "dct_adamw",
@@ -35,11 +46,15 @@ __all__ = [
     "galore",
     "galore_8bit",
     "gradnormlorp",
+    "mezo",
     "normalize_weights",
+    "replay",
+    "sign",
+    "sinkgd",
     "split_parameters",
 ]
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     preset.__name__: preset
-    for preset in (galore, galore_8bit, fira, frugal, apollo, apollo_mini, dct_adamw, gradnormlorp)
+    for preset in (galore, galore_8bit, fira, frugal, apollo, apollo_mini, dct_adamw, gradnormlorp, sinkgd, sign, mezo)
 }
