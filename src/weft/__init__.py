@@ -14,6 +14,22 @@ from weft.errors import WeftError
 from weft.io import hook
 
 if TYPE_CHECKING:
+    from weft import optim as optim
+    from weft.allocate import Budget as Budget
+    from weft.io.adapters import load_adapter as load_adapter
+    from weft.io.adapters import save_adapter as save_adapter
+    from weft.memory import lean as lean
+    from weft.verbs.adapt import adapt as adapt
+    from weft.verbs.adapt import disable as disable
+    from weft.verbs.adapt import effective_rates as effective_rates
+    from weft.verbs.adapt import merge_adapter as merge_adapter
+    from weft.verbs.adapt import parameter_groups as parameter_groups
+    from weft.verbs.adapt import remove_adapter as remove_adapter
+    from weft.verbs.adapt import set_adapter as set_adapter
+    from weft.verbs.adapt import trainable as trainable
+    from weft.verbs.compress import calibrate as calibrate
+    from weft.verbs.compress import compress as compress
+    from weft.verbs.compress import needs as needs
     from weft.verbs.evaluate import evaluate as evaluate
     from weft.verbs.finetune import finetune as finetune
     from weft.verbs.inspect import inspect as inspect
@@ -25,21 +41,27 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "inspect": "weft.verbs.inspect",
-    "finetune": "weft.verbs.finetune",
-    "evaluate": "weft.verbs.evaluate",
-    "merge": "weft.verbs.merge",
+    "Budget": "weft.allocate",
     "adapt": "weft.verbs.adapt",
+    "calibrate": "weft.verbs.compress",
+    "compress": "weft.verbs.compress",
     "disable": "weft.verbs.adapt",
     "effective_rates": "weft.verbs.adapt",
+    "evaluate": "weft.verbs.evaluate",
+    "finetune": "weft.verbs.finetune",
+    "inspect": "weft.verbs.inspect",
+    "lean": "weft.memory",
+    "load_adapter": "weft.io.adapters",
+    "merge": "weft.verbs.merge",
+    "merge_adapter": "weft.verbs.adapt",
+    "methods": "weft",  # the room itself: calling it lists what lies in it
+    "needs": "weft.verbs.compress",
+    "optim": "weft",
     "parameter_groups": "weft.verbs.adapt",
     "remove_adapter": "weft.verbs.adapt",
+    "save_adapter": "weft.io.adapters",
     "set_adapter": "weft.verbs.adapt",
     "trainable": "weft.verbs.adapt",
-    "merge_adapter": "weft.verbs.adapt",
-    "save_adapter": "weft.io.adapters",
-    "load_adapter": "weft.io.adapters",
-    "methods": "weft",  # the room itself: calling it lists what lies in it
 }
 
 __all__ = ["WeftError", "__version__", *sorted(_EXPORTS)]
