@@ -1,0 +1,84 @@
+"""The page of `weft demo`: the table, quality against budget, the allocation, the spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from weft.verbs.report.pages import figures, page, section, table
+from weft.verbs.report.plots import Series, line_chart
+from weft.verbs.report.spectra import block_grid, spectra_charts
+
+if TYPE_CHECKING:
+    from weft.verbs.inspect import Report
+
+__all__ = ["Curves", "demo_page"]
+
+Curves = dict[str, dict[float, float]]
+"""method -> share kept -> perplexity."""
+
+_COLORS = ("#8a94a3", "#5b9bd5", "#0c3470")  # from the background to the foreground
+_HEADINGS = {
+    "perplexity": "perplexity",
+    "parameters": "parameters",
+    "bytes": "bytes",
+    "tokens_per_second": "tokens / s",
+}
+
+
+def demo_page(
+    spectra: Report,
+    stages: Sequence[Mapping[str, Any]],
+    allocation: Mapping[str, Any],
+    curves: Curves,
+    generated: str,
+) -> str:
+    """The whole page. `stages` and `curves` as `weft.verbs.demo.run` returns them, `allocation` as allocation.json holds it."""
+    rows = [[stage["name"], *(stage[key] for key in _HEADINGS)] for stage in stages]
+    return page(
+        f"Compressing {spectra.model}",
+        f"{allocation['share_spent']:.1%} of the parameters of {len(allocation['layers'])} matrices are kept. By weft demo.",
+        [
+            section("What was measured", "Token perplexity on held-out text.", table(["", *_HEADINGS.values()], rows)),
+            section(
+                "Quality against budget",
+                "Perplexity by the share of the matrices' parameters that is kept, without fine-tuning and on fewer "
+                "windows than the table above; lower is better.",
+                figures([_budget_chart(curves)]),
+            ),
+            section(
+                "Where the budget went",
+                "Share of each matrix's parameters that the allocation keeps; 100 % is a matrix left dense.",
+                block_grid(
+                    f"allocate {allocation['allocate']}, budget {allocation['budget']}", _kept(allocation), "kept"
+                ),
+            ),
+            section(
+                "Spectra of the dense model",
+                "Singular values, one line a layer, light for the first and dark for the last.",
+                figures(spectra_charts(spectra.spectra)),
+            ),
+            section(
+                "Reloaded in a new process",
+                "import weft; AutoModelForCausalLM.from_pretrained; greedy decoding.",
+                f"<pre>{escape(generated)}</pre>",
+            ),
+        ],
+    )
+
+
+def _budget_chart(curves: Curves) -> str:
+    series = [
+        Series(name, list(points), list(points.values()), color, marked=True)
+        for (name, points), color in zip(curves.items(), _COLORS, strict=True)
+    ]
+    return line_chart("perplexity by budget", series, "share kept", "perplexity", log=True, legend=True)
+
+
+def _kept(allocation: Mapping[str, Any]) -> dict[str, float]:
+    shares = {}
+    for name, entry in allocation["layers"].items():
+        (out, inn), rank = entry["shape"], entry["rank"]
+        shares[name] = 1.0 if rank == "dense" else rank * (out + inn) / (out * inn)
+    return shares
