@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weft.kernels.lean_linear import Factor, Weight, linear
 from weft.kernels.recompute import recompute, source_of
 from weft.memory.logits import Logits
-from weft.terms import Dense, LowRank, Shifted, Spectral, SumLinear, Term
+from weft.terms import Dense, Int8, LowRank, NormalFloat, Shifted, Spectral, SumLinear, Term
 
 __all__ = [
     "LeanForward",
@@ -131,6 +131,12 @@ def weight_of(term: Term) -> Weight | None:
 @weight_of.register
 def _(term: Dense) -> Weight:
     return term.matrix
+
+
+@weight_of.register(NormalFloat)
+@weight_of.register(Int8)
+def _(term: NormalFloat | Int8) -> Weight:
+    return term.dense
 
 
 @singledispatch

@@ -1,0 +1,125 @@
+"""Quantised terms: a frozen matrix in few bits a weight, decoded for the moment of each product.
+
+The forward pass keeps nothing for the backward pass, which decodes again: y = x W_q^T, dx = dy W_q (Chai et al., 2023,
+arXiv 2306.08162, section 3). `requires_grad` has nothing to set: the codes are buffers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.kernels.lean_linear import frozen_linear
+from weft.kernels.normal_float import NF4, Code, Format, decode, encode
+from weft.terms.base import Spec, Term
+
+__all__ = ["Int8", "NormalFloat", "Quantized"]
+
+
+class Quantized(Term):
+    """A frozen term in code. `carrier` is empty: its dtype is the one that `dense` gives, its device the term's."""
+
+    carrier: Tensor
+
+    def __init__(self, in_features: int, out_features: int, device: Any, dtype: torch.dtype | None) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("carrier", torch.empty(0, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            # the compiler's partitioner decides what is made twice
+            return F.linear(x, self.dense(x.dtype))
+        return frozen_linear(x, self.dense)
+
+    @property
+    def num_params(self) -> int:
+        """Weights: every one is stored, in fewer bits."""
+        return self.in_features * self.out_features
+
+
+class NormalFloat(Quantized):
+    """T[i, j] = level[code] * scale of its block (`weft.kernels.normal_float`); by default doubly quantised NF4.
+
+    Blocks run over the flattened matrix, row after row: slice a matrix before quantising it, not after.
+
+    Args:
+        bits: of a code: 2, 3, 4 or 8.
+        block: weights a scale.
+        scale_bits: of a scale's code; None keeps scales in fp32.
+        scale_block: scales a step.
+        scale_dtype: of the steps, "float32", "bfloat16" or "float16".
+    """
+
+    kind = "normal_float"
+    codes: Tensor
+    scales: Tensor
+    offset: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int = 4,
+        block: int = 64,
+        scale_bits: int | None = 8,
+        scale_block: int = 256,
+        scale_dtype: str = "float32",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, device, dtype)
+        self.format = Format(bits, block, scale_bits, scale_block, scale_dtype)
+        # the sizes of the code of a matrix of this shape
+        blank = encode(torch.empty(out_features, in_features, device="meta"), self.format)
+        for name, tensor in blank._asdict().items():
+            self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, format: Format = NF4) -> NormalFloat:
+        """The nearest codes of `matrix` (out, in)."""
+        term = cls(matrix.shape[1], matrix.shape[0], **format._asdict(), device=matrix.device, dtype=matrix.dtype)
+        for name, tensor in encode(matrix, format)._asdict().items():
+            term.register_buffer(name, tensor)
+        return term
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        code = Code(self.codes, self.scales, self.offset, self.steps)
+        return decode(code, (self.out_features, self.in_features), self.format, dtype or self.carrier.dtype)
+
+    def spec(self) -> Spec:
+        return super().spec() | self.format._asdict()
+
+
+class Int8(Quantized):
+    """T[i, j] = code * scale_i / 127 with codes from -127 to 127: one scale a row, its absolute maximum."""
+
+    kind = "int8"
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(in_features, out_features, device, dtype)
+        self.register_buffer("codes", torch.empty(out_features, in_features, device=device, dtype=torch.int8))
+        # the bits of fp32 numbers: a cast of the model must not round them
+        self.register_buffer("scales", torch.empty(out_features, device=device, dtype=torch.int32))
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor) -> Int8:
+        """The nearest codes of `matrix` (out, in)."""
+        term = cls(matrix.shape[1], matrix.shape[0], device=matrix.device, dtype=matrix.dtype)
+        wide = matrix.detach().float()
+        scales = wide.abs().amax(1)
+        term.codes = (wide / torch.where(scales > 0, scales, 1.0).unsqueeze(1) * 127).round().to(torch.int8)
+        term.scales = scales.view(torch.int32)
+        return term
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        scales = self.scales.view(torch.float32) / 127
+        return (self.codes.float() * scales.unsqueeze(1)).to(dtype or self.carrier.dtype)
