@@ -12,6 +12,7 @@ from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
+from weft.terms.quantized import Int8, NormalFloat
 from weft.terms.shifted import Shifted
 from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
@@ -22,8 +23,10 @@ __all__ = [
     "TERMS",
     "CoreLowRank",
     "Dense",
+    "Int8",
     "LowRank",
     "Magnitude",
+    "NormalFloat",
     "Shifted",
     "Sparse",
     "Spec",
@@ -35,7 +38,9 @@ __all__ = [
     "build_sum",
 ]
 
-TERMS: dict[str, type[Term]] = {term.kind: term for term in (Dense, LowRank, Spectral, Sparse, CoreLowRank, Shifted, Magnitude)}
+TERMS: dict[str, type[Term]] = {
+    term.kind: term for term in (Dense, NormalFloat, Int8, LowRank, Spectral, Sparse, CoreLowRank, Shifted, Magnitude)
+}
 """Every structure by its kind: the closed table that a saved spec is read with."""
 
 
