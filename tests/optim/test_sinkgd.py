@@ -206,6 +206,8 @@ def test_mistakes_are_answered_in_a_sentence() -> None:
         sinkgd([{"params": [nn.Parameter(torch.zeros(3))], "rank": 1}])
     with pytest.raises(WeftError, match="no norm called 'rows'"):
         MultiNorm(("rows",))
+    with pytest.raises(WeftError, match="leave the rank out"):
+        sinkgd(model(), rank=4)
     with pytest.raises(WeftError, match="one iteration"):
         MultiNorm(iterations=0)
     net = model()

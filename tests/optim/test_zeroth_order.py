@@ -450,6 +450,8 @@ def test_other_mistakes_are_answered_in_a_sentence(tmp_path: Path) -> None:
     model = Tied()
     with pytest.raises(WeftError, match="in \\(0, 1\\]"):
         mezo(model, density=0.0)
+    with pytest.raises(WeftError, match="neither a rank nor weight decay"):
+        mezo(model, weight_decay=0.1)
     with pytest.raises(WeftError, match="direction is one of"):
         mezo(model, direction="cauchy")  # type: ignore[arg-type]
     with pytest.raises(WeftError, match="not entry by entry"):

@@ -131,6 +131,8 @@ def _stateless(
     rest: Inner,
     options: dict[str, Any],
 ) -> LowRank:
+    if options.pop("rank", None) is not None:
+        raise WeftError("SinkGD and sign are stateless and work on whole matrices; leave the rank out.")
     matrices, others = parameter_groups(model_or_groups, options.pop("exclude", ()))
     for group in matrices:
         group.pop("rank", None)

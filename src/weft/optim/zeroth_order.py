@@ -299,6 +299,8 @@ def mezo(
     """
     fields = {name: options.pop(name) for name in ("two_sided", "density", "redraw", "blockwise") if name in options}
     estimator = Estimator(samples=samples, direction=direction, **fields)
+    if options.pop("rank", None) or options.pop("weight_decay", 0.0):
+        raise WeftError("mezo has neither a rank nor weight decay; leave them out (rank None, weight_decay 0).")
     model = model_or_groups if isinstance(model_or_groups, nn.Module) else None
     params = list(model.parameters()) if model is not None else model_or_groups
     options.setdefault("model", model)
