@@ -113,7 +113,7 @@ def _stage(verb: Any, source: str, out: Path, arguments: Mapping[str, Any], devi
     earlier = json.loads((out / "run.json").read_text(encoding="utf-8"))["arguments"]
     changed = [key for key, value in arguments.items() if earlier.get(key) != value]
     if changed:
-        raise WeftError(f"{out} was made with another {changed[0]}; remove it to start over, or choose another -o.")
+        raise WeftError(f"{out} was made with another {changed[0]}; remove it, or choose another -o.")
     say(f"     kept from an earlier run: {out}")
 
 
@@ -128,7 +128,7 @@ def _evaluations(models: Mapping[str, str], device: str | None) -> list[dict[str
 
 
 def _curves(model: nn.Module, seed: int) -> Curves:
-    """Held-out perplexity by method and budget, on fewer windows than the table's. Each method surveys the model once."""
+    """Held-out perplexity by method and budget, on fewer windows than the table; one survey a method."""
     tokenizer = load_tokenizer(MODEL)
     window = EVALUATE["window"]
     batches = calibration_batches(

@@ -117,7 +117,7 @@ def run(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """`weft inspect`: the report of a model on disk as a dict, and with `report` also as a page and a record of the run.
+    """`weft inspect`: the report of a model on disk as a dict, with `report` also as a page and a record.
 
     `seed` is accepted as by every verb; nothing here is random.
     """

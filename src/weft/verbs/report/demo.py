@@ -34,11 +34,11 @@ def demo_page(
     curves: Curves,
     generated: str,
 ) -> str:
-    """The whole page. `stages` and `curves` as `weft.verbs.demo.run` returns them, `allocation` as allocation.json holds it."""
+    """The whole page: `stages` and `curves` as `weft.verbs.demo.run` gives them, `allocation` as in allocation.json."""
     rows = [[stage["name"], *(stage[key] for key in _HEADINGS)] for stage in stages]
     return page(
         f"Compressing {spectra.model}",
-        f"{allocation['share_spent']:.1%} of the parameters of {len(allocation['layers'])} matrices are kept. By weft demo.",
+        f"{len(allocation['layers'])} matrices, of whose parameters {allocation['share_spent']:.1%} are kept.",
         [
             section("What was measured", "Token perplexity on held-out text.", table(["", *_HEADINGS.values()], rows)),
             section(

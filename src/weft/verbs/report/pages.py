@@ -21,7 +21,7 @@ svg text { fill: var(--soft); font-family: inherit; } svg .title { fill: var(--i
 svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; } svg polyline:hover { stroke-width: 3.5; }
 svg .grid { stroke: var(--line); }
 .scroll { overflow-x: auto; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; overflow-x: auto; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }

@@ -1,0 +1,231 @@
+"""The command line's promises: instant help, one sentence for a mistake, clean JSON, the exact calls."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from weft.cli import app
+from weft.errors import WeftError
+
+VERBS = ("inspect", "compress", "finetune", "eval", "merge", "methods", "demo")
+
+
+@pytest.fixture
+def weft(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Every call of a verb's `run`, recorded instead of done."""
+    made: list[tuple[str, dict[str, Any]]] = []
+    answer = {"matrices": [], "model": "m", "parameters": 0, "stages": [], "generated": "", "report": ""}
+    for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "demo"):
+        module = __import__(f"weft.verbs.{verb}", fromlist=["run"])
+        monkeypatch.setattr(module, "run", lambda _verb=verb, **kwargs: made.append((_verb, kwargs)) or answer)
+    return made
+
+
+def test_every_verb_has_help_and_no_verb_prints_the_list(weft: Callable[..., Result]) -> None:
+    listing = weft("--help").stdout
+    for verb in VERBS:
+        assert verb in listing
+        result = weft(verb, "--help")
+        assert result.exit_code == 0 and "--json" in result.stdout
+
+
+def test_version(weft: Callable[..., Result]) -> None:
+    import weft as package
+
+    assert weft("--version").stdout.split() == ["weft", package.__version__]
+
+
+EXACT = [
+    ("inspect M", "inspect", {"model": "M"}),
+    (
+        "compress M -o O --method svd-llm --budget 0.6 --allocate uniform --calibration F "
+        "--windows 32 --window 512 --round 8 --seed 1",
+        "compress",
+        {
+            "out": Path("O"),
+            "method": "svd-llm",
+            "budget": "0.6",
+            "allocate": "uniform",
+            "round": 8,
+            "seed": 1,
+            "windows": 32,
+        },
+    ),
+    (
+        "compress M -o O --budget 500MB",
+        "compress",
+        {"budget": "500MB", "method": "kfac-svd", "windows": 32, "window": 512, "seed": 0},
+    ),
+    (
+        "finetune M -o O --method lora --data F --steps 200 --rank 16 --lr 1e-4 --window 512 --batch 4 --seed 0",
+        "finetune",
+        {"method": "lora", "data": [Path("F")], "steps": 200, "rank": 16, "lr": 1e-4, "window": 512, "batch": 4},
+    ),
+    (
+        "eval M --text F --window 512 --windows 24 --json",
+        "evaluate",
+        {"text": [Path("F")], "window": 512, "windows": 24},
+    ),
+    ("merge M -o O", "merge", {"model": "M", "out": Path("O")}),
+]
+
+
+@pytest.mark.parametrize(("line", "verb", "expected"), EXACT)
+def test_the_exact_calls(
+    weft: Callable[..., Result], calls: list[Any], line: str, verb: str, expected: dict[str, Any]
+) -> None:
+    result = weft(*line.split())
+    assert result.exit_code == 0, result.output
+    ((called, arguments),) = calls
+    assert called == verb and arguments | expected == arguments
+
+
+def test_arguments_reach_a_run_that_takes_them() -> None:
+    """Each command passes exactly what its verb's `run` accepts."""
+    import inspect as signatures
+
+    from weft.cli import compress, demo, evaluate, finetune, inspect, merge
+
+    for command in (compress, demo, evaluate, finetune, inspect, merge):
+        name = command.__name__.rsplit(".", 1)[1]
+        run = __import__(f"weft.verbs.{name}", fromlist=["run"]).run
+        taken = signatures.signature(run).parameters
+        given = set(signatures.signature(command.command).parameters) - {"json", "option"}
+        if name == "merge":
+            given -= {"seed"}
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        assert open_ended or given <= set(taken), name
+
+
+def test_method_options(weft: Callable[..., Result], calls: list[Any]) -> None:
+    assert weft("compress", "M", "-o", "O", "--option", "ridge=1e-3", "--option", "side=in").exit_code == 0
+    assert calls[0][1]["ridge"] == 1e-3 and calls[0][1]["side"] == "in"
+    for bad, sentence in (("ridge", "NAME=VALUE"), ("seed=3", "give it as --seed 3")):
+        result = weft("compress", "M", "-o", "O", "--option", bad)
+        assert result.exit_code == 2 and sentence in result.stderr
+
+
+MISTAKES = [
+    ("compress pico -o O --method svd-lm", "There is no method to compress called 'svd-lm'; the nearest are: svd-llm"),
+    ("compress pico -o O --budget 1.5", "out of range: it is the share of parameters kept"),
+    ("compress pico -o O --budget much", "is no share and no size; give what to keep, as 0.6, 60% or 500MB"),
+    ("compress pico -o O --allocate bets", "There is no allocation called 'bets'; the nearest are: best"),
+    ("compress pico -o O --option rank=3", "has no option 'rank'"),
+    ("compress pico -o O --seed -1", "--seed is -1"),
+    ("compress pico -o O --calibration missing.txt", "missing.txt"),
+    ("finetune pico -o O --method lor", "the nearest are: lora"),
+    ("finetune pico -o O --steps 0", "--steps is 0: give at least 1"),
+    ("eval ./missing", "There is no directory './missing'"),
+    ("eval pico --windows 0", "--windows is 0: give at least 1"),
+    ("eval pico --window 1", "give at least 2"),
+    ("eval pico --window 4096", "the model's context 1024"),
+    ("inspect pico --layers *r_proj", "matches no linear layer; the nearest names are"),
+    ("inspect pico --dtype int4", "There is no dtype 'int4'"),
+    ("inspect pico --device cuda:77", "There is no device 'cuda:77'"),
+    ("inspect pico --report r.pdf", "must end in .html"),
+]
+
+
+@pytest.mark.parametrize(("line", "sentence"), MISTAKES)
+def test_a_mistake_is_one_sentence(
+    weft: Callable[..., Result], line: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = weft(*line.split())
+    said = [text for text in result.stderr.splitlines() if text.startswith("weft: ")]
+    assert result.exit_code == 2 and len(said) == 1 and sentence in said[0], result.output
+    assert not result.stdout and "Traceback" not in result.output
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_an_output_that_holds_something_is_refused(weft: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    for verb in ("compress", "finetune", "merge"):
+        result = weft(verb, "pico", "-o", tmp_path)
+        assert result.exit_code == 2 and "exists and is not empty" in result.stderr
+    assert weft("demo", "-o", tmp_path).exit_code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def run(**_: Any) -> Any:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (WeftError("two\nlines"), 2, "weft: two lines"),
+        (KeyboardInterrupt(), 130, "the same command goes on from the last finished step"),
+        (PermissionError(13, "Permission denied", "/root/x"), 2, "Permission denied: '/root/x'"),
+    ],
+)
+def test_errors_of_the_work(
+    weft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
+) -> None:
+    monkeypatch.setattr("weft.verbs.compress.run", failing(error))
+    result = weft("compress", "pico", "-o", "O")
+    assert result.exit_code == code and sentence in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_defect_of_ours_keeps_its_traceback(weft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.verbs.compress.run", failing(RuntimeError("shape mismatch")))
+    assert isinstance(weft("compress", "pico", "-o", "O").exception, RuntimeError)
+
+
+def test_json_alone_stands_on_stdout(weft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(**_: Any) -> dict[str, float]:
+        print("a library says hello")
+        return {"perplexity": 7.5}
+
+    monkeypatch.setattr("weft.verbs.evaluate.run", noisy)
+    result = weft("eval", "pico", "--json")
+    assert json.loads(result.stdout) == {"perplexity": 7.5} and "hello" in result.stderr
+
+
+def test_methods_lists_every_method_with_its_paper(weft: Callable[..., Result]) -> None:
+    from weft.methods import METHODS
+
+    records = json.loads(weft("methods", "--json").stdout)
+    assert [r["name"] for r in records] == list(METHODS)
+    assert all(r["summary"] and r["paper"] for r in records)
+    table = weft("methods").stdout
+    assert all(name in table for name in METHODS)
+
+
+def test_inspect_prints_a_table_and_json(weft: Callable[..., Result], tiny_directory: Path) -> None:
+    table = weft("inspect", tiny_directory)
+    assert table.exit_code == 0 and "model.layers.1.mlp.down_proj" in table.stdout and "stable rank" in table.stdout
+    assert len(json.loads(weft("inspect", tiny_directory, "--json").stdout)["matrices"]) == 15
+
+
+@pytest.mark.slow
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\nsys.argv = ['weft', 'compress', '--help']\nfrom weft.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'scipy', 'accelerate'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_python_m_weft_is_the_same_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "weft", "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("weft ")
