@@ -196,7 +196,7 @@ def test_forward_takes_the_dtype_of_its_input_and_of_autocast():
             assert term(normal(2, 40)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", [0, 1])
 def test_a_compiled_layer_trains_its_adapter(index):
     base = terms(normal(9, 40))[index]
     layer = SumLinear({"base": base, "lora": LowRank.from_factors(normal(9, 2), normal(2, 40))})

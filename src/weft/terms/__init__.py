@@ -13,6 +13,7 @@ from weft.terms.dense import Dense
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
 from weft.terms.quantized import Int8, NormalFloat
+from weft.terms.replacement import Replacement
 from weft.terms.shifted import Shifted
 from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
@@ -27,6 +28,7 @@ __all__ = [
     "LowRank",
     "Magnitude",
     "NormalFloat",
+    "Replacement",
     "Shifted",
     "Sparse",
     "Spec",
@@ -39,7 +41,8 @@ __all__ = [
 ]
 
 TERMS: dict[str, type[Term]] = {
-    term.kind: term for term in (Dense, NormalFloat, Int8, LowRank, Spectral, Sparse, CoreLowRank, Shifted, Magnitude)
+    term.kind: term
+    for term in (Dense, NormalFloat, Int8, LowRank, Spectral, Sparse, CoreLowRank, Shifted, Magnitude, Replacement)
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
 

@@ -1,0 +1,131 @@
+"""lq-lora: a weight as a NormalFloat code plus low-rank factors, found together (Guo et al., 2023, arXiv 2311.12023).
+
+    repeat:  L1 L2 = rank-r SVD of (W - Q),   Q = quantise(W - L1 L2);     W' = Q + s B A,  s B A = L1 L2
+    weighted:  SVD of diag(a) (W - Q) diag(b), its factors divided by a and b;
+               a (out,), b (in,): roots of the row and column means of the Fisher diagonal F
+
+until ||W - Q - L1 L2|| rises (equations 2 to 4). One iteration is QPiSSA: the code of what the principal triplets leave
+(Meng et al., 2024, arXiv 2404.02948, section 4). The format of each layer under a budget of bits is chosen by an
+integer program (equation 5): `weft.quantize(model, "lq-lora", rank=..., bits=...)`.
+
+Deviations: the best iterate is returned, the official code returns the one whose error rose; exact SVDs, so that two
+runs agree; the weighted error uses the rank-one F = a^2 b^2, whose minimiser the weighted SVD is.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weft.kernels.normal_float import NF4, Format
+from weft.linalg.svd import low_rank_factors
+from weft.methods.adapter import lora_count, scale_of
+from weft.methods.base import Method, Moments, Site
+from weft.terms import LowRank, NormalFloat, Replacement, Term
+
+__all__ = ["GRID", "METHOD", "SHORT_GRID", "Decomposition", "attach", "decompose", "fisher_roots"]
+
+GRID = tuple(
+    Format(*numbers)
+    for numbers in product((2, 3, 4, 8), (16, 32, 64), (2, 3, 4, 8), (16, 64, 256), ("bfloat16", "float16", "float32"))
+)
+"""The 432 formats of the paper."""
+
+SHORT_GRID = tuple(Format(bits, block, 8, 256, "float32") for bits in (2, 3, 4, 8) for block in (16, 32, 64))
+"""The 12 of them that differ in what matters most: a cost table of 432 columns takes hours on a CPU."""
+
+
+class Decomposition(NamedTuple):
+    """W = dense(code) + B A, and the (weighted) Frobenius error after each iteration."""
+
+    code: NormalFloat
+    B: Tensor  # (out, r)
+    A: Tensor  # (r, in)
+    errors: list[float]
+
+    @property
+    def error(self) -> float:
+        """Of the iterate that is returned."""
+        return min(self.errors)
+
+
+def decompose(
+    W: Tensor,
+    rank: int,
+    format: Format = NF4,
+    *,
+    weights: tuple[Tensor, Tensor] | None = None,
+    iterations: int = 100,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> Decomposition:
+    """Alternate between the factors and the code until the error rises; the best iterate.
+
+    Args:
+        W: (out, in).
+        rank: of the factors; 0 quantises W alone.
+        weights: a (out,) and b (in,) of the weighted form, see `fisher_roots`.
+        iterations: at most; the paper's limit is 100, of which few are used.
+        start: the factors of W itself, if they are known: they do not depend on the format.
+    """
+    W = W.float()
+    best: Decomposition | None = None
+    errors: list[float] = []
+    for step in range(max(iterations, 1)):
+        residual = W if best is None else W - best.code.dense()
+        B, A = start if start is not None and step == 0 else _factors(residual, rank, weights)
+        code = NormalFloat.from_matrix(W - B @ A, format)
+        errors.append(float(_weigh(W - code.dense() - B @ A, weights).norm()))
+        if best is not None and not errors[-1] < min(errors[:-1]):
+            break
+        best = Decomposition(code, B, A, errors)
+        if rank == 0:
+            break
+    assert best is not None
+    return best
+
+
+def fisher_roots(moments: Moments) -> tuple[Tensor, Tensor]:
+    """a (out,) and b (in,): roots of the row and column means of the Fisher diagonal.
+
+    Rows and columns that have none (a dead neuron) get a thousandth of the mean, for a and b are divided by.
+    """
+    pair = (moments["fisher_rows"].float(), moments["fisher_columns"].float())
+    a, b = (torch.maximum(v / v.mean(), torch.tensor(1e-6)).sqrt() for v in pair)
+    return a, b
+
+
+def attach(site: Site, *, alpha: float | None, rslora: bool, iterations: int, **numbers: Any) -> dict[str, Term]:
+    """The code in the base's place, and the factors beside it."""
+    found = decompose(site.weight(), site.rank, Format(**numbers), iterations=iterations)
+    scale = scale_of(site.nominal, alpha=alpha, rslora=rslora)
+    # the size that the scale takes away is put back, half into each factor
+    B, A = (factor.div(scale**0.5).to(site.device, site.dtype) for factor in (found.B, found.A))
+    code = found.code.to(next(iter(site.base.values()))._reference().dtype)
+    return {"": Replacement(code.in_features, code.out_features, code, LowRank.from_factors(B, A, scale=scale))}
+
+
+def _factors(M: Tensor, rank: int, weights: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    B, A = low_rank_factors(_weigh(M, weights), rank)
+    if weights is None:
+        return B, A
+    a, b = weights
+    return B / a.unsqueeze(1), A / b
+
+
+def _weigh(M: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor:
+    return M if weights is None else weights[0].unsqueeze(1) * M * weights[1]
+
+
+METHOD = Method(
+    name="lq-lora",
+    kind="adapt",
+    summary="A NormalFloat code and low-rank factors found together; only the factors are trained.",
+    paper="Guo et al., 2023, arXiv 2311.12023",
+    attach=attach,
+    count=lora_count,
+    deviates="by the quantisation error that the factors do not take up",
+    defaults={"alpha": None, "rslora": False, "iterations": 100, **NF4._asdict()},
+)
