@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from weft.verbs.inspect import inspect as inspect
     from weft.verbs.merge import merge as merge
     from weft.verbs.methods import run
+    from weft.verbs.quantize import quantize as quantize
 
     methods = run
 
@@ -58,6 +59,7 @@ _EXPORTS = {
     "needs": "weft.verbs.compress",
     "optim": "weft",
     "parameter_groups": "weft.verbs.adapt",
+    "quantize": "weft.verbs.quantize",
     "remove_adapter": "weft.verbs.adapt",
     "save_adapter": "weft.io.adapters",
     "set_adapter": "weft.verbs.adapt",
