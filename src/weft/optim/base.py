@@ -97,6 +97,10 @@ class Frame(ABC):
     def up(self, R: Tensor, like: Tensor) -> Tensor:
         """(k, n, r) -> (k, n, s), with the memory layout of `like`."""
 
+    def rest(self, X: Tensor, R: Tensor, share: float = 1.0) -> Tensor:
+        """X - share * up(R), newly allocated."""
+        return X - self.up(R * share, X)
+
     @abstractmethod
     def move(self, new: Frame) -> Move:
         """How first (power 1) and second (power 2) moments in this frame are written in the frame `new`."""

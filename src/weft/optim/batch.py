@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.optim.base import Field, Inner, Matrix, Projection, Refresh, Residual, Rows, State
+from weft.optim.base import Field, Inner, Matrix, Projection, Refresh, Residual, Rows, Scalar, State
 from weft.optim.distributed import Layout, layout_of, local
 from weft.optim.dither import stochastic_round
 from weft.optim.limiter import NormGrowth
@@ -58,7 +59,7 @@ class Member:
     def view(self, tensor: Tensor) -> Tensor:
         """The local rows of the parameter, its gradient or its update as (rows, cols), sharing memory."""
         flat = local(tensor)
-        flat = flat.reshape(flat.shape[0], -1) if flat.ndim else flat.reshape(1, 1)
+        flat = flat.reshape(flat.shape[0], math.prod(flat.shape[1:])) if flat.ndim else flat.reshape(1, 1)
         return flat.mT if self.transposed else flat
 
 
@@ -132,14 +133,20 @@ class Batch:
             found["master"] = Field((self.matrix.rows, self.matrix.cols), torch.float32, rows=True)
         return found
 
+    def local_shape(self, field: Field) -> tuple[int, ...]:
+        """The part of a field that this process holds, for one member."""
+        here = self.members[0].view(self.members[0].parameter)
+        return (here.shape[0], *field.shape[1:]) if field.rows else field.shape
+
+    def member_bytes(self) -> int:
+        """Bytes of state a member."""
+        return sum(math.prod(self.local_shape(field)) * field.dtype.itemsize for field in self.fields.values())
+
     def allocate(self, saved: dict[Tensor, Any]) -> None:
         """Stack the members' state from `saved` (zero where there is none) and put views of it in its place."""
-        first = self.members[0]
-        here = first.view(first.parameter)
         for name, field in self.fields.items():
-            shape = (here.shape[0], *field.shape[1:]) if field.rows else field.shape
-            device = torch.device("cpu") if name in COUNTERS else here.device
-            stack = torch.zeros(len(self.members), *shape, dtype=field.dtype, device=device)
+            device = torch.device("cpu") if name in COUNTERS else local(self.members[0].parameter).device
+            stack = torch.zeros(len(self.members), *self.local_shape(field), dtype=field.dtype, device=device)
             for row, member in zip(stack, self.members, strict=True):
                 if name in saved.get(member.parameter, {}):
                     self._restore(row, saved[member.parameter][name], name, member)
@@ -178,9 +185,12 @@ class Batch:
         return [mix(seed, self.group, self.members[i].index, r) for i, r in zip(ids, rounds, strict=True)]
 
     def apply(
-        self, ids: Sequence[int], U: Tensor, state: State, lr: float, decay: float, seed: int, rows: slice = slice(None)
-    ) -> None:
-        """W <- W - lr U with decoupled weight decay, for some members and rows, rounded as the recipe says."""
+        self, ids: Sequence[int], U: Tensor, factor: Scalar, state: State, lr: float, decay: float, seed: int,
+        rows: slice = slice(None),
+    ) -> None:  # fmt: skip
+        """W <- W - lr factor U with decoupled weight decay, for some members and rows, rounded as the recipe says."""
+        if isinstance(factor, Tensor):
+            U, factor = U * factor, 1.0
         weights = [self.members[i].view(self.members[i].parameter)[rows] for i in ids]
         keep, first = 1 - lr * decay, self.recipe.inner.decay_first
         exact = weights[0].dtype in (torch.float32, torch.float64)
@@ -191,7 +201,7 @@ class Batch:
             targets, update = list(wide.unbind(0)), U.to(wide.dtype).unbind(0)
         if decay and first:
             torch._foreach_mul_(targets, keep)
-        torch._foreach_add_(targets, update, alpha=-lr)
+        torch._foreach_add_(targets, update, alpha=-lr * factor)
         if decay and not first:
             torch._foreach_mul_(targets, keep)
         if targets is not weights:

@@ -42,11 +42,31 @@ def _corrections(betas: tuple[float, float], t: Scalar, dtype: torch.dtype) -> t
 def _adam(R: Tensor, m: Tensor, v: Tensor, t: Scalar, rule: Adam | Adam8bit) -> tuple[Tensor, Scalar]:
     """Advance m and v in place; m / (sqrt(v) + eps) and the bias correction sqrt(1 - b2^t) / (1 - b1^t)."""
     b1, b2 = rule.betas
+    R = R.to(m.dtype)
     m.mul_(b1).add_(R, alpha=1 - b1)
     v.mul_(b2).addcmul_(R, R, value=1 - b2)
     root, first = _corrections(rule.betas, t, R.dtype)
     eps = rule.eps if rule.form == "galore" else rule.eps * root
     return m / v.sqrt().add_(eps), root / first
+
+
+def _fusible(R: Tensor, m: Tensor, v: Tensor) -> bool:
+    """Whether torch's fused kernel applies: one dtype, dense."""
+    return R.dtype == m.dtype == v.dtype and R.numel() > 0 and all(x.is_contiguous() for x in (R, m, v))
+
+
+def _fused_adam(R: Tensor, m: Tensor, v: Tensor, t: float, rule: Adam) -> tuple[Tensor, Scalar]:
+    """`_adam` in one pass over memory: torch's AdamW kernel on a zero weight, lr and eps such that it ends at N."""
+    root, first = _corrections(rule.betas, t, R.dtype)
+    c, out = root / first, torch.zeros_like(R)
+    eps = rule.eps / root if rule.form == "galore" else rule.eps
+    step = torch.full((), t, device=R.device)
+    b1, b2 = rule.betas
+    torch._fused_adamw_(
+        [out], [R], [m], [v], [], [step],
+        lr=-1 / c, beta1=b1, beta2=b2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    return out, c
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,8 @@ class Adam(Inner):
         return {"exp_avg": moment, "exp_avg_sq": moment}
 
     def update(self, R: Tensor, state: State, t: Scalar, rows: Rows) -> tuple[Tensor, Scalar]:
+        if isinstance(t, float) and _fusible(R, state["exp_avg"], state["exp_avg_sq"]):
+            return _fused_adam(R, state["exp_avg"], state["exp_avg_sq"], t, self)
         m, v = _high(state["exp_avg"]), _high(state["exp_avg_sq"])
         direction = _adam(R, m, v, t, self)
         _store(state, "exp_avg", m)
@@ -144,6 +166,7 @@ class Adam8bit(Inner):
         return {"exp_avg": codes, "exp_avg_scale": scale, "exp_avg_sq": codes, "exp_avg_sq_scale": scale}
 
     def update(self, R: Tensor, state: State, t: Scalar, rows: Rows) -> tuple[Tensor, Scalar]:
+        R = _high(R)
         m, v = self._read(state, "exp_avg", R), self._read(state, "exp_avg_sq", R)
         direction = _adam(R, m, v, t, self)
         self._write(state, "exp_avg", m)
@@ -178,6 +201,7 @@ class SGD(Inner):
         return {"momentum": Field((matrix.rows, matrix.cols), matrix.dtype, rows=True)} if self.momentum else {}
 
     def update(self, R: Tensor, state: State, t: Scalar, rows: Rows) -> tuple[Tensor, Scalar]:
+        R = _high(R)
         if not self.momentum:
             return R, 1.0
         b = _high(state["momentum"]).mul_(self.momentum).add_(R)
@@ -199,7 +223,7 @@ class Lion(Inner):
         return {"exp_avg": Field((matrix.rows, matrix.cols), matrix.dtype, rows=True)}
 
     def update(self, R: Tensor, state: State, t: Scalar, rows: Rows) -> tuple[Tensor, Scalar]:
-        m = _high(state["exp_avg"])
+        R, m = _high(R), _high(state["exp_avg"])
         direction = torch.lerp(R, m, self.betas[0]).sign_()
         _store(state, "exp_avg", m.mul_(self.betas[1]).add_(R, alpha=1 - self.betas[1]))
         return direction, 1.0
@@ -229,6 +253,7 @@ class Adafactor(Inner):
         }
 
     def update(self, R: Tensor, state: State, t: Scalar, rows: Rows) -> tuple[Tensor, Scalar]:
+        R = _high(R)
         weight = (torch.as_tensor(t, dtype=R.dtype) ** self.decay).to(R.device)
         square = R.square() + self.eps
         row, column = state["row"], state["column"]

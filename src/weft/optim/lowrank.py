@@ -17,6 +17,7 @@ from weft.optim.distributed import local
 from weft.optim.inner import Adam
 from weft.optim.limiter import NormGrowth
 from weft.optim.projections import Blocks, Subspace, Whole
+from weft.optim.refresh import refresh_subspaces
 from weft.optim.seeds import mix
 from weft.optim.state import restore
 
@@ -209,7 +210,7 @@ class LowRank(torch.optim.Optimizer):
         with part(batch.state, ids) as state:
             if "master" in state:
                 _copy_masters(batch, ids, state)
-            self._refresh(batch, ids, state, X)
+            refresh_subspaces(batch, ids, state, X, self.seed, len(self._members[batch.group]))
             for name in ("step", "count"):
                 state[name] += 1
             t = _ages(state, X.device)
@@ -217,70 +218,11 @@ class LowRank(torch.optim.Optimizer):
             if _sliceable(batch):
                 for rows in _slices(X):
                     view = {n: s[:, rows] if n in batch.inner_fields else s for n, s in state.items()}
-                    N, c = batch.recipe.inner.update(_upcast(X[:, rows]), view, t, batch.rows)
-                    batch.apply(ids, N.mul(c * batch.recipe.scale), state, lr, decay, seed, rows)
+                    N, c = batch.recipe.inner.update(X[:, rows], view, t, batch.rows)
+                    batch.apply(ids, N, c * batch.recipe.scale, state, lr, decay, seed, rows)
             else:
                 frame = batch.projection.frame(state, batch.seeds(ids, state, self.seed), X)
-                batch.apply(ids, _update(batch, X, frame, state, t), state, lr, decay, seed)
-
-    # --- the refresh --------------------------------------------------------------------------------------------------
-
-    def _refresh(self, batch: Batch, ids: list[int], state: State, X: Tensor) -> None:
-        if isinstance(batch.projection, Whole):
-            return
-        due = self._due(batch, ids, state, X)
-        rounds = state["round"].tolist()
-        for first in (True, False):
-            chosen = [j for j in due if (rounds[j] == 0) is first]
-            if chosen and (first or batch.recipe.refresh.every > 1):
-                chosen = self._nonzero(batch, ids, chosen, X)
-            if chosen:
-                with part(state, chosen) as some:
-                    self._choose(batch, [ids[j] for j in chosen], some, _take(X, chosen), first)
-
-    def _due(self, batch: Batch, ids: list[int], state: State, X: Tensor) -> list[int]:
-        """Positions in `ids` whose subspace is to be chosen anew."""
-        rule, total = batch.recipe.refresh, len(self._members[batch.group])
-        due = []
-        for j, (count, done) in enumerate(zip(state["count"].tolist(), state["round"].tolist(), strict=True)):
-            phase = batch.members[ids[j]].index * rule.every // total if rule.stagger else 0
-            if done == 0 or (count > 0 and (count + phase) % rule.every == 0):
-                due.append(j)
-        if rule.energy is not None and len(due) < len(ids):
-            frame = batch.projection.frame(state, batch.seeds(ids, state, self.seed), X)
-            faded = (_captured(frame, X, batch) < rule.energy * state["captured"]).tolist()
-            due = sorted({*due, *(j for j, is_faded in enumerate(faded) if is_faded)})
-        return due
-
-    def _nonzero(self, batch: Batch, ids: list[int], chosen: list[int], X: Tensor) -> list[int]:
-        """Of `chosen`, those whose gradient holds anything: a zero one keeps its subspace, or waits for its first."""
-        norms = batch.rows.norm(_take(X, chosen)).flatten().tolist()
-        for j, norm in zip(chosen, norms, strict=True):
-            if not norm < float("inf"):
-                raise WeftError(
-                    f"The gradient of {batch.members[ids[j]].name} is not finite, so no subspace can be chosen from "
-                    'it; lower the learning rate, or build the optimizer with nonfinite="skip".'
-                )
-        return [j for j, norm in zip(chosen, norms, strict=True) if norm > 0]
-
-    def _choose(self, batch: Batch, ids: list[int], state: State, X: Tensor, first: bool) -> None:
-        rotate = batch.recipe.moments == "rotate" and not first
-        before = {k: v.clone() for k, v in state.items() if k in batch.projection.fields(batch.matrix)}
-        old = batch.projection.frame(before, batch.seeds(ids, state, self.seed), X) if rotate else None
-        state["round"] += 1
-        seeds = batch.seeds(ids, state, self.seed)
-        batch.projection.refresh(X, state, seeds, batch.rows, first)
-        new = batch.projection.frame(state, seeds, X)
-        if old is not None:
-            move = old.move(new)
-            batch.recipe.inner.transfer(state, move)
-            if "age" in state:
-                state["age"].copy_(move(state["age"].unsqueeze(-2), 1).squeeze(-2))
-        elif batch.recipe.moments == "reset":
-            for name in (*batch.inner_fields, "step"):
-                state[name].zero_()
-        if "captured" in state:
-            state["captured"].copy_(_captured(new, X, batch))
+                batch.apply(ids, *_update(batch, X, frame, state, t), state, lr, decay, seed)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -288,6 +230,11 @@ class LowRank(torch.optim.Optimizer):
         """Bytes of optimizer state this process holds: bases, moments, counters, master copies."""
         tensors = [local(t) for state in self.state.values() for t in state.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def planned_bytes(self) -> int:
+        """What `state_bytes` will be after the first step, from the declared fields; works on meta parameters."""
+        batches = [b for n, recipe in enumerate(self._recipes) for b in self._group_batches(n, recipe)]
+        return sum(len(b.members) * b.member_bytes() for b in batches)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Restore a state_dict of the same recipe, in the dtypes it was saved in; the run goes on bit for bit."""
@@ -354,14 +301,6 @@ def _slices(X: Tensor) -> list[slice]:
     return [slice(a, a + size) for a in range(0, X.shape[-2], size)]
 
 
-def _take(X: Tensor, chosen: Sequence[int]) -> Tensor:
-    return X if len(chosen) == len(X) else X[list(chosen)]
-
-
-def _upcast(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _ages(state: State, device: torch.device) -> Scalar:
     """t: one number where all members agree, else (k, 1, 1), or (k, 1, r) where columns have their own age."""
     if "age" in state:
@@ -373,27 +312,25 @@ def _ages(state: State, device: torch.device) -> Scalar:
     return state["step"].double().to(device)[:, None, None]
 
 
-def _captured(frame: Frame, X: Tensor, batch: Batch) -> Tensor:
-    R = _upcast(frame.down(X))
-    both = batch.rows.sum(torch.stack([R.square().sum((-2, -1)), _upcast(X).square().sum((-2, -1))]))
-    return (both[0] / both[1].clamp_min(torch.finfo(both.dtype).tiny)).float()
-
-
-def _update(batch: Batch, X: Tensor, frame: Frame, state: State, t: Scalar) -> Tensor:
-    """U (k, n, s) of the contract: scale c up(N) + limited f E."""
+def _update(batch: Batch, X: Tensor, frame: Frame, state: State, t: Scalar) -> tuple[Tensor, Scalar]:
+    """U (k, n, s) of the contract, scale c up(N) + limited f E, as a tensor and a factor of it."""
     recipe = batch.recipe
-    R = _upcast(frame.down(X))
+    R = frame.down(X)
     N, c = recipe.inner.update(R, state, t, batch.rows)
-    inside = None if recipe.scale == 0 else frame.up(N * (c * recipe.scale), X)
     if recipe.residual is None:
-        return torch.zeros_like(X) if inside is None else inside
+        by_column = isinstance(c, Tensor) and c.shape[-1] > 1
+        return (frame.up(N * c, X), recipe.scale) if by_column else (frame.up(N, X), c * recipe.scale)
     E, f = recipe.residual.term(X, R, N, frame, batch.rows)
     if recipe.limiter is not None:
         f = f * recipe.limiter.factor(E, f, state, batch.rows)
     if recipe.residual.corrected:
         f = f * c
-    outside = E * (f.to(E.dtype) if isinstance(f, Tensor) else f)
-    return outside if inside is None else inside.add_(outside)
+    if recipe.scale == 0:
+        return E, f
+    inside = frame.up(N * (c * recipe.scale), X)
+    if isinstance(f, Tensor):
+        return torch.addcmul(inside, E, f.to(E.dtype)), 1.0
+    return torch.add(inside, E, alpha=f), 1.0
 
 
 def _copy_masters(batch: Batch, ids: Sequence[int], state: State) -> None:

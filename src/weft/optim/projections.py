@@ -36,6 +36,12 @@ class DenseFrame(Frame):
         R = R.to(self.P.dtype)
         return R @ self.P.mT if like.stride(-1) == 1 else (self.P @ R.mT).mT
 
+    def rest(self, X: Tensor, R: Tensor, share: float = 1.0) -> Tensor:
+        R = R.to(self.P.dtype)
+        if X.stride(-1) == 1:
+            return torch.baddbmm(X, R, self.P.mT, alpha=-share)
+        return torch.baddbmm(X.mT, self.P, R.mT, alpha=-share).mT
+
     def move(self, new: Frame) -> Move:
         assert isinstance(new, DenseFrame)
         if self.index is not None and new.index is not None:

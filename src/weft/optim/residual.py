@@ -21,7 +21,7 @@ class Plain(Residual):
     scale: float = 1.0
 
     def term(self, X: Tensor, R: Tensor, N: Tensor, frame: Frame, rows: Rows) -> tuple[Tensor, Scalar]:
-        return X - frame.up(R, X), self.scale
+        return frame.rest(X, R), self.scale
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sign(Residual):
     scale: float = 1.0
 
     def term(self, X: Tensor, R: Tensor, N: Tensor, frame: Frame, rows: Rows) -> tuple[Tensor, Scalar]:
-        E = X - frame.up(R, X)
+        E = frame.rest(X, R)
         return torch.where(E.abs() > torch.finfo(X.dtype).eps * X.abs(), E, 0).sign(), self.scale
 
 
@@ -53,7 +53,13 @@ class NormScaled(Residual):
     corrected: ClassVar[bool] = True
 
     def term(self, X: Tensor, R: Tensor, N: Tensor, frame: Frame, rows: Rows) -> tuple[Tensor, Scalar]:
-        E = X if self.subtract == 0 else X - frame.up(R * self.subtract, X)
+        E = X if self.subtract == 0 else frame.rest(X, R, self.subtract)
         if self.granularity == "tensor":
             return E, self.scale * rows.norm(N) / (rows.norm(R) + 1e-8)
-        return E, self.scale * N.norm(dim=-1, keepdim=True) / (R.norm(dim=-1, keepdim=True) + 1e-8)
+        return E, self.scale * _row_norm(N) / (_row_norm(R) + 1e-8)
+
+
+def _row_norm(x: Tensor) -> Tensor:
+    """(k, n, r) -> (k, n, 1), in fp32 or fp64."""
+    high = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=high)
