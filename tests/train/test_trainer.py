@@ -140,8 +140,7 @@ def test_half_precision_weights_are_trained_in_fp32_and_given_back(tmp_path):
     model.requires_grad_(False)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     before = model.model.layers[0].mlp.up_proj.weight.clone()
-    # fp32 weights amid bf16 ones need autocast, as on a GPU
-    go(tmp_path / "a", model, Look(), steps=3, autocast=True)
+    go(tmp_path / "a", model, Look(), steps=3)
     assert seen == [{torch.float32}] * 3
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
@@ -183,6 +182,17 @@ def test_metrics_are_one_json_object_a_line(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
     assert rates == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2, 2e-2 / 3, 1e-2 / 3])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
+    class Break(Rule):
+        def after_step(self, model, step):
+            if step == 3:
+                model.lm_head.weight.data.fill_(float("nan"))
+
+    with pytest.raises(WeftError, match="The loss is not finite at step 4: lower --lr"):
+        go(tmp_path / "a", rule=Break(), save_every=2)
+    assert last_checkpoint(tmp_path / "a").name == "checkpoint-2"
 
 
 @pytest.mark.parametrize(

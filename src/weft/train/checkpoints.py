@@ -70,5 +70,5 @@ def last_checkpoint(directory: Path) -> Path | None:
         if (path / RULES_FILE).is_file() and step.isdigit():  # written last
             complete[int(step)] = path
         else:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
     return complete[max(complete)] if complete else None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from weft.errors import WeftError
+
 __all__ = ["MetricsLog"]
 
 
 class MetricsLog(TrainerCallback):
-    """Appends every log record to a file.
+    """Appends every log record to a file, and ends a run whose loss is no number before it is saved.
 
     Args:
         path: lines of steps after the one that training starts from are dropped.
@@ -45,6 +48,8 @@ class MetricsLog(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise WeftError(f"The loss is not finite at step {state.global_step}: lower --lr, or raise --warmup.")
         if state.is_world_process_zero and logs:
             more = self.more(logs["learning_rate"]) if "learning_rate" in logs else {}
             self.append({"step": state.global_step, **logs, **more})

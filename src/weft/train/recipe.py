@@ -29,7 +29,7 @@ class Recipe:
         log_every: steps between log lines.
         eval_every: steps between evaluations, where there is a text to evaluate on; None for none but at the ends.
         checkpointing: recompute activations in the backward pass instead of keeping them.
-        autocast: compute in bf16 where the weights are wider; None where there is a GPU.
+        autocast: compute in bf16 where the weights are wider; None where there is a GPU or a half-precision weight.
         seed: of the order of data and of dropout; both depend on nothing but the seed and the step.
     """
 

@@ -41,6 +41,7 @@ from weft.train.recipe import Recipe
 __all__ = ["METRICS_FILE", "Trainer", "train"]
 
 METRICS_FILE = "metrics.jsonl"
+HALF = (torch.float16, torch.bfloat16)
 
 
 def train(
@@ -74,7 +75,7 @@ def train(
             model,
             rule,
             rows,
-            args=arguments(recipe, directory, next(model.parameters()).device),
+            args=arguments(recipe, directory, model),
             data_collator=collate,
             optimizers=(optimizer(), None),
             callbacks=[Seeds(recipe.seed), RuleCallback(rule), metrics, Progress(), interrupt],
@@ -85,9 +86,10 @@ def train(
     return metrics.records()
 
 
-def arguments(recipe: Recipe, directory: Path, device: torch.device) -> TrainingArguments:
+def arguments(recipe: Recipe, directory: Path, model: nn.Module) -> TrainingArguments:
     """The recipe in the Trainer's words."""
-    on_gpu = device.type == "cuda"
+    on_gpu = next(model.parameters()).is_cuda
+    mixed = on_gpu or any(p.dtype in HALF for p in model.parameters())  # fp32 factors amid half-precision weights
     args = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,
@@ -102,7 +104,7 @@ def arguments(recipe: Recipe, directory: Path, device: torch.device) -> Training
         save_total_limit=2,  # the one before stays until the next is complete
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
-        bf16=on_gpu if recipe.autocast is None else recipe.autocast,
+        bf16=mixed if recipe.autocast is None else recipe.autocast,
         use_cpu=not on_gpu,
         seed=recipe.seed,
         report_to="none",
@@ -138,13 +140,18 @@ class Trainer(transformers.Trainer):
         return Order(self.rows, self.args.max_steps * rows_a_step, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.args.should_save:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # parameters are spread; theirs to gather
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
             directory = Path(output_dir or str(self.args.output_dir))
             os.makedirs(directory, exist_ok=True)
             self.changes.save(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.changes.load(Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.changes.load(Path(resume_from_checkpoint))
 
 
 class Seeds(TrainerCallback):
@@ -193,7 +200,7 @@ def wide(model: nn.Module) -> Iterator[None]:
     """Trainable parameters in fp32 within the block: in half precision, updates smaller than its rounding would be
     lost.
     """
-    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)}
+    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF}
     for parameter in narrow:
         parameter.data = parameter.data.float()
     try:

@@ -6,6 +6,7 @@ full      every parameter                                      any other method 
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -67,9 +68,9 @@ def finetune(
         evaluation: text whose perplexity is measured before, after, and every `eval_every` steps.
         eval_windows: how many windows of it; all by default.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
-        **settings: steps, lr, window, batch, accumulate, seed ..., the fields of `weft.train.recipe.Recipe`; and
-        options of
-            the method.
+        **settings: steps, lr, window, batch, accumulate, seed ... (the fields of `weft.train.recipe.Recipe`), and
+        options
+            of the method.
 
     Raises:
         WeftError: an unknown method or setting, nothing to train, or no data to learn from.
@@ -233,7 +234,7 @@ def run(
     config = load_config(model, trust_remote_code=trust_remote_code)
     check_causal(config)
     check_context(config, recipe.window)
-    target = resolve_device(device)
+    target = training_device(device)
     record = begin("finetune", arguments | asdict(recipe), seed=recipe.seed, device=target)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if evaluation is not None:  # says whether the text is too short
@@ -244,9 +245,20 @@ def run(
             source, tokenizer, documents, method, rank=rank, optimizer=optimizer, evaluation=evaluation,
             eval_windows=eval_windows, directory=place.progress, **settings,
         )  # fmt: skip
-        save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
-        (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())
+        if int(os.environ.get("RANK", "0")) == 0:
+            save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
+            (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())
     return {"output": str(out), **metrics}
+
+
+def training_device(device: str | None) -> torch.device:
+    """The device that the Trainer will use: the CPU, or the GPU of this process (torchrun sets LOCAL_RANK)."""
+    target, local = resolve_device(device), int(os.environ.get("LOCAL_RANK", "0"))
+    if target.type != "cuda":
+        return target
+    if target.index not in (None, local):
+        raise WeftError(f"Training runs on the first visible GPU: set CUDA_VISIBLE_DEVICES={target.index} instead.")
+    return torch.device("cuda", local)
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
