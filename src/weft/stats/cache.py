@@ -26,18 +26,24 @@ _SECONDS = 30.0  # between snapshots: an interruption costs at most this much wo
 def fingerprint(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], needs: Iterable[str], layers: Iterable[str]
 ) -> str:
-    """A key of everything the statistics depend on: the weights (by sums of values and squares), the tokens, the
-    statistics, the layers.
-    """
-    digest = hashlib.sha256(json.dumps([sorted(needs), list(layers)]).encode())
+    """A key of everything the statistics depend on: the model's code, settings and weights, the data, what is asked."""
+    config = getattr(model, "config", None)
+    settings = "" if config is None else config.to_json_string()
+    digest = hashlib.sha256(json.dumps([type(model).__name__, settings, sorted(needs), list(layers)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_floating_point() and tensor.numel():
-            wide = tensor.double()
-            digest.update(f"{name}{tuple(tensor.shape)}{wide.sum().item()!r}{wide.square().sum().item()!r}".encode())
-    for batch in batches:
-        for key in sorted(batch):
-            digest.update(key.encode() + batch[key].cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sums(tensor)}".encode())
+    for i, batch in enumerate(batches):
+        for key, tensor in sorted(batch.items()):
+            digest.update(f"{i}{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def _sums(tensor: Tensor) -> list[float]:
+    """Of values, squares and values by position: a weight's fingerprint without moving it off its device."""
+    flat = tensor.flatten().double()
+    places = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
+    return torch.stack([flat.sum(), flat.square().sum(), flat @ places]).tolist()
 
 
 class Snapshots:
@@ -52,11 +58,12 @@ class Snapshots:
         try:
             with safe_open(self.path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
-                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    name, need = key.rsplit(":", 1)
-                    collector.sums[name][need] = file.get_tensor(key).to(_device(collector, name))
+                sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         except (FileNotFoundError, SafetensorError):
             return 0
+        for key, total in sums.items():
+            name, need = key.rsplit(":", 1)
+            collector.sums[name][need] = total.to(_device(collector, name))
         collector.tokens.update(state["tokens"])
         collector.leader.update(state["leader"])
         collector.sequences = state["sequences"]

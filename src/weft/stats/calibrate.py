@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from weft.errors import WeftError
 from weft.stats.cache import Snapshots, fingerprint
 from weft.stats.collect import GRADIENT_NEEDS, Collector, check_needs
+from weft.stats.streams import is_encoder_decoder
 from weft.terms.layers import block_stacks, linear_layers
 
-__all__ = ["Batch", "Stats", "calibrate", "forward_inputs", "forward_masks", "frozen", "layers_by_block", "to_device"]
+__all__ = ["Batch", "Stats", "calibrate", "forward_inputs", "frozen", "layers_by_block", "to_device"]
 
 Batch = Mapping[str, Tensor]
 """What the model's forward takes: input_ids, attention_mask, labels ..."""
@@ -84,11 +85,12 @@ def _collect(
     collector = Collector(layers, needs)
     start = snapshots.restore(collector) if snapshots else 0
     backward = any(need in GRADIENT_NEEDS for need in needs)
-    with frozen(model), collector, _differentiable_inputs(model) if backward else torch.no_grad():
+    gradients = _differentiable_inputs(model) if backward else torch.no_grad()
+    with frozen(model), collector, collector.streams.following(model), gradients:
         for i, batch in enumerate(track(batches[start:], "calibrating"), start):
             run_batch(model, batch, collector, backward)
             if i == start:
-                collector.moments()  # a dead or NaN layer is reported after the first batch, not the last
+                collector.check(complete=False)  # a dead or NaN layer is reported after the first batch, not the last
             if snapshots:
                 snapshots.after_batch(collector, i + 1, last=i + 1 == len(batches))
     return collector.moments()
@@ -97,8 +99,7 @@ def _collect(
 def run_batch(model: nn.Module, batch: Batch, collector: Collector, backward: bool) -> None:
     """One forward pass, and the backward pass of the summed token loss when gradients are asked for."""
     batch = to_device(batch, model)
-    collector.masks = forward_masks(batch)
-    collector.sequences += len(next(iter(batch.values())))
+    collector.begin(batch)
     if not backward:
         model(**forward_inputs(model, batch))
         return
@@ -107,7 +108,7 @@ def run_batch(model: nn.Module, batch: Batch, collector: Collector, backward: bo
         raise WeftError(
             f"The loss of {type(model).__name__} does not depend on its embeddings: there are no gradients to collect."
         )
-    (loss * count).backward()
+    (loss * count).backward()  # type: ignore[no-untyped-call]
 
 
 def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -116,7 +117,7 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     Labels default to the input ids of a causal model.
     """
     batch = dict(batch)
-    causal = not _is_encoder_decoder(model) and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    causal = not is_encoder_decoder(model) and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     if "labels" not in batch:
         if not causal:
             raise WeftError(
@@ -125,9 +126,10 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         batch["labels"] = ids if mask is None else ids.masked_fill(mask == 0, -100)
     labels = batch["labels"]
-    loss = model(**batch, **_no_cache(model)).loss
-    predicted = labels[:, 1:] if causal else labels
-    return loss, int((predicted != -100).sum())
+    count = int(((labels[:, 1:] if causal else labels) != -100).sum())
+    if not count:
+        raise WeftError("A calibration batch has nothing to predict: every label of it is -100; leave that batch out.")
+    return model(**batch, **_no_cache(model)).loss, count
 
 
 def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -135,17 +137,7 @@ def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
     Labels stay only where an encoder-decoder model derives its decoder's input from them.
     """
-    return {k: v for k, v in batch.items() if k != "labels" or _is_encoder_decoder(model)} | _no_cache(model)
-
-
-def forward_masks(batch: Batch) -> list[Tensor]:
-    """The boolean masks (batch, positions) of the tokens that count, one for each token stream of the model."""
-    named = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
-    if named[0] is not None and named[1] is None and "labels" in batch and batch["labels"].dim() == 2:
-        # an encoder-decoder model feeds its decoder the labels shifted right
-        labels = batch["labels"]
-        named[1] = torch.cat([torch.ones_like(labels[:, :1]), (labels[:, :-1] != -100).long()], 1)
-    return [mask.bool() for mask in named if mask is not None and mask.dim() == 2]
+    return {k: v for k, v in batch.items() if k != "labels" or is_encoder_decoder(model)} | _no_cache(model)
 
 
 @contextmanager
@@ -188,10 +180,6 @@ def to_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
     """The batch on the device of the model's first parameter."""
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in batch.items()}
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _no_cache(model: nn.Module) -> dict[str, bool]:

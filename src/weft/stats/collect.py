@@ -6,13 +6,13 @@
     output_mean         E[y]                (out,)       y: the layer's output, bias included
     output_moment       E[y y^T]            (out, out)
     output_grad_moment  E[g g^T]            (out, out)   g: d(sum of token losses) / d(output at a token)
-    mean_grad           E[g x^T]            (out, in)    the gradient of the mean token loss with respect to W
+    mean_grad           sum(g x^T) / tokens (out, in)    g x^T summed over all tokens: d(sum of token losses) / dW
     fisher_rows         E_d[sum_j Q_ij^2]   (out,)       Q: d(sum of token losses of sequence d) / dW
     fisher_columns      E_d[sum_i Q_ij^2]   (in,)
 
 Expectations run over the tokens that the attention mask keeps (the Fisher sums: over sequences). A layer applied
-several times in a pass adds up its uses. Layers that are fed one and the same tensor (q, k and v; gate and up) share
-its input statistics.
+several times in a pass adds up its uses, before any square. Layers that are fed one and the same tensor (q, k and v;
+gate and up) share its input statistics: one tensor under several names.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError, unknown
+from weft.stats.streams import Stream, Streams
 
 __all__ = ["GRADIENT_NEEDS", "INPUT_NEEDS", "NEEDS", "Collector", "check_needs", "kept_rows"]
 
@@ -52,18 +53,20 @@ class Collector:
         layers: name -> linear layer.
         needs: statistics from the table above.
 
-    Set `masks` before each pass: booleans (batch, positions), one for each of the model's token streams; a stream
-    without one is kept whole. `sums`, `tokens`, `sequences` and `leader` are its whole state.
+    Call `begin` before each pass. `sums`, `tokens`, `sequences` and `leader` are its whole state.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], needs: Iterable[str]) -> None:
         self.layers, self.needs = dict(layers), check_needs(needs)
-        self.masks: list[Tensor] = []
+        self.streams = Streams()
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.tokens: dict[str, int] = defaultdict(int)
         self.sequences = 0
         self.leader: dict[str, str] = {}
+        self._batch = 1
         self._last: tuple[Tensor, str] | None = None
+        self._uses: dict[str, int] = defaultdict(int)  # forward passes of a layer whose backward pass is still to come
+        self._partial: dict[str, Tensor] = {}  # (batch, out, in) gradients of a layer with uses to come
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
@@ -78,40 +81,61 @@ class Collector:
             handle.remove()
         self._handles, self._last = [], None
 
+    def begin(self, batch: Mapping[str, Tensor]) -> None:
+        """A pass over this batch comes next."""
+        self.streams.begin(batch)
+        self._batch = len(next(iter(batch.values())))
+        self.sequences += self._batch
+        self._uses.clear()
+        self._partial.clear()
+
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """layer -> {statistic: tensor}, as means; WeftError names a layer that saw nothing, only zeros, or NaN."""
-        return {name: self._layer_moments(name) for name in self.layers}
+        """layer -> {statistic: tensor}, as means, which take the place of the sums: the collector is spent.
+
+        Raises:
+            WeftError: naming a layer that saw nothing, only zeros, or NaN.
+        """
+        self.check(complete=True)
+        for name, by_need in self.sums.items():
+            for need, total in by_need.items():
+                total /= self.sequences if need.startswith("fisher") else self.tokens[name]
+        return {name: {need: self._sum(name, need) for need in self.needs} for name in self.layers}  # type: ignore[misc]
+
+    def check(self, *, complete: bool) -> None:
+        """Raises WeftError naming a layer that saw only zeros or NaN; or nothing, once the passes are complete."""
+        for name in self.layers:
+            for need in self.needs:
+                total = self._sum(name, need)
+                if total is not None:
+                    _check(name, need, total)
+                elif complete:
+                    cause = "does not touch the loss" if self.tokens[name] else "was not reached"
+                    raise WeftError(
+                        f"The layer {name} {cause} on the calibration batches; leave it out with a layer pattern."
+                    )
 
     @property
     def nbytes(self) -> int:
         """Bytes that the sums take now."""
         return sum(t.numel() * t.element_size() for by_need in self.sums.values() for t in by_need.values())
 
-    def _layer_moments(self, name: str) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for need in self.needs:
-            owner = self.leader.get(name, name) if need in INPUT_NEEDS else name
-            total = self.sums.get(owner, {}).get(need)
-            if total is None:
-                raise WeftError(
-                    f"The layer {name} was not reached by the calibration batches; leave it out with a layer pattern."
-                )
-            _check(name, need, total)
-            found[need] = total / (self.sequences if need.startswith("fisher") else self.tokens[owner])
-        return found
+    def _sum(self, name: str, need: str) -> Tensor | None:
+        owner = self.leader.get(name, name) if need in INPUT_NEEDS else name
+        return self.sums.get(owner, {}).get(need)
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0].detach()
-            keep = _matching(self.masks, x)
+            keep = self.streams.now.keep(x)
             self.tokens[name] += x[..., 0].numel() if keep is None else int(keep.sum())
             if self._leads(name, args[0]):
                 self._add_input(name, x, keep)
             if any(need in self.needs for need in OUTPUT_NEEDS):
                 self._add_output(name, output.detach(), keep)
             if output.requires_grad and any(need in self.needs for need in GRADIENT_NEEDS):
+                self._uses[name] += 1
                 held = x if _READS_INPUT_AND_GRADIENT & set(self.needs) else None
-                output.register_hook(lambda grad: self._add_gradient(name, held, grad, keep))
+                output.register_hook(lambda grad: self._add_gradient(name, held, grad, keep))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -126,18 +150,19 @@ class Collector:
 
     def _add_input(self, name: str, x: Tensor, keep: Tensor | None) -> None:
         rows = _rows(x, keep)
-        for need in self.needs:
-            if need == "input_moment":
-                self._add(name, need, rows.mT @ rows)
-            elif need == "input_mean":
-                self._add(name, need, rows.double().sum(0))
-            elif need == "input_abs_mean":
-                self._add(name, need, rows.abs().double().sum(0))
+        if "input_mean" in self.needs:
+            rows = rows.double()  # who asks for the mean subtracts it, and fp32 products would cancel
+            self._add(name, "input_mean", rows.sum(0))
+        if "input_moment" in self.needs:
+            self._add(name, "input_moment", rows.mT @ rows)
+        if "input_abs_mean" in self.needs:
+            self._add(name, "input_abs_mean", rows.abs().double().sum(0))
 
     def _add_output(self, name: str, y: Tensor, keep: Tensor | None) -> None:
         rows = _rows(y, keep)
         if "output_mean" in self.needs:
-            self._add(name, "output_mean", rows.double().sum(0))
+            rows = rows.double()
+            self._add(name, "output_mean", rows.sum(0))
         if "output_moment" in self.needs:
             self._add(name, "output_moment", rows.mT @ rows)
 
@@ -148,17 +173,33 @@ class Collector:
         if x is None:
             return
         if "mean_grad" in self.needs:
-            self._add(name, "mean_grad", _rows(grad, None).mT @ _rows(x, None))
+            self._add(name, "mean_grad", _rows(grad).mT @ _rows(x))
         if "fisher_rows" in self.needs or "fisher_columns" in self.needs:
-            # squares of whole-sequence gradients: the sum over tokens comes before the square
-            for g, inputs in zip(grad, x, strict=True):
-                squared = (_rows(g, None).mT @ _rows(inputs, None)).double().square()
+            self._add_fisher(name, x, grad)
+
+    def _add_fisher(self, name: str, x: Tensor, grad: Tensor) -> None:
+        """Squares of whole-sequence gradients: sums over tokens and the layer's uses come before the square."""
+        pairs = zip(self._sequences_of(grad), self._sequences_of(x), strict=True)
+        gradients: Iterable[Tensor] = (g.mT @ inputs for g, inputs in pairs)
+        self._uses[name] -= 1
+        if self._uses[name] or name in self._partial:
+            total = torch.stack(list(gradients)) + self._partial.pop(name, 0)
+            if self._uses[name]:
+                self._partial[name] = total
+                return
+            gradients = total
+        for gradient in gradients:
+            squared = gradient.double().square()
+            if "fisher_rows" in self.needs:
                 self._add(name, "fisher_rows", squared.sum(1))
+            if "fisher_columns" in self.needs:
                 self._add(name, "fisher_columns", squared.sum(0))
 
+    def _sequences_of(self, x: Tensor) -> Tensor:
+        """x as (batch, tokens, features): some models flatten their tokens."""
+        return _wide(x).reshape(self._batch, -1, x.shape[-1])
+
     def _add(self, name: str, need: str, value: Tensor) -> None:
-        if need not in self.needs:
-            return
         sums = self.sums[name]
         if need in sums:
             sums[need] += value
@@ -166,23 +207,20 @@ class Collector:
             sums[need] = value.double()
 
 
-def kept_rows(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """The tokens of x (..., features) that the masks keep, as fp32 rows."""
-    return _rows(x, _matching(masks, x))
+def kept_rows(x: Tensor, stream: Stream) -> Tensor:
+    """The tokens of x (..., features) that the stream's mask keeps, as fp32 rows."""
+    return _rows(x, stream.keep(x))
 
 
-def _rows(x: Tensor, keep: Tensor | None) -> Tensor:
-    """The kept tokens as fp32 rows (tokens, features): half precision would overflow in the products."""
-    rows = x.reshape(-1, x.shape[-1]).float() if x.dtype != torch.float64 else x.reshape(-1, x.shape[-1])
+def _rows(x: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The kept tokens as rows (tokens, features)."""
+    rows = _wide(x).reshape(-1, x.shape[-1])
     return rows if keep is None else rows[keep.flatten()]
 
 
-def _matching(masks: list[Tensor], x: Tensor) -> Tensor | None:
-    """The first mask that covers exactly x's tokens, flat or not; None when there is none (a pooled vector, say)."""
-    for mask in masks:
-        if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
-            return mask
-    return None
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: half precision would overflow in the products."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check(name: str, need: str, total: Tensor) -> None:

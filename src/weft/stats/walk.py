@@ -11,6 +11,7 @@ E[x_o x^T]: what is needed to correct for the drift between the two.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.stats.calibrate import Batch, forward_inputs, forward_masks, frozen, to_device
+from weft.errors import WeftError
+from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device
 from weft.stats.collect import Collector, kept_rows
+from weft.stats.streams import Stream, Streams
 from weft.terms.layers import block_stacks, linear_layers
 
 __all__ = ["Group", "walk"]
@@ -32,9 +35,7 @@ class Group:
 
     block: str  # the block's name, "" for layers outside every block
     names: list[str]
-    moments: dict[
-        str, Tensor
-    ]  # of the input, shared by all names; with `original`, also "cross_moment" E[x_o x^T] (in, in)
+    moments: dict[str, Tensor]  # of their input; with `original`, also "cross_moment" E[x_o x^T] (in, in)
 
 
 @dataclass
@@ -44,7 +45,7 @@ class _Call:
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    masks: list[Tensor] = field(default_factory=list)
+    stream: Stream
 
 
 class _Stop(Exception):
@@ -83,7 +84,9 @@ def walk(
                 mine = [layer for layer in layers if layer.startswith(name + ".")]
                 before = copy.deepcopy(block) if reference else None
                 if mine and not done(name):
-                    yield from _walk_block(name, block, before, calls[i], reference and reference[i], mine, needs)
+                    yield from _walk_block(
+                        name, block, before, calls[i], reference[i] if reference else None, mine, needs
+                    )
                 remaining -= set(mine)
                 _advance(block, calls, i)
                 if reference and before is not None:
@@ -104,9 +107,9 @@ def _walk_block(
 ) -> Iterator[Group]:
     inner = {layer.removeprefix(name + "."): layer for layer in layers}
     for group in _groups(block, calls[0], list(inner)):
-        leader = group[0]
-        moments = _input_moments(block, before, calls, reference, leader, needs)
+        moments = _input_moments(block, before, calls, reference, group[0], needs)
         yield Group(name, [inner[member] for member in group], moments)
+        del moments  # before those of the next group are made
 
 
 def _input_moments(
@@ -121,12 +124,12 @@ def _input_moments(
     cross: Tensor | None = None
     count = 0
     for i, call in enumerate(calls):
-        collector.masks = call.masks
+        collector.streams.now = call.stream
         with collector:
             x = _input_of(block, call, leader)
         if before is not None and reference is not None:
-            x_o = kept_rows(_input_of(before, reference[i], leader), call.masks)
-            product = x_o.mT @ kept_rows(x, call.masks)
+            x_o = kept_rows(_input_of(before, reference[i], leader), reference[i].stream)
+            product = x_o.mT @ kept_rows(x, call.stream)
             cross = product.double() if cross is None else cross + product
             count += len(x_o)
     moments = collector.moments()[leader]
@@ -165,12 +168,17 @@ def _groups(block: nn.Module, call: _Call, layers: list[str]) -> list[list[str]]
     finally:
         for handle in handles:
             handle.remove()
+    called = Counter(layer for layer, _ in order)
+    for layer in layers:
+        if called[layer] != 1:
+            raise WeftError(
+                f"A block applies its layer {layer} {called[layer]} times in a pass: compress without the sequential "
+                "form, or leave the layer out with a layer pattern."
+            )
     groups: list[list[str]] = []
     previous: Tensor | None = None
     for layer, x in order:
-        if any(layer in group for group in groups):
-            continue
-        if groups and x is previous:
+        if x is previous:
             groups[-1].append(layer)
         else:
             groups.append([layer])
@@ -180,34 +188,70 @@ def _groups(block: nn.Module, call: _Call, layers: list[str]) -> list[list[str]]
 
 def _block_calls(model: nn.Module, path: str, batches: Sequence[Batch]) -> list[list[_Call]]:
     """What each block of a stack is called with: [block][batch]. Hidden states are kept for the first block only."""
-    stack = model.get_submodule(path)
-    calls: list[list[_Call]] = [[] for _ in stack]  # type: ignore[union-attr, attr-defined]
-
-    def record(i: int, last: bool) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            args, kwargs = _positional_hidden(args, kwargs)
-            calls[i].append(_Call(args[0] if i == 0 else args[0].new_empty(0), args[1:], kwargs))
-            if last:
-                raise _Stop
-
-        return hook
-
-    blocks = list(stack)  # type: ignore[arg-type]
-    handles = [
-        block.register_forward_pre_hook(record(i, i == len(blocks) - 1), with_kwargs=True)
-        for i, block in enumerate(blocks)
-    ]
+    blocks: list[nn.Module] = list(model.get_submodule(path))  # type: ignore[call-overload]
+    recorder = _Recorder(path, [[] for _ in blocks])
+    handles = [handle for i, block in enumerate(blocks) for handle in recorder.watch(i, block)]
     try:
-        for batch in batches:
-            batch = to_device(batch, model)
-            with suppress(_Stop):
-                model(**forward_inputs(model, batch))
-            for block_calls in calls:
-                block_calls[-1].masks = forward_masks(batch)
+        with recorder.streams.following(model):
+            for batch in batches:
+                batch = to_device(batch, model)
+                recorder.begin(batch)
+                with suppress(_Stop):
+                    model(**forward_inputs(model, batch))
+                recorder.check()
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return recorder.calls
+
+
+@dataclass
+class _Recorder:
+    """Hooks that note what each block is called with; the first batch runs through, to see whether they are a chain."""
+
+    path: str
+    calls: list[list[_Call]]
+    streams: Streams = field(default_factory=Streams)
+    order: list[int] = field(default_factory=list)  # of the blocks in this pass
+    output: Tensor | None = None  # of the block before
+    chained: bool = True
+
+    def begin(self, batch: Batch) -> None:
+        """A pass over this batch comes next."""
+        self.streams.begin(batch)
+        self.order, self.output = [], None
+
+    def watch(self, i: int, block: nn.Module) -> Iterator[Any]:
+        """The hooks of block i."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            args, kwargs = _positional_hidden(args, kwargs)
+            self.order.append(i)
+            if self.output is not None:
+                self.chained &= torch.equal(args[0], self.output)
+            hidden = args[0] if i == 0 else args[0].new_empty(0)
+            self.calls[i].append(_Call(hidden, args[1:], kwargs, self.streams.now))
+            if i + 1 == len(self.calls) and len(self.calls[i]) > 1:
+                raise _Stop
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.output = _hidden(output) if len(self.calls[0]) == 1 and i + 1 < len(self.calls) else None
+
+        yield block.register_forward_pre_hook(before, with_kwargs=True)
+        yield block.register_forward_hook(after)
+
+    def check(self) -> None:
+        """Raises WeftError for blocks that are not applied once each, in order, one to the output of another."""
+        if self.order != list(range(len(self.calls))) or not self.chained:
+            raise WeftError(
+                f"The blocks of {self.path} are no chain, each applied once to what the one before it gives: compress "
+                "without the sequential form."
+            )
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _positional_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -222,8 +266,7 @@ def _advance(block: nn.Module, calls: list[list[_Call]], i: int) -> None:
     """Run block i on every batch and hand its outputs to block i + 1; the hidden states before it are freed."""
     for b, call in enumerate(calls[i]):
         if i + 1 < len(calls):
-            output = block(call.hidden, *call.args, **call.kwargs)
-            calls[i + 1][b].hidden = output[0] if isinstance(output, tuple) else output
+            calls[i + 1][b].hidden = _hidden(block(call.hidden, *call.args, **call.kwargs))
         call.hidden = call.hidden.new_empty(0)
 
 
@@ -234,9 +277,9 @@ def _outside_blocks(
     found = linear_layers(model)
     for layer in layers:
         collector = Collector({layer: found[layer]}, needs)
-        with collector:
+        with collector, collector.streams.following(model):
             for batch in batches:
                 batch = to_device(batch, model)
-                collector.masks = forward_masks(batch)
+                collector.begin(batch)
                 model(**forward_inputs(model, batch))
         yield Group("", [layer], collector.moments()[layer])
