@@ -173,7 +173,7 @@ def failing(error: BaseException) -> Callable[..., Any]:
     [
         (WeftError("two\nlines"), 2, "weft: two lines"),
         (KeyboardInterrupt(), 130, "the same command goes on from the last finished step"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "Permission denied: '/root/x'"),
+        (PermissionError(13, "Permission denied", "/etc/x"), 2, "Permission denied: '/etc/x'"),
     ],
 )
 def test_errors_of_the_work(

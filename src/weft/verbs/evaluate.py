@@ -208,6 +208,7 @@ def model_size(model: nn.Module) -> tuple[int, int]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory` anew; without effect on a CPU, whose high-water mark is the process'."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 

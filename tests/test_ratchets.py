@@ -1,0 +1,221 @@
+"""Ratchets on shape: arrows between rooms, public names, sizes of files and functions, the weight of an import.
+
+A number here only ever goes down. A failing test is a question about the change, not about the number.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+import weft
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "weft"
+
+# room -> the rooms it may import, itself and `errors` aside: the arrows of docs/design.md
+ARROWS = {
+    "linalg": set(),
+    "kernels": set(),
+    "embedded": set(),
+    "terms": {"linalg", "kernels"},
+    "stats": {"terms", "linalg"},
+    "allocate": {"linalg"},
+    "rules": {"terms", "linalg"},
+    "methods": {"allocate", "stats", "rules", "terms", "linalg", "kernels"},
+    "optim": {"linalg", "kernels"},
+    "memory": {"terms", "kernels"},
+    "io": {"terms"},
+    "train": {"rules", "optim", "memory"},
+}
+ARROWS["verbs"] = set(ARROWS)
+ARROWS["cli"] = {"verbs"}
+ARROWS["testing"] = {*ARROWS["verbs"], "verbs"}
+
+PUBLIC = [
+    *("Budget", "WeftError", "__version__", "adapt", "calibrate", "compress", "disable", "effective_rates", "evaluate"),
+    *("finetune", "inspect", "lean", "load_adapter", "merge", "merge_adapter", "methods", "needs", "optim"),
+    *("parameter_groups", "quantize", "remove_adapter", "save_adapter", "set_adapter", "trainable"),
+]
+
+HEAVY = ("torch", "transformers", "accelerate", "datasets", "scipy", "typer", "rich", "numpy", "peft")
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {path.relative_to(SOURCE): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def room_of(path: Path) -> str:
+    """ "terms" of terms/base.py; "testing" of testing.py and testing_adapters.py."""
+    return path.parts[0] if len(path.parts) > 1 else path.stem.split("_")[0] or path.stem
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported, wherever the statement stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from ([f"weft.{a.name}" for a in node.names] if node.module == "weft" else [str(node.module)])
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """(where, lines of body without its docstring) of every function."""
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                yield f"{path}:{node.name}", lines
+
+
+def test_arrows_between_rooms_go_one_way() -> None:
+    wrong = []
+    for path, tree in trees().items():
+        room = room_of(path)
+        if room not in ARROWS:
+            assert path.name in ("__init__.py", "__main__.py", "errors.py"), f"{path} lies in no room"
+            continue
+        for module in imports(tree):
+            target = module.split(".")[1] if module.startswith("weft.") else room
+            if target not in ARROWS[room] | {room, "errors", "__version__"}:
+                wrong.append(f"{path} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    order: list[str] = []
+    while len(order) < len(ARROWS):
+        ready = [room for room in ARROWS if room not in order and set(order) >= ARROWS[room] - {room}]
+        assert ready, f"a cycle among {sorted(set(ARROWS) - set(order))}"
+        order += ready
+
+
+def test_public_names() -> None:
+    assert sorted(weft.__all__) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(weft, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'compres'; its public names are"):
+        _ = weft.compres  # type: ignore[attr-defined]
+
+
+def test_the_typed_names_are_the_lazy_ones() -> None:
+    """What a type checker sees (the TYPE_CHECKING block) is what importing gives."""
+    block = next(n for n in trees()[Path("__init__.py")].body if isinstance(n, ast.If))
+    typed = {a.asname or a.name for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    assert typed - {"run"} | {"methods"} == set(PUBLIC) - {"WeftError", "__version__"}
+
+
+def test_methods_is_both_a_room_and_a_function() -> None:
+    code = "import weft, weft.methods.svd; assert weft.methods()[0]['name'] and weft.methods.svd.METHOD"
+    assert weft.methods() == [m.record() for m in weft.methods.METHODS.values()]  # type: ignore[attr-defined]
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {str(path): len((SOURCE / path).read_text().splitlines()) for path in trees()}
+    assert not {path: n for path, n in lengths.items() if n > 400}
+
+
+def test_functions_fit_a_screen() -> None:
+    lengths = dict(functions())
+    ordered = sorted(lengths.values())
+    assert not {name: n for name, n in lengths.items() if n > 45}
+    assert median(ordered) <= 10 and ordered[int(0.95 * len(ordered))] <= 45
+
+
+def test_methods_and_optimizers_are_not_copies_of_each_other() -> None:
+    """Lines that lie in a window of six found in another file of the same room: at most 5 %."""
+    for room in ("methods", "optim"):
+        files = {path: _code_lines(path) for path in trees() if path.parts[0] == room}
+        windows = Counter(
+            w for lines in files.values() for w in {tuple(lines[i : i + 6]) for i in range(len(lines) - 5)}
+        )
+        shared = sum(
+            len({j for i in range(len(lines) - 5) if windows[tuple(lines[i : i + 6])] > 1 for j in range(i, i + 6)})
+            for lines in files.values()
+        )
+        assert shared <= 0.05 * sum(map(len, files.values())), f"{shared} lines of {room}"
+
+
+def _code_lines(path: Path) -> list[str]:
+    """The lines of code: no imports, docstrings, comments or blanks."""
+    text, drop = (SOURCE / path).read_text().splitlines(), set()
+    for node in ast.walk(trees()[path]):
+        words = (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        )
+        if words or isinstance(node, ast.Import | ast.ImportFrom):
+            drop |= set(range(node.lineno - 1, node.end_lineno or node.lineno))
+    return [s for i, line in enumerate(text) if i not in drop and (s := line.strip()) and not s.startswith("#")]
+
+
+def test_house_rules_that_a_parser_can_see() -> None:
+    wrong = []
+    for path, tree in trees().items():
+        text = (SOURCE / path).read_text()
+        if re.search(r"\b(TODO|FIXME|XXX)\b", text):
+            wrong.append(f"{path}: unfinished words")
+        if path.name != "__init__.py" and tree.body and "from __future__ import annotations" not in text:
+            wrong.append(f"{path}: no future annotations")
+        if ast.get_docstring(tree) is None:
+            wrong.append(f"{path}: no docstring")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                wrong.append(f"{path}:{node.lineno}: bare except")
+            if isinstance(node, ast.Call):
+                wrong += _refused_call(path, node)
+        for node in tree.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in _exports(tree)
+            if public and ast.get_docstring(node) is None:
+                wrong.append(f"{path}: {node.name} has no docstring")
+    assert not wrong, "\n".join(wrong)
+
+
+def _refused_call(path: Path, call: ast.Call) -> Iterator[str]:
+    name = ast.unparse(call.func)
+    keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+    unpickles = name in ("pickle.load", "pickle.loads") and room_of(path) != "testing"  # which pickles terms itself
+    if name in ("eval", "exec", "os.system") or unpickles:
+        yield f"{path}:{call.lineno}: {name}"
+    if name == "hasattr" and path.parts[0] not in ("io", "train"):
+        yield f"{path}:{call.lineno}: hasattr"
+    if name == "torch.load" and keywords.get("weights_only") != "True":
+        yield f"{path}:{call.lineno}: torch.load without weights_only=True"
+    if keywords.get("shell") == "True":
+        yield f"{path}:{call.lineno}: a shell"
+
+
+def _exports(tree: ast.Module) -> set[str]:
+    for node in tree.body:
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "__all__"
+            and isinstance(node.value, ast.List)
+        ):
+            return {e.value for e in node.value.elts if isinstance(e, ast.Constant)}
+    return set()
+
+
+def test_import_weft_imports_nothing_heavy() -> None:
+    code = f"import sys, weft; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.slow
+def test_import_weft_is_quick_beyond_torch() -> None:
+    code = "import torch, time; began = time.process_time(); import weft; print(time.process_time() - began)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 0.3
