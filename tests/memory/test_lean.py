@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from weft.memory import lean, lean_report, unlean
+from weft.terms import SumLinear
 
 
 def saved_bytes(model, batch):
@@ -198,6 +199,19 @@ def test_logits_are_never_kept(models):
     logits = 2 * 64 * 2048 * 4
     plain = saved_bytes(model, batch)
     assert plain > logits > 3 * saved_bytes(lean(model), batch)
+
+
+def test_a_compressed_model_of_low_rank_layers_is_lean(models):
+    model = models.put_on(models.make_model("llama"))
+    for module in model.modules():
+        if isinstance(module, SumLinear):  # without the dense base: two low-rank terms
+            term = module.terms["default"]
+            module.terms = nn.ModuleDict({"low_rank": copy.deepcopy(term), "adapter": term})
+    batch = models.make_batch()
+    plain, (_, expected) = saved_bytes(model, batch), models.train_step(model)
+    _, grads = models.train_step(lean(model))
+    models.assert_same(grads, expected, 1e-4)
+    assert lean_report(model).lean["sum_linear"] == 14 and saved_bytes(model, batch) < 0.8 * plain
 
 
 class Odd(nn.Module):

@@ -91,14 +91,21 @@ def plain_linear(module: Any, x: Tensor) -> Any:
 
 def sum_linear(module: SumLinear, x: Tensor) -> Any:
     """A sum of terms: keeps x once for the base and all low-rank terms; further terms keep what they keep."""
-    terms = module._terms()
-    weight = weight_of(terms[0])
-    if weight is None:
+    first, *rest = module._terms()
+    weight, own = weight_of(first), factors_of(first)
+    if weight is None and not own:
         return original(module, x)
-    found = [factors_of(term) for term in terms[1:]]
-    y = linear(x, weight, module.bias, [factor for factors in found for factor in factors or ()])
-    for term, factors in zip(terms[1:], found, strict=True):
-        y = y if factors is not None else y + term(x)
+    found = [factors_of(term) for term in rest]
+    factors = [factor for of_term in found for factor in of_term or ()]
+    if weight is not None:
+        y = linear(x, weight, module.bias, factors)
+    else:  # a layer that is low-rank as a whole
+        (B, A, scale), *more = own or ()
+        y = linear(linear(x, A) * scale, B, module.bias)
+        for B, A, scale in (*more, *factors):
+            y = y + linear(linear(x, A) * scale, B)
+    for term, of_term in zip(rest, found, strict=True):
+        y = y if of_term is not None else y + term(x)
     return y
 
 

@@ -133,7 +133,8 @@ def _known(module: nn.Module) -> Callable[..., Any] | str | None:
 
 def _fits(module: SumLinear) -> bool:
     first, *rest = module._terms()
-    return forwards.weight_of(first) is not None and all(forwards.factors_of(term) is not None for term in rest)
+    known = forwards.weight_of(first) is not None or bool(forwards.factors_of(first))
+    return known and all(forwards.factors_of(term) is not None for term in rest)
 
 
 def _computes(module: nn.Module, run: Callable[..., Any]) -> bool:
