@@ -30,7 +30,7 @@ from weft.verbs.record import begin
 from weft.verbs.seeding import check_seed
 from weft.verbs.truncation import Plan, Store, one_shot, sequential, survey, surveyed_factors, truncate
 
-__all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
+__all__ = ["Compressed", "calibrate", "compress", "needs", "run", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ def _allocation(
     itemsize = weight_of(model.get_submodule(plan.layers[0])).element_size()
     other = _bytes(model) - itemsize * sum(info.size for info in infos.values())
     allowed = budget.parameters(infos, other_bytes=other, itemsize=itemsize)
-    extra = {"measure": _sensitivity(model, plan, batches, store)} if "measure" in plan.reads else {}
+    extra = {"measure": sensitivity(model, plan, batches, store)} if "measure" in plan.reads else {}
     ranks = ALLOCATIONS[allocate].allocate(infos, allowed, multiple=multiple, **extra)
     return Allocation(ranks, shapes, str(budget), allocate, allowed, {"round": multiple} if multiple > 1 else {})
 
 
-def _sensitivity(
+def sensitivity(
     model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store
 ) -> Callable[[str, Sequence[int]], list[float]]:
     """(layer, ranks) -> the loss on the first calibration batch with only that layer truncated to each rank."""
