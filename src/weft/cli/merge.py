@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,9 @@ __all__ = ["command"]
 def command(
     model: Model,
     out: Out,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter's directory (weft's or PEFT's), put on first.", show_default=False)
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this.")] = "5GB",
     seed: Seed = 0,
     json: Json = False,

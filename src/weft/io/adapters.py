@@ -34,7 +34,7 @@ from weft.terms import Term, build
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
 from weft.terms.layers import linear_layers
 
-__all__ = ["FORMAT", "load_adapter", "save_adapter"]
+__all__ = ["FORMAT", "check_directory", "load_adapter", "save_adapter"]
 
 FORMAT = 1
 """The version of the layout; raised when an older weft could not read what this one writes."""
@@ -83,13 +83,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         WeftError: the directory holds no adapter, a file is damaged, a tensor is missing or unexpected, the adapter
             belongs to another model, or its name is taken.
     """
-    path, model = Path(directory), unwrapped(model)
+    path, model = check_directory(directory), unwrapped(model)
     if (path / CONFIG).is_file():
         adapter, extras = _read(path, name)
-    elif (path / peft.CONFIG).is_file():
-        adapter, extras = peft.read(path, name or "default", model)
     else:
-        raise WeftError(f"{path} holds no adapter: neither {CONFIG} nor {peft.CONFIG} is there.")
+        adapter, extras = peft.read(path, name or "default", model)
     _check_layers(model, adapter, path)
     device = {layer: _device(model, layer) for layer in adapter.terms}
     for layer, terms in adapter.terms.items():
@@ -97,6 +95,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             term.to(device[layer])
     _adopt(model, adapter, extras)
     return model
+
+
+def check_directory(directory: str | os.PathLike[str]) -> Path:
+    """The directory as a path. Raises WeftError where there is no adapter in it."""
+    path = Path(directory)
+    if not (path / CONFIG).is_file() and not (path / peft.CONFIG).is_file():
+        raise WeftError(f"{path} holds no adapter: neither {CONFIG} nor {peft.CONFIG} is there.")
+    return path
 
 
 def _adopt(model: nn.Module, adapter: Adapter, extras: Mapping[str, Tensor]) -> None:

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
+from weft.io.adapters import check_directory, load_adapter
 from weft.io.quantizer import unmark
 from weft.io.save import save_model
 from weft.terms import SumLinear
 from weft.terms.adapters import forget
+from weft.terms.adapters import merge as fold
 from weft.terms.layers import replace
 from weft.verbs.evaluate import model_size
 from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
@@ -56,6 +58,7 @@ def run(
     model: str,
     out: str | Path,
     *,
+    adapter: str | Path | None = None,
     max_shard_size: str | int = "5GB",
     device: str | None = None,
     dtype: str | None = None,
@@ -64,6 +67,8 @@ def run(
     """`weft merge`: read a weft model, write a plain dense one, with `run.json` and a model card.
 
     Args:
+        adapter: directory of an adapter, ours or PEFT's, to put on first; the model may then be a plain one. The
+            metrics tell what share of its update the cast to the model's dtype loses.
         device: to add the terms on; None for the GPU where there is one.
         dtype: of the merged model; None for the one it is stored in.
 
@@ -74,20 +79,26 @@ def run(
     check_output(out, arguments)
     target = resolve_device(device)
     wanted = None if dtype is None else resolve_dtype(dtype, target)
-    _check_sums(model, trust_remote_code)
+    if adapter is None:
+        _check_sums(model, trust_remote_code)
+    else:
+        check_directory(adapter)
     record = begin("merge", arguments, device=target)
     # asked for another dtype, the sums are taken in fp32, which holds every stored one, and cast afterwards
     source = load_model(
         model, device=target, dtype="auto" if wanted is None else "float32", trust_remote_code=trust_remote_code
     )
     tokenizer = _tokenizer(model, trust_remote_code)
-    sums = sum(isinstance(module, SumLinear) for module in source.modules())
     before = model_size(source)
+    lost = {} if adapter is None else fold(load_adapter(source, adapter))
+    sums = sum(isinstance(module, SumLinear) for module in source.modules())
     with open_output(out, arguments) as place:
-        merge(source)
+        merge(source) if sums else unmark(source)
         if wanted is not None:
             source.to(wanted)  # type: ignore[arg-type]
-        metrics = {"matrices": sums, **_sizes("_before", before), **_sizes("", model_size(source))}
+        metrics = {"matrices": sums + len(lost), **_sizes("_before", before), **_sizes("", model_size(source))}
+        if lost:
+            metrics["update_lost"] = max(lost.values())
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics), max_shard_size=max_shard_size)
     return {"output": str(out), **metrics}
 
