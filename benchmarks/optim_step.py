@@ -65,7 +65,7 @@ OPTIMIZERS: dict[str, tuple[Maker, str | None]] = {
     "weft galore": (ours("galore"), "galore-torch"),
     "weft galore, exact SVD": (ours("galore", projection="svd"), "galore-torch"),
     "weft galore_8bit": (ours("galore_8bit"), None),
-    "weft fira": (ours("fira"), "galore-torch"),
+    "weft fira": (ours("fira"), None),
     "weft frugal": (lambda model, rank, refresh: wo.frugal(model, 0.25, refresh=refresh), None),
     "apollo-torch": (apollo_torch, None),
     "weft apollo": (ours("apollo"), "apollo-torch"),

@@ -57,11 +57,11 @@ def _fusible(R: Tensor, m: Tensor, v: Tensor) -> bool:
 
 def _fused_adam(R: Tensor, m: Tensor, v: Tensor, t: float, rule: Adam) -> tuple[Tensor, Scalar]:
     """`_adam` in one pass over memory: torch's AdamW kernel on a zero weight, lr and eps such that it ends at N."""
-    root, first = _corrections(rule.betas, t, R.dtype)
-    c, out = root / first, torch.zeros_like(R)
+    b1, b2 = rule.betas
+    root, out = math.sqrt(1 - b2**t), torch.zeros_like(R)
+    c = root / (1 - b1**t)
     eps = rule.eps / root if rule.form == "galore" else rule.eps
     step = torch.full((), t, device=R.device)
-    b1, b2 = rule.betas
     torch._fused_adamw_(
         [out], [R], [m], [v], [], [step],
         lr=-1 / c, beta1=b1, beta2=b2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False,

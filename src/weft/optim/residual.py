@@ -62,4 +62,5 @@ class NormScaled(Residual):
 def _row_norm(x: Tensor) -> Tensor:
     """(k, n, r) -> (k, n, 1), in fp32 or fp64."""
     high = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=high)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=high)
+    return norms
