@@ -96,7 +96,11 @@ def run(
         merge(source) if sums else unmark(source)
         if wanted is not None:
             source.to(wanted)  # type: ignore[arg-type]
-        metrics = {"matrices": sums + len(lost), **_sizes("_before", before), **_sizes("", model_size(source))}
+        metrics: dict[str, Any] = {
+            "matrices": sums + len(lost),
+            **_sizes("_before", before),
+            **_sizes("", model_size(source)),
+        }
         if lost:
             metrics["update_lost"] = max(lost.values())
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics), max_shard_size=max_shard_size)
