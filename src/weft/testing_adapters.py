@@ -34,7 +34,7 @@ from weft.io.adapters import load_adapter, own_state, save_adapter
 from weft.methods import METHODS, Method
 from weft.rules import Rule, Rules
 from weft.stats.calibrate import Stats, calibrate
-from weft.terms import SumLinear
+from weft.terms import SumLinear, Wrapper
 from weft.terms.adapters import adapters_of, disable, find_adapter
 from weft.terms.layers import linear_layers
 from weft.verbs.adapt import adapt, merge_adapter, parameter_groups, remove_adapter, rules, trainable, weight_shape
@@ -286,7 +286,7 @@ def _compiles(method: Method) -> None:
 
 
 def _wraps(layer: SumLinear) -> int:
-    return sum(bool(getattr(term, "inner", ())) for term in layer.terms.values())
+    return sum(isinstance(term, Wrapper) for term in layer.terms.values())
 
 
 def _resumes(method: Method) -> None:

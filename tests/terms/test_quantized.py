@@ -165,7 +165,8 @@ def test_int8_error_is_half_a_step_of_the_row():
 def test_every_size_rebuilds_exactly(shape):
     for term in terms(normal(*shape)):
         again = build(term.spec(), dtype=torch.float32)
-        again.load_state_dict(term.state_dict())
+        again.load_state_dict(term.state_dict())  # strict in names and sizes
+        assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in term.state_dict().items()}
         assert torch.equal(again.dense(), term.dense()) and again.dense().shape == shape
         assert term.num_params == shape[0] * shape[1] and not list(term.parameters())
         assert torch.equal(copy.deepcopy(term).dense(), term.dense())

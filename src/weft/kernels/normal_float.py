@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NF4", "Code", "Format", "decode", "encode", "levels", "pack", "unpack"]
+__all__ = ["NF4", "Code", "Format", "blank", "decode", "encode", "levels", "pack", "unpack"]
 
 _NF4_LEVELS = (
     -1.0,
@@ -135,6 +135,23 @@ def encode(matrix: Tensor, format: Format = NF4) -> Code:
     return Code(codes=pack(codes.flatten(), format.bits), **code_of_scales)
 
 
+def blank(size: int, format: Format = NF4, device: torch.device | str | None = None) -> Code:
+    """The uninitialised code of a matrix of `size` numbers."""
+    blocks = -(-size // format.block)
+    step_type = torch.int32 if format.scale_dtype == "float32" else torch.int16
+    if format.scale_bits is None:
+        scales, steps = torch.empty(blocks, dtype=torch.int32, device=device), 0
+    else:
+        scales = torch.empty(_packed_size(blocks, format.scale_bits), dtype=torch.uint8, device=device)
+        steps = -(-blocks // format.scale_block)
+    return Code(
+        torch.empty(_packed_size(blocks * format.block, format.bits), dtype=torch.uint8, device=device),
+        scales,
+        torch.empty(1, dtype=torch.int32, device=device),
+        torch.empty(steps, dtype=torch.int32 if format.scale_bits is None else step_type, device=device),
+    )
+
+
 def decode(code: Code, shape: tuple[int, int], format: Format = NF4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix of a code, computed in fp32 and cast last."""
     size = shape[0] * shape[1]
@@ -160,6 +177,11 @@ def decode_bitsandbytes(
     )
     flat: Tensor = functional.dequantize_4bit(codes.view(-1, 1), state)
     return flat.view(shape)
+
+
+def _packed_size(count: int, bits: int) -> int:
+    per_word, width = _WORD[bits]
+    return -(-count // per_word) * width
 
 
 def _blocks(flat: Tensor, block: int) -> Tensor:

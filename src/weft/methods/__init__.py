@@ -20,6 +20,7 @@ from weft.methods import (
     lora_ga,
     lora_sb,
     lora_xs,
+    lq_lora,
     olora,
     pissa,
     soma,
@@ -52,6 +53,7 @@ METHODS: dict[str, Method] = {
         lora_ga,
         lora_sb,
         lora_xs,
+        lq_lora,
         soma,
         sorsa,
     )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernels.lean_linear import frozen_linear
-from weft.kernels.normal_float import NF4, Code, Format, decode, encode
+from weft.kernels.normal_float import NF4, Code, Format, blank, decode, encode
 from weft.terms.base import Spec, Term
 
 __all__ = ["Int8", "NormalFloat", "Quantized"]
@@ -74,10 +74,8 @@ class NormalFloat(Quantized):
     ) -> None:
         super().__init__(in_features, out_features, device, dtype)
         self.format = Format(bits, block, scale_bits, scale_block, scale_dtype)
-        # the sizes of the code of a matrix of this shape
-        blank = encode(torch.empty(out_features, in_features, device="meta"), self.format)
-        for name, tensor in blank._asdict().items():
-            self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        for name, tensor in blank(out_features * in_features, self.format, device)._asdict().items():
+            self.register_buffer(name, tensor)
 
     @classmethod
     def from_matrix(cls, matrix: Tensor, format: Format = NF4) -> NormalFloat:
