@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -39,7 +40,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
         PROJECT["optional-dependencies"]["test"],
         PROJECT["optional-dependencies"]["data"],
     ]
-    for requirement in map(Requirement, sum(groups, [])):
+    for requirement in map(Requirement, itertools.chain(*groups)):
         assert requirement.name in pins(), requirement
         assert requirement.specifier.contains(pins()[requirement.name]), requirement
 

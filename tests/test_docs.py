@@ -1,0 +1,154 @@
+"""Documentation is run: every Python block on a tiny model, every `weft` command through the parser."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from weft.cli import app
+from weft.embedded.text import default_text
+from weft.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def desk(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with what the pages speak of: model/, a small model, and notes.txt."""
+    shutil.copytree(tiny_directory, tmp_path / "model")
+    (tmp_path / "notes.txt").write_text(default_text("evaluation")[:60_000])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def namespace() -> dict[str, Any]:
+    """What a page may take for granted: a model wide enough for the ranks it names, and its parameters in two groups."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    matrices = [p for name, p in model.named_parameters() if "proj" in name]
+    others = [p for name, p in model.named_parameters() if "proj" not in name]
+    return {"model": model, "matrices": matrices, "others": others}
+
+
+@pytest.mark.parametrize("name", [n for n, page in zip(NAMES, PAGES, strict=True) if blocks(page, "python")])
+def test_python_blocks_run(name: str, desk: Path) -> None:
+    names = {**namespace(), "__name__": "docs"}
+    for block in blocks(ROOT / name, "python"):
+        exec(compile(block, name, "exec", dont_inherit=True), names)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `weft` commands of a page's bash blocks, as argument lists."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("weft ")]
+
+
+@pytest.mark.parametrize("name", [n for n, page in zip(NAMES, PAGES, strict=True) if commands(page)])
+def test_weft_commands_parse(name: str) -> None:
+    group = typer.main.get_command(app)
+    for verb, *arguments in commands(ROOT / name):
+        if verb.startswith("-"):
+            continue
+        command = group.commands[verb]  # type: ignore[attr-defined]
+        context = command.make_context(verb, list(arguments))
+        method = context.params.get("method")
+        assert method is None or method in METHODS or method == "rms-svd", f"{name}: weft {verb} --method {method}"
+
+
+def test_every_verb_has_a_page() -> None:
+    group = typer.main.get_command(app)
+    assert {p.stem for p in (ROOT / "docs" / "verbs").glob("*.md")} == set(group.commands)  # type: ignore[attr-defined]
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_generated_pages_are_current() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_method_is_on_the_page_of_methods() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    assert all(f"### {name}\n" in text and method.paper in text for name, method in METHODS.items())
+
+
+PROOF = """
+import json, sys
+import torch, weft
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from weft.cli import app
+from typer.testing import CliRunner
+
+assert Path(weft.__file__).is_relative_to(sys.argv[1]), weft.__file__
+
+def run(*arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+assert "rms-svd" in [record["name"] for record in json.loads(run("methods", "--json"))]
+options = "--calibration notes.txt --windows 4 --window 64 --device cpu --json".split()
+kept = json.loads(run("compress", "model", "-o", "half", "--method", "rms-svd", "--budget", "0.5", *options))
+assert kept["share_kept"] <= 0.5
+model = AutoModelForCausalLM.from_pretrained("half", dtype=torch.float32)
+dense = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+assert any(isinstance(m, weft.terms.SumLinear) for m in model.modules())
+trained = weft.methods.METHODS["rms-svd"].freeze(model)
+assert 0 < sum(p.numel() for p in trained) < sum(p.numel() for p in model.parameters())
+
+# the invariants: full rank gives W back, and the dropped values are the error in the method's own metric
+generator = torch.Generator().manual_seed(0)
+W, x = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 5), (40, 5)))
+moment = x.T @ x / 40
+B, A, s, _ = weft.methods.METHODS["rms-svd"].factorise(W, {"input_moment": moment}, ridge=0.0)
+torch.testing.assert_close(B @ A, W)
+error = (W - B[:, :2] @ A[:2]) * moment.diagonal().sqrt()
+torch.testing.assert_close(error.square().sum(), s[2:].square().sum())
+"""
+
+
+@pytest.mark.slow
+def test_a_method_is_one_file_and_one_line(desk: Path) -> None:
+    """The page's own method, put into a copy of the sources, is found by the command line, saving, and the docs."""
+    tree = desk / "tree"
+    shutil.copytree(ROOT / "src" / "weft", tree / "src" / "weft", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "docs", tree / "docs")
+    (method,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
+    room = tree / "src" / "weft" / "methods"
+    (room / "rms_svd.py").write_text(method)
+    text, changes = re.subn(
+        r"^( +)svd,$", r"\1svd,\n\1rms_svd,", (room / "__init__.py").read_text(), flags=re.MULTILINE
+    )
+    assert changes == 2, "the import and the list"
+    (room / "__init__.py").write_text(text)
+
+    environment = {"PYTHONPATH": str(tree / "src"), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    proof = [sys.executable, "-c", PROOF, tree]
+    done = subprocess.run(proof, cwd=desk, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    subprocess.run([sys.executable, tree / "docs" / "generate.py"], cwd=desk, env=environment, check=True)
+    assert "### rms-svd" in (tree / "docs" / "methods.md").read_text()
