@@ -49,7 +49,7 @@ def moved(
     [
         (
             {"rank": 17},
-            r"Rank 17 is not possible for 'lora' on model\.layers\.0\.self_attn\.q_proj \(16 x 16\); give a rank from 1",
+            r"Rank 17 is not possible for 'lora' on model\.layers\.0\.self_attn\.q_proj \(16 x 16\); give a rank from",
         ),
         ({"rank": 0}, "Rank 0 is not possible"),
         ({"method": "lora-ga", "rank": 9, "batches": []}, "give a rank from 1 to 8"),

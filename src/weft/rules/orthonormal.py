@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.rules.base import Rule
+from weft.rules.sharded import sharded_like, whole
 from weft.terms import Spectral
 from weft.terms.adapters import find_adapter
 
@@ -28,9 +29,11 @@ class Orthonormal(Rule):
     def before_step(self, model: nn.Module, step: int) -> None:
         factors = self._factors(model)
         for parameter, columns in factors:
-            if parameter.grad is not None:
-                pull = orthonormal_pull(parameter.mT if columns else parameter)
-                parameter.grad += (self.weight / len(factors)) * (pull.mT if columns else pull)
+            if parameter.grad is None:
+                continue
+            side = whole(parameter)
+            pull = orthonormal_pull(side.mT).mT if columns else orthonormal_pull(side)
+            parameter.grad += sharded_like(pull * (self.weight / len(factors)), parameter)
 
     def _factors(self, model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
         """The trained sides, and whether it is their columns that shall be orthonormal."""
