@@ -36,7 +36,7 @@ def desk(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def namespace() -> dict[str, Any]:
-    """What a page may take for granted: a model wide enough for the ranks it names, and its parameters in two groups."""
+    """What a page may take for granted: a model wide enough for its ranks, and its parameters in two groups."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 1}
