@@ -92,7 +92,7 @@ def plain_linear(module: Any, x: Tensor) -> Any:
 def sum_linear(module: SumLinear, x: Tensor) -> Any:
     """A sum of terms: keeps x once for the base and all low-rank terms; further terms keep what they keep."""
     first, *rest = module._terms()
-    weight, own = weight_of(first), factors_of(first)
+    weight, own = weight_of(first), factors_of(first) or []
     if weight is None and not own:
         return original(module, x)
     found = [factors_of(term) for term in rest]
@@ -100,7 +100,7 @@ def sum_linear(module: SumLinear, x: Tensor) -> Any:
     if weight is not None:
         y = linear(x, weight, module.bias, factors)
     else:  # a layer that is low-rank as a whole
-        (B, A, scale), *more = own or ()
+        (B, A, scale), *more = own
         y = linear(linear(x, A) * scale, B, module.bias)
         for B, A, scale in (*more, *factors):
             y = y + linear(linear(x, A) * scale, B)
