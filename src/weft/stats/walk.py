@@ -106,8 +106,8 @@ def _walk_block(
     needs: Sequence[str],
 ) -> Iterator[Group]:
     inner = {layer.removeprefix(name + "."): layer for layer in layers}
-    for group in _groups(block, calls[0], list(inner)):
-        moments = _input_moments(block, before, calls, reference, group[0], needs)
+    for group in _groups(name, block, calls[0], list(inner)):
+        moments = _input_moments(block, before, calls, reference, group[0], inner[group[0]], needs)
         yield Group(name, [inner[member] for member in group], moments)
         del moments  # before those of the next group are made
 
@@ -118,9 +118,10 @@ def _input_moments(
     calls: list[_Call],
     reference: list[_Call] | None,
     leader: str,
+    full_name: str,
     needs: Sequence[str],
 ) -> dict[str, Tensor]:
-    collector = Collector({leader: block.get_submodule(leader)}, needs)
+    collector = Collector({full_name: block.get_submodule(leader)}, needs)
     cross: Tensor | None = None
     count = 0
     for i, call in enumerate(calls):
@@ -132,7 +133,7 @@ def _input_moments(
             product = x_o.mT @ kept_rows(x, call.stream)
             cross = product.double() if cross is None else cross + product
             count += len(x_o)
-    moments = collector.moments()[leader]
+    moments = collector.moments()[full_name]
     return moments if cross is None else {**moments, "cross_moment": cross / count}
 
 
@@ -154,7 +155,7 @@ def _input_of(block: nn.Module, call: _Call, layer: str) -> Tensor:
     return seen[0]
 
 
-def _groups(block: nn.Module, call: _Call, layers: list[str]) -> list[list[str]]:
+def _groups(name: str, block: nn.Module, call: _Call, layers: list[str]) -> list[list[str]]:
     """The block's layers in the order of their calls, those fed the very same tensor together."""
     order: list[tuple[str, Tensor]] = []
     handles = [
@@ -172,8 +173,8 @@ def _groups(block: nn.Module, call: _Call, layers: list[str]) -> list[list[str]]
     for layer in layers:
         if called[layer] != 1:
             raise WeftError(
-                f"A block applies its layer {layer} {called[layer]} times in a pass: compress without the sequential "
-                "form, or leave the layer out with a layer pattern."
+                f"The block {name} applies its layer {layer} {called[layer]} times in a pass: compress without the "
+                "sequential form, or leave the layer out with a layer pattern."
             )
     groups: list[list[str]] = []
     previous: Tensor | None = None
