@@ -48,10 +48,10 @@ def main() -> None:
         print(json.dumps(Task(options).run(options.part)))
         return
     results = {part: child(part) for part in PARTS}
-    mezo_part, inference = results["mezo"], results["inference"]
-    for kind in ("tensor_bytes", "resident_bytes"):
-        mezo_part[f"{kind}_over_inference"] = round(mezo_part[kind] / inference[kind], 4)
-        results["adamw"][f"{kind}_over_inference"] = round(results["adamw"][kind] / inference[kind], 4)
+    inference = results["inference"]
+    for kind in ("tensor_bytes", "tensor_bytes_one_sentence", "resident_bytes"):
+        for part in ("mezo", "adamw"):
+            results[part][f"{kind}_over_inference"] = round(results[part][kind] / inference[kind], 4)
     report = {
         "benchmark": "zeroth_order",
         "settings": {k: v for k, v in vars(options).items() if k not in ("part", "model", "sentences", "output")},
@@ -119,14 +119,14 @@ class Task:
         return {"inference": self.inference, "mezo": self.mezo, "adamw": self.adamw, "probe": self.probe}[part]()
 
     def inference(self) -> dict[str, Any]:
-        memory = self.peaks(lambda: self.loss(self.batch(0)))
+        memory = self.peaks(self.loss)
         return memory | {"accuracy": self.accuracy()}
 
     def mezo(self) -> dict[str, Any]:
         trained = self.freeze()
         settings = {name: getattr(self.options, name) for name in ("eps", "direction", "seed")}
         still = mezo(self.model, 0.0, **settings)
-        memory = self.peaks(lambda: still.step(lambda: self.loss(self.batch(0))))
+        memory = self.peaks(lambda rows: still.step(lambda: self.loss(rows)))
         optimizer = mezo(self.model, self.options.lr, **settings)
         start, busy, losses = time.monotonic(), time.process_time(), []
         while len(losses) < self.options.steps and time.monotonic() - start < 60 * self.options.minutes:
@@ -149,17 +149,17 @@ class Task:
         weights = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=self.options.first_order_lr, weight_decay=0.0)
 
-        def step(number: int) -> None:
-            self.loss(self.batch(number)).backward()
+        def step(rows: Sequence[Row]) -> None:
+            self.loss(rows).backward()
             optimizer.step()
             optimizer.zero_grad()
 
         busy = time.process_time()
         for number in range(self.options.first_order_steps):
-            step(number)
+            step(self.batch(number))
         seconds = time.process_time() - busy
         result = {"accuracy": self.accuracy(), "steps": self.options.first_order_steps}
-        memory = self.peaks(lambda: step(0))
+        memory = self.peaks(step)
         return memory | result | {"seconds_per_step": round(seconds / max(self.options.first_order_steps, 1), 3)}
 
     def probe(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Task:
 
     def scores(self, rows: Sequence[Row]) -> Tensor:
         """(sentences, 2) fp32: the logits of the two words."""
-        logits = self.model(**self.encode(rows), logits_to_keep=1).logits[:, -1]
+        logits = self.model(**self.encode(rows), logits_to_keep=1, use_cache=False).logits[:, -1]
         return logits[:, [word[0] for word in self.words]].float()
 
     def encode(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -216,20 +216,25 @@ class Task:
     @torch.no_grad()
     def hidden(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         groups = _by_length(rows)
-        states = [self.model.base_model(**self.encode(group)).last_hidden_state[:, -1].float() for group in groups]
+        states = [
+            self.model.base_model(**self.encode(group), use_cache=False).last_hidden_state[:, -1].float()
+            for group in groups
+        ]
         return torch.cat(states), torch.cat([_labels(group) for group in groups])
 
-    def peaks(self, work: Callable[[], Any]) -> dict[str, int]:
-        """Both memory figures of `work`, warmed up once."""
-        grad = torch.is_grad_enabled() and self.options.part == "adamw"
-        with torch.set_grad_enabled(grad):
-            work()
+    def peaks(self, work: Callable[[Sequence[Row]], Any]) -> dict[str, int]:
+        """Memory figures of `work` on a batch, and on a single sentence, where weights weigh most; warmed up once."""
+        rows, figures = self.batch(0), {}
+        with torch.set_grad_enabled(self.options.part == "adamw"):
+            work(rows)
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            work()
-            resident = _status("VmHWM") - self.resident
-            with LiveTensors(self.model.parameters()) as live:
-                work()
-        return {"tensor_bytes": live.peak, "resident_bytes": resident}
+            work(rows)
+            figures["resident_bytes"] = _status("VmHWM") - self.resident
+            for name, some in (("tensor_bytes", rows), ("tensor_bytes_one_sentence", rows[:1])):
+                with LiveTensors(self.model.parameters()) as live:
+                    work(some)
+                figures[name] = live.peak
+        return figures
 
 
 class LiveTensors(TorchDispatchMode):
