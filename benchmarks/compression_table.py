@@ -1,9 +1,12 @@
-"""Perplexity of every compression method under every allocation and budget, on one model, one calibration set, one held-out text.
+"""Perplexity of every compression method under every allocation and budget, on one model, one calibration set, one
+held-out text.
 
-    python benchmarks/compression_table.py MODEL [--budgets 0.9 0.8 0.7 0.6 0.5] [--windows 32] [--window 512] [--seed 0] [--sequential]
+    python benchmarks/compression_table.py MODEL [--budgets 0.9 0.8 0.7 0.6 0.5] [--windows 32] [--window 512] [--seed
+    0] [--sequential]
 
-MODEL is a directory, a Hub id or `pico`. Calibration: windows of the Python standard library; evaluation: the first 24 windows of its held-out files.
-The statistics are collected once, each method factorises once, and every allocation spends each budget on those same factors.
+MODEL is a directory, a Hub id or `pico`. Calibration: windows of the Python standard library; evaluation: the first 24
+windows of its held-out files. The statistics are collected once, each method factorises once, and every allocation
+spends each budget on those same factors.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="pico")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS.values() if m.factorise])
+    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -75,7 +79,7 @@ def main() -> None:
         infos = survey(model, plan, data, stats, store)
         seconds[f"factorisation, {method.name}"] = time.perf_counter() - began
         measure = cached(sensitivity(model, plan, data, store))
-        for allocation in allocations(method.name):
+        for allocation in allocations(method.name, args.allocations):
             row: dict[str, Any] = {"method": method.name, "allocate": allocation, "perplexity": {}}
             for budget in args.budgets:
                 extra = {"measure": measure} if "measure" in ALLOCATIONS[allocation].READS else {}
@@ -108,9 +112,11 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def allocations(method: str) -> list[str]:
-    """Every allocation; the sensitivity search, which costs a forward pass a layer and share, for its own method only."""
-    return [name for name in ALLOCATIONS if name != "asvd" or method == "asvd"]
+def allocations(method: str, asked: list[str]) -> list[str]:
+    """Those asked for; the sensitivity search, which costs a forward pass a layer and share, for its own method
+    only.
+    """
+    return [name for name in asked if name != "asvd" or method == "asvd"]
 
 
 def cached(measure: Any) -> Any:
@@ -125,7 +131,9 @@ def cached(measure: Any) -> Any:
 def walked(
     model: Any, name: str, data: Any, stats: Any, perplexity: Any, budgets: list[float], seconds: Any
 ) -> dict[str, Any]:
-    """The method's own allocation, each layer refactorised on the inputs of the model compressed before it, half its drift corrected."""
+    """The method's own allocation, each layer refactorised on the inputs of the model compressed before it, half its
+    drift corrected.
+    """
     row: dict[str, Any] = {"method": f"{name}, sequential", "allocate": METHODS[name].allocate, "perplexity": {}}
     for budget in budgets:
         compressed = copy.deepcopy(model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import typer
 
 import weft
-from weft.cli import compress, demo, evaluate, finetune, inspect, merge, methods
+from weft.cli import compress, demo, evaluate, finetune, inspect, merge, methods, pretrain
 from weft.cli.answer import answering
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("inspect")(answering(inspect.command))
 app.command("compress")(answering(compress.command, resumes=True))
 app.command("finetune")(answering(finetune.command, resumes=True))
+app.command("pretrain")(answering(pretrain.command, resumes=True))
 app.command("eval")(answering(evaluate.command))
 app.command("merge")(answering(merge.command))
 app.command("methods")(answering(methods.command))

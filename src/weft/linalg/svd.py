@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["low_rank_factors", "pseudo_inverse_apply", "singular_values", "truncated_svd", "widen"]
+__all__ = ["low_rank_factors", "product_factors", "pseudo_inverse_apply", "singular_values", "truncated_svd", "widen"]
 
 
 def widen(matrix: Tensor) -> Tensor:
@@ -40,6 +40,18 @@ def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     U, s, V = truncated_svd(matrix, rank)
     root = s.sqrt()
     return U * root, root.unsqueeze(-1) * V
+
+
+def product_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """U sqrt(s) (out, r) and sqrt(s) V (r, in) of the product B A = U diag(s) V, for B (out, r) and A (r, in).
+
+    Through the QR decompositions of B and A^T and an SVD of the r x r core: O((out + in) r^2), never the (out, in) matrix.
+    """
+    Q_B, R_B = torch.linalg.qr(widen(B))
+    Q_A, R_A = torch.linalg.qr(widen(A).mT)
+    U, s, V = truncated_svd(R_B @ R_A.mT)
+    root = s.sqrt()
+    return (Q_B @ U) * root, root.unsqueeze(-1) * (V @ Q_A.mT)
 
 
 def pseudo_inverse_apply(matrix: Tensor, right: Tensor, *, tolerance: float | None = None) -> Tensor:

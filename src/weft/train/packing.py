@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from weft.errors import WeftError
 from weft.train.examples import Example
+from weft.train.order import Order
 
 __all__ = ["IGNORED", "Rows", "best_fit", "collate", "packing_refusal", "rows"]
 
@@ -50,6 +51,10 @@ class Rows(Dataset[dict[str, Tensor]]):
             # padding as documents of one token each: it sees only itself, and no position exceeds the window
             return row | {"position_ids": positions.clamp(min=0)}
         return row | {"attention_mask": (positions >= 0).long()}
+
+    def order(self, count: int, seed: int) -> Order:
+        """The sampler of `count` rows: every epoch in an order of its own."""
+        return Order(len(self), count, seed)
 
     @property
     def tokens(self) -> int:

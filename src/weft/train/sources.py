@@ -17,7 +17,17 @@ from typing import Any
 
 from weft.errors import WeftError, nearest
 
-__all__ = ["Chat", "Completion", "Document", "Fields", "Text", "read_documents", "read_texts"]
+__all__ = [
+    "Chat",
+    "Completion",
+    "Document",
+    "Fields",
+    "Text",
+    "read_documents",
+    "read_texts",
+    "source_files",
+    "texts_of",
+]
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,19 @@ def read_texts(paths: str | Path | Sequence[str | Path]) -> list[str]:
     return [plain_text(document) for document in read_documents(paths)]
 
 
+def source_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files under `paths` (a `datasets` folder counts as one), in the order given, without reading them. Raises as
+    `read_documents` for a missing path.
+    """
+    several = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    return [file for path in several for file in _files_of(path)]
+
+
+def texts_of(file: Path) -> Iterator[str]:
+    """The texts of one of `source_files`, empty ones left out."""
+    return (plain_text(document) for document in _read(file, Fields(), "train") if has_content(document))
+
+
 def plain_text(document: Document) -> str:
     """Everything that the document says, without its roles."""
     match document:
@@ -126,16 +149,23 @@ def has_content(document: Document) -> bool:
 
 
 def _read(path: Path, fields: Fields, split: str) -> Iterable[Document]:
+    if _is_datasets_folder(path):
+        return _records(_datasets_folder(path, split), fields, f"{path}, row")
+    return [document for file in _files_of(path) for document in _read_file(file, fields)]
+
+
+def _files_of(path: Path) -> list[Path]:
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = f"; beside it there are: {', '.join(nearest(path.name, beside))}" if beside else ""
         raise WeftError(f"There is no data at {path}{hint}.")
-    if path.is_dir():
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return _records(_datasets_folder(path, split), fields, f"{path}, row")
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        return [document for file in files for document in _read_file(file, fields)]
-    return _read_file(path, fields)
+    if not path.is_dir() or _is_datasets_folder(path):
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+
+
+def _is_datasets_folder(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _hidden(path: Path) -> bool:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -37,6 +38,7 @@ from weft.train.metrics import MetricsLog
 from weft.train.order import Order, derived_seed
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
+from weft.train.stream import StreamedRows
 
 __all__ = ["METRICS_FILE", "Trainer", "train"]
 
@@ -46,11 +48,13 @@ HALF = (torch.float16, torch.bfloat16)
 
 def train(
     model: PreTrainedModel,
-    rows: Rows,
+    rows: Rows | StreamedRows,
     recipe: Recipe,
     directory: Path,
     *,
     optimizer: Callable[[], torch.optim.Optimizer],
+    scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+    widen: bool = True,
     rules: Sequence[Rule] = (),
     more: Callable[[float], Mapping[str, float]] = lambda lr: {},
     measure: Callable[[], Mapping[str, float]] | None = None,
@@ -60,6 +64,8 @@ def train(
     Args:
         directory: for checkpoints and metrics.jsonl; training goes on from the last complete checkpoint in it.
         optimizer: makes the optimizer of the trainable parameters, which are then in fp32 at least.
+        scheduler: makes the learning-rate schedule, in place of `recipe.schedule`.
+        widen: train half-precision parameters in fp32; without it they are trained as they are.
         rules: what happens around each step.
         more: learning rate -> further figures to log.
         measure: figures to log every `recipe.eval_every` steps, such as a perplexity; must leave the model as it is.
@@ -70,14 +76,20 @@ def train(
     """
     interrupt, metrics = Interrupt(), MetricsLog(directory / METRICS_FILE, more, measure, recipe.eval_every)
     rule = Rules(rules)
-    with interrupt.listening(), wide(model), checkpointing(model, recipe.checkpointing), kept_config(model):
+    with (
+        interrupt.listening(),
+        wide(model) if widen else nullcontext(),
+        checkpointing(model, recipe.checkpointing),
+        kept_config(model),
+    ):
+        made = optimizer()
         trainer = Trainer(
             model,
             rule,
             rows,
             args=arguments(recipe, directory, model),
             data_collator=collate,
-            optimizers=(optimizer(), None),
+            optimizers=(made, scheduler(made) if scheduler else None),
             callbacks=[Seeds(recipe.seed), RuleCallback(rule), metrics, Progress(), interrupt],
         )
         trainer.remove_callback(PrinterCallback)
@@ -119,9 +131,9 @@ def arguments(recipe: Recipe, directory: Path, model: nn.Module) -> TrainingArgu
 class Trainer(transformers.Trainer):
     """transformers' Trainer with a rule's penalty in the loss, a fixed order of data, and checkpoints of changes."""
 
-    def __init__(self, model: nn.Module, rule: Rule, train_dataset: Rows, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, rule: Rule, train_dataset: Rows | StreamedRows, **kwargs: Any) -> None:
         super().__init__(model, train_dataset=train_dataset, **kwargs)
-        self.rule, self.rows = rule, len(train_dataset)
+        self.rule, self.rows = rule, train_dataset
         self.changes = Changes(model)
 
     def compute_loss(
@@ -135,9 +147,9 @@ class Trainer(transformers.Trainer):
             loss = loss + penalty.to(loss) / (self.current_gradient_accumulation_steps if summed else 1)
         return (loss, outputs) if return_outputs else loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order | range:
         rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return Order(self.rows, self.args.max_steps * rows_a_step, self.args.seed)
+        return self.rows.order(self.args.max_steps * rows_a_step, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # parameters are spread; theirs to gather

@@ -1,0 +1,78 @@
+"""`weft pretrain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft.cli.answer import print_facts, print_json, work
+from weft.cli.options import Device, Dtype, Json, MethodOptions, Out, Seed, Window, method_options
+
+__all__ = ["command"]
+
+
+def command(
+    out: Out,
+    size: Annotated[str, typer.Option(help="9m, 35m, 60m, 130m, 350m or 1b, as in the published tables.")] = "9m",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, galore, fira, frugal, apollo, dct_adamw, sinkgd ...")
+    ] = "adamw",
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the optimizer's subspace; its own.", show_default=False)
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text, JSONL or Parquet, or directories; Python's own sources.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; the optimizer's published one.", show_default=False)
+    ] = None,
+    window: Window = 256,
+    batch: Annotated[int, typer.Option(help="Windows that a process handles at once.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    warmup: Annotated[
+        int | None, typer.Option(help="Steps over which the rate rises; a tenth of all.", show_default=False)
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="How it falls: cosine (to a tenth), wsd or constant.")] = "cosine",
+    restart: Annotated[int, typer.Option(help="Steps of warm-up after each new subspace or reset of moments.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled, on the blocks' matrices.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for no limit.")] = 0.0,
+    low_rank: Annotated[
+        int | None, typer.Option(help="Train factors of this rank in place of matrices.", show_default=False)
+    ] = None,
+    refactorise: Annotated[
+        int | None, typer.Option(help="Re-balance those factors every so many steps.", show_default=False)
+    ] = None,
+    reset_moments: Annotated[
+        int | None, typer.Option(help="Reset the optimizer's moments every so many steps.", show_default=False)
+    ] = None,
+    mup: Annotated[
+        int | None, typer.Option(help="Scale rates from a base model of this width (muP).", show_default=False)
+    ] = None,
+    decay: Annotated[str, typer.Option(help="Weight decay by width, with --mup: sqrt, independent, fixed.")] = "sqrt",
+    tokenizer: Annotated[str, typer.Option(help="A model whose tokenizer to take.")] = "pico",
+    eval_text: Annotated[
+        list[Path] | None, typer.Option(help="Held-out text; Python's held-out sources.", show_default=False)
+    ] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option(help="On how many windows of it; all.", show_default=False)
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="And every so many steps.", show_default=False)] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; a tenth of all.", show_default=False)
+    ] = None,
+    option: MethodOptions = None,
+    seed: Seed = 0,
+    json: Json = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Train a model from scratch, with any optimizer."""
+    arguments = locals()
+    for name in ("json", "option"):
+        del arguments[name]
+    result = work("pretrain", **arguments, **method_options(option, arguments))
+    print_json(result) if json else print_facts(result)

@@ -1,0 +1,44 @@
+"""Momentum reset: every T steps the optimizer's moments are set to zero, and its bias correction starts anew.
+
+In the benchmark of Glentis et al., 2025, arXiv 2505.22922, the larger part of what restarts gain for factored models (T
+= 200).
+Deviation: the step counter is reset too, where the paper does not say; otherwise the first steps after a reset would be
+far too large, since Adam would take its empty second moment for a settled one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from weft.rules.base import Rule
+from weft.terms import Term
+
+__all__ = ["ResetMoments"]
+
+_MOMENTS = ("exp_avg", "momentum")  # how their names begin, 8-bit codes and their scales included
+
+
+class ResetMoments(Rule):
+    """Zeroes the moments and their `step` in the optimizer's state after each multiple of `every` steps.
+
+    Args:
+        optimizer: any whose state bears these names: torch's own, and `weft.optim`'s.
+        terms_only: only parameters of low-rank and other terms; embeddings and norms keep their moments. Where a model
+            has no terms, all are reset.
+    """
+
+    def __init__(self, every: int, optimizer: torch.optim.Optimizer, *, terms_only: bool = True) -> None:
+        self.every, self.optimizer, self.terms_only = every, optimizer, terms_only
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Reset, at a multiple of `every`."""
+        if step % self.every:
+            return
+        terms = {id(p) for module in model.modules() if isinstance(module, Term) for p in module.parameters()}
+        for parameter, state in self.optimizer.state.items():
+            if not (self.terms_only and terms) or id(parameter) in terms:
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and (name == "step" or name.startswith(_MOMENTS)):
+                        value.zero_()

@@ -1,0 +1,151 @@
+"""Pre-training data: files tokenised in the background while training runs, packed into rows of `window` tokens.
+
+The files, in an order drawn from the seed, become one stream of tokens on disk, each document ending with the
+end-of-text token. Row i is a window of it, shuffled within blocks of 1024 windows; once the text is used up, the next
+epoch takes the windows in another order. Positions restart with each document, so that none attends to the one before
+it (`weft.train.packing`). All of it is a pure function of files, seed and i.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from weft.errors import WeftError
+from weft.train.order import derived_seed
+from weft.train.packing import IGNORED
+from weft.train.sources import texts_of
+from weft.train.windows import closed
+
+__all__ = ["StreamedRows"]
+
+BLOCK = 1024  # windows shuffled together
+
+
+class StreamedRows(Dataset[dict[str, Tensor]]):
+    """`count` training rows of `window` tokens: input_ids, labels, position_ids, each (window,) int64.
+
+    A context manager: the thread that tokenises starts with the block and ends with it.
+
+    Args:
+        tokens: the file to write the token stream to; overwritten.
+        count: rows that training will ask for; the thread stops when it has enough.
+    """
+
+    packed = True
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        tokenizer: PreTrainedTokenizerBase,
+        window: int,
+        count: int,
+        seed: int,
+        tokens: Path,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise WeftError("Pre-training needs a tokenizer with an end-of-text token, which ends every document.")
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(derived_seed(seed, 0, 0)))
+        self.files, self.tokenizer, self.path = [files[i] for i in order.tolist()], tokenizer, tokens
+        self.window, self.count, self.seed = window, count, seed
+        self.written, self.finished, self.stopped = 0, False, False
+        self.error: BaseException | None = None
+        self.news = threading.Condition()
+        self.thread = threading.Thread(target=self._run, name="tokenise", daemon=True)
+
+    def __enter__(self) -> StreamedRows:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_bytes(b"")
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stopped = True
+        self.thread.join()
+        self.path.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = self._place(index) * self.window
+        ids = torch.from_numpy(self._read(start).astype(np.int64))
+        positions = _positions(ids, int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
+        return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, IGNORED), "position_ids": positions}
+
+    def order(self, count: int, seed: int) -> range:
+        """The sampler of these rows: in turn, since they come shuffled."""
+        return range(count)
+
+    @property
+    def windows(self) -> int:
+        """Whole windows tokenised so far."""
+        return self.written // self.window
+
+    def _place(self, index: int) -> int:
+        """Which window row `index` is: waits until its block is tokenised."""
+        needed = min((index // BLOCK + 1) * BLOCK, self.count)
+        with self.news:
+            self.news.wait_for(lambda: self.finished or self.windows >= needed)
+            # a text that is used up gives what it has in every epoch; one that is not gives each row once
+            total = min(self.windows, self.count) if self.finished else self.count
+        if self.error is not None:
+            raise self.error
+        if total == 0:
+            raise WeftError(f"The text is too short: {self.written} tokens, fewer than one window of {self.window}.")
+        epoch, place = divmod(index, total)
+        if epoch:
+            return int(_permutation(total, self.seed, epoch, 0)[place])
+        block = place // BLOCK
+        size = min(BLOCK, total - block * BLOCK)
+        return block * BLOCK + int(_permutation(size, self.seed, 0, block + 1)[place % BLOCK])
+
+    def _read(self, start: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        with open(self.path, "rb") as file:
+            file.seek(start * 4)
+            return np.frombuffer(file.read(self.window * 4), dtype=np.int32)
+
+    def _run(self) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                for ids in self._documents():
+                    np.asarray(ids, dtype=np.int32).tofile(file)
+                    file.flush()
+                    with self.news:
+                        self.written += len(ids)
+                        self.news.notify_all()
+                    if self.stopped or self.windows >= self.count:
+                        break
+        except BaseException as error:  # handed to the thread that trains
+            self.error = error
+        with self.news:
+            self.finished = True
+            self.news.notify_all()
+
+    def _documents(self) -> Iterator[list[int]]:
+        for file in tqdm(self.files, desc="tokenise", disable=None, position=1, leave=False, dynamic_ncols=True):
+            for text in texts_of(file):
+                ids = self.tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"]
+                yield closed(ids, self.tokenizer.eos_token_id)
+
+
+def _positions(ids: Tensor, end: int) -> Tensor:
+    """Positions (window,) that restart at 0 behind each end-of-text token."""
+    places = torch.arange(len(ids))
+    starts = torch.where(torch.cat([torch.tensor([True]), ids[:-1] == end]), places, 0)
+    return places - starts.cummax(0).values
+
+
+def _permutation(size: int, seed: int, epoch: int, block: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derived_seed(seed, epoch, block)))
