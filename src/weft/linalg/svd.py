@@ -45,7 +45,7 @@ def low_rank_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def product_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """U sqrt(s) (out, r) and sqrt(s) V (r, in) of the product B A = U diag(s) V, for B (out, r) and A (r, in).
 
-    Through the QR decompositions of B and A^T and an SVD of the r x r core: O((out + in) r^2), never the (out, in) matrix.
+    Through the QR decompositions of B and A^T and an SVD of the r x r core: O((out + in) r^2), no (out, in) matrix.
     """
     Q_B, R_B = torch.linalg.qr(widen(B))
     Q_A, R_A = torch.linalg.qr(widen(A).mT)
