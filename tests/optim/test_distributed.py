@@ -50,7 +50,7 @@ def _two_processes(out: Path) -> None:
         for rank in range(2)
     ]
     for process in pair:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors[-3000:]
 
 
