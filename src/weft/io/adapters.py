@@ -68,7 +68,7 @@ def save_adapter(
         raise WeftError(f"The directory {out} is not empty; choose another one, or remove it first.")
     state = _gathered(model, adapter)
     if not (dist.is_initialized() and dist.get_rank()):
-        _write(out, model, adapter, state, format, reason)
+        _write(out, unwrapped(model), adapter, state, format, reason)
     if dist.is_initialized():
         dist.barrier()
 
@@ -179,9 +179,9 @@ def _write(
         itself = False
         if format != "weft" and not reason:
             copies = {layer: _copies(adapter, layer, state) for layer in adapter.terms}
-            itself = peft.write(partial, unwrapped(model), copies)
+            itself = peft.write(partial, model, copies)
         if format != "peft":
-            _write_own(partial, adapter, state, with_tensors=not itself)
+            _write_own(partial, model, adapter, state, with_tensors=not itself)
         if out.is_dir():
             out.rmdir()  # empty, as was checked
         os.replace(partial, out)
@@ -199,11 +199,14 @@ def _copies(adapter: Adapter, layer: str, state: Mapping[str, Tensor]) -> list[T
     return copies
 
 
-def _write_own(partial: Path, adapter: Adapter, state: dict[str, Tensor], *, with_tensors: bool) -> None:
+def _write_own(
+    partial: Path, model: nn.Module, adapter: Adapter, state: dict[str, Tensor], *, with_tensors: bool
+) -> None:
     trained, tied = {id(p) for _, p in adapter.named_parameters()}, _tied(adapter)
     config = {
         "format": FORMAT,
         "weft": version("weft"),
+        "base": peft.base_name(model),
         "name": adapter.name,
         "method": adapter.method,
         "settings": adapter.settings,

@@ -25,7 +25,7 @@ from weft.terms.adapters import Adapter
 from weft.terms.factors import sum_factors
 from weft.terms.layers import is_linear
 
-__all__ = ["CONFIG", "TENSORS", "plain_state", "read", "why_not_peft", "write"]
+__all__ = ["CONFIG", "TENSORS", "base_name", "plain_state", "read", "why_not_peft", "write"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -130,7 +130,7 @@ def _config(model: nn.Module, layers: list[str], rank: int, dora: bool, dropout:
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
+        "base_model_name_or_path": base_name(model),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -145,6 +145,11 @@ def _config(model: nn.Module, layers: list[str], rank: int, dora: bool, dropout:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The directory or Hub id that the model was loaded from."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or None
 
 
 def _task(model: nn.Module) -> str | None:
