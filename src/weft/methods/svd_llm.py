@@ -7,7 +7,8 @@ equals truncating the SVD of W L, C = L L^T (the paper's Cholesky whitening, and
 section 3.3), without inverting anything. `sequential` recalibrates each layer on the outputs of the layers already
 compressed (the paper's parameter update).
 Deviations: the inverse-free form (V1's Cholesky fails on singular moments); a mean, not a sum, over tokens (no effect
-on W').
+on W'); a ridge of 1 % of the moment's mean diagonal, which on 16k calibration tokens lowers the held-out perplexity a
+little and never raises it (`benchmarks/compression_table.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from weft.methods.base import Factors, Method, Moments, low_rank_terms
 __all__ = ["METHOD", "factorise"]
 
 
-def factorise(W: Tensor, moments: Moments, *, ridge: float = 1e-4) -> Factors:
+def factorise(W: Tensor, moments: Moments, *, ridge: float = 1e-2) -> Factors:
     """Factors of W in the metric of the inputs' second moment; `ridge` is relative to the moment's mean diagonal."""
     return Factors(*principal_factors(W, C=moments["input_moment"], ridge=ridge))
 
@@ -33,5 +34,5 @@ METHOD = Method(
     needs=("input_moment",),
     factorise=factorise,
     trained=low_rank_terms,
-    defaults={"ridge": 1e-4},
+    defaults={"ridge": 1e-2},
 )
