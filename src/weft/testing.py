@@ -23,8 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from weft.terms import (
     CoreLowRank,
     Dense,
+    Int8,
     LowRank,
     Magnitude,
+    NormalFloat,
+    Replacement,
     Shifted,
     Sparse,
     Spectral,
@@ -69,8 +72,10 @@ def check_forward(term: Term) -> None:
 def check_gradients(term: Term) -> None:
     """Gradients of x and of every trainable parameter are those of autograd through `dense()`."""
     term = copy.deepcopy(term).double()
-    x, g = _draw(2, 5, term.in_features), _draw(2, 5, term.out_features)
-    _close_all(_gradients(term, term, x, g), _gradients(term, lambda x: x @ term.dense().T, x, g), "gradients differ")
+    for shape in [(), (2, 5)]:
+        x, g = _draw(*shape, term.in_features), _draw(*shape, term.out_features)
+        by_dense = _gradients(term, lambda x: x @ term.dense().T, x, g)
+        _close_all(_gradients(term, term, x, g), by_dense, "gradients differ from those through dense()")
     term.requires_grad_(False)
     grads = _gradients(term, term, x, g)
     assert all(grad is None for name, grad in grads.items() if name != "x"), "a frozen parameter got a gradient"
@@ -132,6 +137,7 @@ def check_moves(term: Term) -> None:
         for before, after in zip(_tensors(term), _tensors(moved), strict=True):
             assert after.dtype == (dtype if before.is_floating_point() else before.dtype)
         assert moved(_draw(5, term.in_features, dtype=dtype)).dtype == dtype
+        assert term(_draw(5, term.in_features, dtype=dtype)).dtype == dtype, "the result is not in the dtype of x"
         _close(moved.dense(torch.float32), term.dense(torch.float32), f"dense() in {dtype} differs", atol=0.1)
     assert copy.deepcopy(term).to("meta")(torch.empty(5, term.in_features, device="meta")).shape == (
         5,
@@ -173,11 +179,12 @@ def check_compile(term: Term) -> None:
 
 
 def check_counts(term: Term) -> None:
-    """`nbytes` is what safetensors writes, and `num_params` the floating-point numbers in it."""
+    """`nbytes` is what safetensors writes, and `num_params` the floating-point numbers or the coded weights in it."""
     written = save(dict(term.state_dict()))
     header = 8 + int.from_bytes(written[:8], "little")
     assert term.nbytes == len(written) - header, "nbytes is not what is stored"
-    assert term.num_params == sum(t.numel() for t in load(written).values() if t.is_floating_point())
+    numbers = sum(t.numel() for t in load(written).values() if t.is_floating_point())
+    assert term.num_params in (numbers, term.out_features * term.in_features)
 
 
 TERM_CHECKS: dict[str, Callable[[Term], None]] = {
@@ -216,7 +223,8 @@ def check_sum(layer: SumLinear) -> None:
     assert again.spec() == layer.spec() and torch.equal(again(x.float()), layer(x.float()))
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x.float()), layer(x.float())) and twin.weight.shape == (0,)
-    assert layer.num_params == sum(p.numel() for p in _tensors(layer) if p.is_floating_point())
+    biases = 0 if layer.bias is None else len(layer.bias)
+    assert layer.num_params == sum(term.num_params for term in layer._terms()) + biases
     for dtype in (torch.bfloat16, torch.float64):
         moved = copy.deepcopy(layer).to(dtype)
         assert moved.weight.dtype == moved(x.to(dtype)).dtype == dtype, "weight shows another dtype than the layer has"
@@ -262,6 +270,10 @@ def _magnitude(generator: Generator) -> Term:
     return term
 
 
+def _replacement(generator: Generator) -> Term:
+    return Replacement(IN, OUT, NormalFloat.from_matrix(_side(OUT, IN, generator)), _low_rank(generator))
+
+
 EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
@@ -270,6 +282,9 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     CoreLowRank.kind: _core_low_rank,
     Shifted.kind: _shifted,
     Magnitude.kind: _magnitude,
+    Replacement.kind: _replacement,
+    NormalFloat.kind: lambda generator: NormalFloat.from_matrix(_side(OUT, IN, generator)),
+    Int8.kind: lambda generator: Int8.from_matrix(_side(OUT, IN, generator)),
 }
 """A maker of one term for every kind in `weft.terms.TERMS`."""
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.kernels.autocast import compute_dtype, without_autocast
 from weft.kernels.recompute import fetch, source_of
 
 __all__ = ["Factor", "frozen_linear", "linear"]
@@ -49,11 +50,6 @@ def frozen_linear(x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
     return linear(x, weight)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,10 +63,10 @@ class _Linear(torch.autograd.Function):
         scales: list[float],
         *factors: Tensor,
     ) -> Tensor:
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         needs = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
-            rows = x.flatten(0, -2).to(dtype)
+        with without_autocast(x):
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
             matrix = frozen(dtype) if weight is None else weight.to(dtype)  # type: ignore[misc]
             y = F.linear(rows, matrix, None if bias is None else bias.to(dtype))
             hidden = []
@@ -91,7 +87,7 @@ class _Linear(torch.autograd.Function):
         saved, needs, dtype, count = ctx.saved_tensors, ctx.needs_input_grad, ctx.dtype, len(ctx.scales)
         weight, hidden, factors = saved[ctx.kept], saved[ctx.kept + 1 :][:count], saved[ctx.kept + 1 + count :]
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
-        rows = fetch(ctx.recipe, saved[: ctx.kept]).flatten(0, -2).to(dtype) if ctx.kept else None
+        rows = fetch(ctx.recipe, saved[: ctx.kept]).reshape(-1, ctx.shape[-1]).to(dtype) if ctx.kept else None
         grad_x = grad_weight = None
         if needs[0]:
             grad_x = grad @ (ctx.frozen(dtype) if ctx.frozen else weight.to(dtype))

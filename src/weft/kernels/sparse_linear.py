@@ -1,8 +1,9 @@
 """Product with a matrix of fixed sparse support, keeping only x, the values and the support for the backward pass.
 
-The matrix is scattered into a transient (out, in) buffer for one matrix product; at the densities weft uses (1 to 50 %) this is faster
-than compressed-row products on CPU and GPU alike, and the buffer is freed before the next layer. The gradient of the values is the dense
-gradient g^T x read at the support (SLTrain, Han et al., 2024, arXiv 2406.02214, section 3.3).
+The matrix is scattered into a transient (out, in) buffer for one matrix product; at the densities weft uses (1 to 50 %)
+this is faster than compressed-row products on CPU and GPU alike, and the buffer is freed before the next layer. The
+gradient of the values is the dense gradient g^T x read at the support (SLTrain, Han et al., 2024, arXiv 2406.02214,
+section 3.3).
 """
 
 from __future__ import annotations
@@ -44,6 +45,6 @@ class _SparseLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ scatter_dense(values, positions, ctx.out_features, x.shape[-1])
         if ctx.needs_input_grad[1]:
-            full = grad.flatten(0, -2).transpose(0, 1) @ x.flatten(0, -2)
+            full = grad.reshape(-1, grad.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
             grad_values = full.flatten()[positions.long()].to(values.dtype)
         return grad_x, grad_values, None, None

@@ -64,7 +64,14 @@ class Term(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in self.spec().items() if key != "kind")
 
     def _stored(self) -> list[Tensor]:
-        return list(self.state_dict(keep_vars=True).values())
+        # not by state_dict(), which makes FSDP2 shard its parameters again amid a forward pass
+        buffers = [
+            buffer
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+        return [*self.parameters(), *buffers]
 
     def _reference(self) -> Tensor:
         """A tensor whose dtype and device are the term's own."""

@@ -32,7 +32,7 @@ class Dense(Term):
         return term
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix)
+        return F.linear(x, self.matrix.to(x.dtype))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.matrix.to(dtype or self.matrix.dtype)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from weft.kernels.autocast import without_autocast
 from weft.terms.base import Spec, Term
 from weft.terms.low_rank import LowRank
 from weft.terms.wrapper import Wrapper
@@ -70,10 +70,7 @@ class Magnitude(Wrapper):
     def row_norms(self) -> Tensor:
         """n (out,) in fp32, without building V."""
         A, B = self.update.A.float(), self.update.B.float() * self.update.scale
-        device = A.device.type
-        # the meta device knows no autocast
-        plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with plain:
+        with without_autocast(A):
             across = self.base(A.to(self._reference().dtype)).float()  # A W^T (r, out)
         squares = self.base_squares + 2 * (B * across.mT).sum(1) + ((B @ (A @ A.mT)) * B).sum(1)
         # cancellation may leave a row of zeros a little below zero

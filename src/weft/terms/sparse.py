@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.kernels.autocast import compute_dtype
 from weft.kernels.sparse_linear import scatter_dense, sparse_linear
 from weft.terms.base import Spec, Term
 
@@ -48,12 +49,8 @@ class Sparse(Term):
         return term
 
     def forward(self, x: Tensor) -> Tensor:
-        values: Tensor = self.values
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            narrow = torch.get_autocast_dtype(device)
-            x, values = x.to(narrow), values.to(narrow)
-        return sparse_linear(x, values, self.positions, self.out_features)
+        dtype = compute_dtype(x)
+        return sparse_linear(x.to(dtype), self.values.to(dtype), self.positions, self.out_features)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values = self.values.to(dtype or self.values.dtype)
