@@ -4,23 +4,24 @@ Each layer alone is truncated to each share of a grid, and the calibration loss 
 cut on that loss common to all layers: a layer takes its smallest share whose loss, and that of every larger share, lies
 at or below the cut.
 
-The published grid is 0.4 to 0.9; smaller shares are measured only when the budget cannot be met without them. Costs a
-forward pass a layer and share.
+The published grid is 0.4 to 0.9; smaller shares, down to the smallest rank, are measured only when the budget cannot be
+met without them. Costs a forward pass a layer and share.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
-from weft.allocate.base import LayerInfo, Ranks, below_reach, dense_or, total_spend
+from weft.allocate.base import LayerInfo, Ranks, check_reach, dense_or, total_spend
 
 __all__ = ["READS", "allocate"]
 
 READS = ("spectrum", "measure")
 
 _PUBLISHED = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-_SMALLER = (0.3, 0.2, 0.1)
+_SMALLER = (0.3, 0.2, 0.1, 0.0)
 
 
 def allocate(
@@ -38,14 +39,11 @@ def allocate(
     Raises:
         WeftError: the smallest shares of the grid exceed the budget.
     """
-    shares = (
-        _PUBLISHED if budget > _PUBLISHED[-1] * sum(layer.size for layer in layers.values()) else _PUBLISHED + _SMALLER
-    )
+    check_reach(layers, budget, multiple)
+    smallest = {name: _rank(layer, _PUBLISHED[-1], multiple) for name, layer in layers.items()}
+    shares = _PUBLISHED if total_spend(layers, smallest) <= budget else _PUBLISHED + _SMALLER
     table = {name: _curve(name, layer, shares, multiple, measure) for name, layer in layers.items()}
-    cuts = sorted({loss for curve in table.values() for loss, _ in curve})
-    least = _at(table, cuts[-1])
-    if total_spend(layers, least) > budget:
-        raise below_reach(layers, least, budget)
+    cuts = [-math.inf, *sorted({loss for curve in table.values() for loss, _ in curve})]
     low, high = 0, len(cuts) - 1  # the smallest cut that fits: spending falls as the cut rises
     while low < high:
         middle = (low + high) // 2
@@ -64,9 +62,13 @@ def _curve(
     measure: Callable[[str, Sequence[int]], Sequence[float]],
 ) -> list[tuple[float, int]]:
     """(loss, rank) by falling rank, the losses made monotone: a smaller rank is never better than a larger one."""
-    asked = [dense_or(layer, int(share * layer.size / layer.unit), multiple) for share in shares]
-    ranks = [rank for rank in dict.fromkeys(asked) if rank is not None]
-    return list(zip(accumulate(measure(name, ranks), max), ranks, strict=True))
+    ranks = [rank for rank in dict.fromkeys(_rank(layer, share, multiple) for share in shares) if rank is not None]
+    losses = [math.inf if math.isnan(loss) else loss for loss in measure(name, ranks)]
+    return list(zip(accumulate(losses, max), ranks, strict=True))
+
+
+def _rank(layer: LayerInfo, share: float, multiple: int) -> int | None:
+    return dense_or(layer, int(share * layer.size / layer.unit), multiple)
 
 
 def _at(table: Mapping[str, list[tuple[float, int]]], cut: float) -> Ranks:

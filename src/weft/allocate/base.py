@@ -17,7 +17,20 @@ from torch import Tensor
 
 from weft.errors import WeftError
 
-__all__ = ["Allocation", "Budget", "LayerInfo", "Ranks", "bisect_threshold", "dense_or", "rank_limit", "spend"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "LayerInfo",
+    "Ranks",
+    "below_reach",
+    "bisect_threshold",
+    "check_ranks",
+    "check_reach",
+    "dense_or",
+    "rank_limit",
+    "spend",
+    "total_spend",
+]
 
 Ranks = dict[str, int | None]
 """layer -> rank, None for dense."""
@@ -59,10 +72,10 @@ class Budget:
         """Raises WeftError for anything that is no positive share up to 1 and no size."""
         if isinstance(text, Budget):
             return text
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|[kKMGT]?i?B|)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|B|[KMGT]i?B|)\s*", str(text), re.IGNORECASE)
         if not match:
             raise WeftError(f"The budget {text!r} is no share and no size; give what to keep, as 0.6, 60% or 500MB.")
-        number, unit = float(match[1]), match[2]
+        number, unit = float(match[1]), match[2].upper()
         if unit in ("", "%"):
             share = number / 100 if unit else number
             if not 0 < share <= 1:
@@ -70,8 +83,8 @@ class Budget:
                     f"The budget {text!r} is out of range: it is the share of parameters kept, above 0 and at most 1."
                 )
             return cls(share)
-        base = 1024 if "i" in unit else 1000
-        return cls(number * base ** ("BKMGT".index(unit[0].upper()) if unit != "B" else 0), "bytes")
+        base = 1024 if "I" in unit else 1000
+        return cls(number * base ** "BKMGT".index(unit[0]), "bytes")
 
     def parameters(self, layers: Mapping[str, LayerInfo], *, other_bytes: int, itemsize: int) -> int:
         """How many parameters the matrices may keep together, when all else in the model takes `other_bytes`.
@@ -81,7 +94,7 @@ class Budget:
         """
         total = sum(layer.size for layer in layers.values())
         if self.unit == "share":
-            return int(self.value * total)
+            return int(self.value * total + 1e-6)  # 0.29 * 100 is 28.999999999999996
         left = int(self.value - other_bytes) // itemsize
         if left <= 0:
             raise WeftError(
@@ -91,7 +104,7 @@ class Budget:
         return min(left, total)
 
     def __str__(self) -> str:
-        return f"{self.value:g}" if self.unit == "share" else f"{self.value / 1e6:g}MB"
+        return f"{self.value:.15g}" if self.unit == "share" else f"{self.value / 1e6:.15g}MB"
 
 
 @dataclass(frozen=True)
@@ -151,21 +164,37 @@ class Allocation(Mapping[str, "int | None"]):
         """
         try:
             record = json.loads(Path(path).read_text())
-            shapes = {name: (int(e["shape"][0]), int(e["shape"][1])) for name, e in record["layers"].items()}
-            ranks: Ranks = {n: None if e["rank"] == "dense" else int(e["rank"]) for n, e in record["layers"].items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            shapes = {name: _shape(entry["shape"]) for name, entry in record["layers"].items()}
+            ranks: Ranks = {
+                name: None if entry["rank"] == "dense" else entry["rank"] for name, entry in record["layers"].items()
+            }
+            allowed = int(record.get("parameters", {}).get("allowed", 0))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeftError(
                 f"{path} is not an allocation file ({error}); weft compress writes one beside its output."
             ) from error
-        for name, rank in ranks.items():
-            if rank is not None and not 1 <= rank <= min(shapes[name]):
-                raise WeftError(
-                    f"{path} gives {name} rank {rank}, but a {shapes[name]} matrix has ranks 1 to {min(shapes[name])}."
-                )
+        check_ranks(ranks, shapes, str(path))
         known = {"budget", "allocate", "parameters", "share_spent", "layers"}
         details = {key: value for key, value in record.items() if key not in known}
-        allowed = int(record.get("parameters", {}).get("allowed", 0))
         return cls(ranks, shapes, record.get("budget", ""), record.get("allocate", ""), allowed, details)
+
+
+def check_ranks(ranks: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], source: str) -> None:
+    """Raises WeftError for a rank, given by `source`, that its matrix cannot have."""
+    for name, rank in ranks.items():
+        most = min(shapes[name])
+        whole = isinstance(rank, int) and not isinstance(rank, bool)
+        if rank is not None and not (whole and 1 <= rank <= most):
+            out, inn = shapes[name]
+            raise WeftError(
+                f"{source} gives {name} the rank {rank!r}, but a {out} x {inn} matrix has ranks from 1 to {most}, "
+                "or is left dense."
+            )
+
+
+def _shape(values: Any) -> tuple[int, int]:
+    out, inn = values
+    return int(out), int(inn)
 
 
 def spend(layer: LayerInfo, rank: int | None) -> int:
@@ -190,6 +219,9 @@ def bisect_threshold(layers: Mapping[str, LayerInfo], budget: int, ranks_at: Cal
     Raises:
         WeftError: even t = 0 spends more.
     """
+    dense: Ranks = dict.fromkeys(layers)
+    if total_spend(layers, dense) <= budget:
+        return dense
     low, high = 0.0, 1.0
     best = ranks_at(low)
     if total_spend(layers, best) > budget:
@@ -209,6 +241,13 @@ def bisect_threshold(layers: Mapping[str, LayerInfo], budget: int, ranks_at: Cal
 def total_spend(layers: Mapping[str, LayerInfo], ranks: Ranks) -> int:
     """Parameters of all layers at these ranks."""
     return sum(spend(layer, ranks[name]) for name, layer in layers.items())
+
+
+def check_reach(layers: Mapping[str, LayerInfo], budget: int, multiple: int = 1) -> None:
+    """Raises WeftError for a budget below the smallest ranks, one `multiple` for each layer."""
+    least: Ranks = {name: dense_or(layer, 1, multiple) for name, layer in layers.items()}
+    if total_spend(layers, least) > budget:
+        raise below_reach(layers, least, budget)
 
 
 def below_reach(layers: Mapping[str, LayerInfo], least: Ranks, budget: int) -> WeftError:

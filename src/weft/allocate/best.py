@@ -3,20 +3,23 @@
 For every layer, `losses[r]` is what keeping r components of *this method's* factors costs in the Kronecker-factored
 Fisher norm, tr(D^T G D X): one unit for all layers (see `weft.methods.kfac_svd`). Minimising their sum under a
 parameter budget is a separable problem. On each layer's lower convex hull of (parameters, loss), whose last point is
-the dense matrix at loss 0, the greedy by steepest gain per parameter is exact up to one step.
+the dense matrix at loss 0, the greedy by steepest gain per parameter is exact up to one step; where that step is large,
+uniform ranks may lose less, and are taken.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from weft.allocate.base import LayerInfo, Ranks, below_reach, dense_or, rank_limit, spend, total_spend
+from weft.allocate import uniform
+from weft.allocate.base import LayerInfo, Ranks, check_reach, rank_limit, spend
 
-__all__ = ["READS", "allocate"]
+__all__ = ["READS", "allocate", "predicted_loss"]
 
 READS = ("losses",)
 
@@ -29,43 +32,46 @@ class _Point:
 
 
 def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1, floor: float = 0.15) -> Ranks:
-    """Greedy on the hulls, from a floor of `floor` times each matrix's uniform rank; what the last step leaves is spent
-    on smaller ones.
+    """Greedy on the hulls, from a floor of `floor` times each matrix's uniform rank; or uniform, if that loses less.
 
     Raises:
-        WeftError: the floors alone exceed the budget.
+        WeftError: a rank of one `multiple` each already exceeds the budget.
     """
+    check_reach(layers, budget, multiple)
+    greedy, even = _greedy(layers, budget, multiple, floor), uniform.allocate(layers, budget, multiple=multiple)
+    return min(greedy, even, key=lambda ranks: predicted_loss(layers, ranks))
+
+
+def predicted_loss(layers: Mapping[str, LayerInfo], ranks: Ranks) -> float:
+    """What the ranks cost together; a dense matrix costs nothing."""
+    losses = [(layer.losses, ranks[name]) for name, layer in layers.items()]
+    return sum(float(curve[rank]) for curve, rank in losses if curve is not None and rank is not None)
+
+
+def _greedy(layers: Mapping[str, LayerInfo], budget: int, multiple: int, floor: float) -> Ranks:
+    """By steepest gain per parameter, until nothing that gains can be paid."""
     share = budget / sum(layer.size for layer in layers.values())
     curves = {
         name: _points(layer, int(floor * share * layer.size / layer.unit), multiple) for name, layer in layers.items()
     }
-    chosen = {name: points[0] for name, points in curves.items()}
-    left = budget - sum(point.cost for point in chosen.values())
+    left = budget - sum(points[0].cost for points in curves.values())
     if left < 0:
-        least: Ranks = {name: dense_or(layer, 1, multiple) for name, layer in layers.items()}
-        if total_spend(layers, least) > budget:
-            raise below_reach(layers, least, budget)
-        return allocate(layers, budget, multiple=multiple, floor=0.0)
+        return _greedy(layers, budget, multiple, floor=0.0)
 
-    hulls = {name: _lower_hull(points) for name, points in curves.items()}
-    steps = [(-_gain(hull[0], hull[1]), name, 1) for name, hull in hulls.items() if len(hull) > 1]
+    hulls = {name: _lower_hull(points) for name, points in curves.items()}  # each begins with what is chosen so far
+    steps = [(-_gain(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(steps)
     while steps:
-        _, name, i = heapq.heappop(steps)
-        wanted = hulls[name][i]
-        if wanted.cost - chosen[name].cost <= left:
-            left -= wanted.cost - chosen[name].cost
-            chosen[name] = wanted
-            if i + 1 < len(hulls[name]):
-                heapq.heappush(steps, (-_gain(hulls[name][i], hulls[name][i + 1]), name, i + 1))
-        else:
-            # the step is too large: go as far towards it as the money lasts, and let smaller steps have the rest
-            reachable = [p for p in curves[name] if chosen[name].cost < p.cost <= chosen[name].cost + left]
-            if reachable:
-                best = min(reachable, key=lambda p: p.loss)
-                left -= best.cost - chosen[name].cost
-                chosen[name] = best
-    return {name: point.rank for name, point in chosen.items()}
+        _, name = heapq.heappop(steps)
+        chosen, wanted = hulls[name][0], hulls[name][1]
+        if wanted.cost - chosen.cost <= left:
+            left -= wanted.cost - chosen.cost
+            hulls[name].popleft()
+        else:  # go on with what can still be paid: shorter steps, in their own order of gain
+            hulls[name] = _lower_hull([p for p in curves[name] if chosen.cost <= p.cost <= chosen.cost + left])
+        if len(hulls[name]) > 1:
+            heapq.heappush(steps, (-_gain(hulls[name][0], hulls[name][1]), name))
+    return {name: hull[0].rank for name, hull in hulls.items()}
 
 
 def _points(layer: LayerInfo, floor: int, multiple: int) -> list[_Point]:
@@ -77,9 +83,9 @@ def _points(layer: LayerInfo, floor: int, multiple: int) -> list[_Point]:
     return [_Point(r, spend(layer, r), losses[r]) for r in ranks] + [_Point(None, layer.size, 0.0)]
 
 
-def _lower_hull(points: list[_Point]) -> list[_Point]:
+def _lower_hull(points: list[_Point]) -> deque[_Point]:
     """The lower convex hull of (cost, loss), from the first point on."""
-    hull: list[_Point] = []
+    hull: deque[_Point] = deque()
     for point in points:
         while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], point):
             hull.pop()

@@ -42,4 +42,4 @@ def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1,
 
 def _min_max(s: Tensor) -> Tensor:
     spread = s[0] - s[-1]
-    return (s - s[-1]) / spread if spread > 0 else s.new_ones(s.shape)
+    return (s - s[-1]) / spread if spread > 0 else (s > 0).to(s.dtype)
