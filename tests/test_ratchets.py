@@ -35,7 +35,7 @@ ARROWS = {
     "optim": {"linalg", "kernels"},
     "memory": {"terms", "kernels"},
     "io": {"terms"},
-    "train": {"rules", "optim", "memory"},
+    "train": {"rules", "optim", "memory", "terms"},
 }
 ARROWS["verbs"] = set(ARROWS)
 ARROWS["cli"] = {"verbs"}
