@@ -1,6 +1,6 @@
 """Zeroth-order fine-tuning of a small language model on sentence sentiment: accuracy, and memory beside inference.
 
-    python benchmarks/zeroth_order.py MODEL SENTENCES [--steps 300] [--minutes 8] [--train '*'] [--lr 1e-4]
+    python benchmarks/zeroth_order.py MODEL SENTENCES [--steps 120] [--minutes 8] [--train '*'] [--lr 2e-5]
 
 MODEL is a directory or Hub id; SENTENCES a JSON-lines file of {"label": "positive" | "negative", "text": ...}. Each
 sentence is followed by a prompt, and the class is the likelier of two words; 512 shuffled sentences are held out. Four
@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from weft.optim.zeroth_order import mezo
 
 PARTS = ("inference", "mezo", "adamw", "probe")
-WORDS = (" bad", " good")
+WORDS = (" bad", " great")
 HELD_OUT = 512
 Row = dict[str, str]
 
@@ -71,16 +71,16 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("sentences", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--minutes", type=float, default=8.0, help="mezo stops here if it has not taken all its steps")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--train", nargs="+", default=["*"], help="shell patterns of the parameters that are trained")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--direction", default="rademacher")
-    parser.add_argument("--first-order-steps", type=int, default=60)
+    parser.add_argument("--first-order-steps", type=int, default=24)
     parser.add_argument("--first-order-lr", type=float, default=3e-5)
-    parser.add_argument("--probe-sentences", type=int, default=1024)
+    parser.add_argument("--probe-sentences", type=int, default=512)
     parser.add_argument("--prompt", default="{} It was")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
