@@ -21,7 +21,6 @@ from weft.io.quantizer import mark
 from weft.io.save import save_model
 from weft.terms import SumLinear
 from weft.terms.layers import bias_of, linear_layers, set_low_rank, weight_of
-from weft.verbs.compress import compress
 
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
@@ -231,7 +230,7 @@ def test_training_step(case: Case, saved: Path) -> None:
 @pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
 def test_compress_saves_and_loads(case: Case, pattern: str | None, method: str, tmp_path: Path) -> None:
     model = dense_model(case)
-    compressed = compress(model, method, budget=0.6, batches=[dict(case.inputs)], layers=pattern)
+    compressed = weft.compress(model, method, budget=0.6, batches=[dict(case.inputs)], layers=pattern)
     allocation = compressed.allocation
     assert 0.5 * allocation.total < allocation.spent <= 0.6 * allocation.total
     model.save_pretrained(tmp_path)
