@@ -20,7 +20,10 @@ def command(
         str, typer.Option(help="adamw, galore, fira, frugal, apollo, dct_adamw, sinkgd ...")
     ] = "adamw",
     rank: Annotated[
-        int | None, typer.Option(help="Rank of the optimizer's subspace; its own.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Rank of the optimizer's subspace, or its share of a side; the published one.", show_default=False
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None,

@@ -17,10 +17,11 @@ from weft.terms import Term
 __all__ = ["ResetMoments"]
 
 _MOMENTS = ("exp_avg", "momentum")  # how their names begin, 8-bit codes and their scales included
+_AGES = ("step", "age")  # of a parameter's moments, and of each column's where these come and go
 
 
 class ResetMoments(Rule):
-    """Zeroes the moments and their `step` in the optimizer's state after each multiple of `every` steps.
+    """Zeroes the moments and their ages in the optimizer's state after each multiple of `every` steps.
 
     Args:
         optimizer: any whose state bears these names: torch's own, and `weft.optim`'s.
@@ -40,5 +41,5 @@ class ResetMoments(Rule):
         for parameter, state in self.optimizer.state.items():
             if not (self.terms_only and terms) or id(parameter) in terms:
                 for name, value in state.items():
-                    if isinstance(value, Tensor) and (name == "step" or name.startswith(_MOMENTS)):
+                    if isinstance(value, Tensor) and (name in _AGES or name.startswith(_MOMENTS)):
                         value.zero_()

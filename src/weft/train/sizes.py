@@ -69,7 +69,8 @@ def fresh_model(config: LlamaConfig, seed: int, *, dtype: torch.dtype = torch.fl
     """A model with weights drawn from `seed` (transformers' own initialisation, on the CPU in fp32)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype=dtype)
+        model = LlamaForCausalLM(config)
+    return model.to(dtype)  # type: ignore[arg-type]
 
 
 def factorised(model: LlamaForCausalLM, rank: int, seed: int) -> LlamaForCausalLM:
@@ -87,13 +88,12 @@ def factorised(model: LlamaForCausalLM, rank: int, seed: int) -> LlamaForCausalL
         out, inn = layer.weight.shape  # type: ignore[union-attr, misc]
         if not 1 <= rank <= min(out, inn):
             raise WeftError(f"--low-rank is {rank}: {name} is {out} x {inn}; give 1 to {min(out, inn)}.")
-        B, A = torch.empty(out, rank), torch.empty(rank, inn)
+        B, A = torch.empty(out, rank, device="cpu"), torch.empty(rank, inn, device="cpu")
         for factor in (B, A):
             factor.uniform_(-1.0, 1.0, generator=generator)
-        size = float(model.config.initializer_range) / (
-            rank**0.5 / 3.0
-        )  # the product of two such entries has variance 1/9
-        B, A = (factor * size**0.5 for factor in (B, A))
-        term = LowRank.from_factors(B.to(layer.weight.dtype), A.to(layer.weight.dtype))  # type: ignore[union-attr, arg-type]
+        # the product of two such entries has variance 1/9
+        size = float(model.config.initializer_range) / (rank**0.5 / 3.0)
+        B, A = ((factor * size**0.5).to(layer.weight) for factor in (B, A))  # type: ignore[arg-type]
+        term = LowRank.from_factors(B, A)
         replace(model, name, SumLinear({"low_rank": term}, bias_of(layer)))
     return model

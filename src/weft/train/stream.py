@@ -29,6 +29,7 @@ from weft.train.windows import closed
 __all__ = ["StreamedRows"]
 
 BLOCK = 1024  # windows shuffled together
+PIECE = 2**18  # characters of a long document tokenised at once
 
 
 class StreamedRows(Dataset[dict[str, Tensor]]):
@@ -119,7 +120,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
     def _run(self) -> None:
         try:
             with open(self.path, "ab") as file:
-                for ids in self._documents():
+                for ids in self._runs():
                     np.asarray(ids, dtype=np.int32).tofile(file)
                     file.flush()
                     with self.news:
@@ -133,11 +134,32 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
             self.finished = True
             self.news.notify_all()
 
-    def _documents(self) -> Iterator[list[int]]:
+    def _runs(self) -> Iterator[list[int]]:
         for file in tqdm(self.files, desc="tokenise", disable=None, position=1, leave=False, dynamic_ncols=True):
             for text in texts_of(file):
-                ids = self.tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"]
-                yield closed(ids, self.tokenizer.eos_token_id)
+                yield from self._tokenised(text)
+
+    def _tokenised(self, text: str) -> Iterator[list[int]]:
+        """The tokens of a document, piece by piece, the last closed by the end-of-text token."""
+        end = self.tokenizer.eos_token_id
+        pieces = list(_pieces(text))
+        for number, piece in enumerate(pieces, start=1):
+            ids = self.tokenizer(piece, verbose=False, return_attention_mask=False, add_special_tokens=number == 1)
+            closing = closed(ids["input_ids"], end)
+            yield closing if number == len(pieces) else closing[:-1]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text cut behind line ends, so that training need not wait for all of it."""
+    start = 0
+    while len(text) - start > PIECE:
+        end = text.find("\n", start + PIECE) + 1
+        if not end:
+            break
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 def _positions(ids: Tensor, end: int) -> Tensor:

@@ -6,7 +6,6 @@ optimizer one of `weft.optim.OPTIMIZERS`, or "adamw".
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError, unknown
 from weft.io.save import save_model
-from weft.optim import OPTIMIZERS, schedules
-from weft.optim.mup import mup_groups, scale_init_
-from weft.optim.parameters import split_parameters
+from weft.optim import Refresh, fold_weights, schedules
+from weft.optim.mup import scale_init_
+from weft.optim.state import state_bytes
+from weft.rules import Rule
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
+from weft.train.optimizers import check_options, default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import configuration, factorised, fresh_model
 from weft.train.sources import read_texts, source_files
@@ -41,8 +42,6 @@ from weft.verbs.record import begin
 
 __all__ = ["build", "pretrain", "run"]
 
-ADAMW_LR = 1e-3
-SCHEDULES = ("cosine", "wsd", "constant")
 WITHOUT_BACKWARD = ("mezo",)
 
 
@@ -113,10 +112,9 @@ def pretrain(
             return {}
         return {"perplexity": evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows)["perplexity"]}
 
-    made = make_optimizer(optimizer, model, recipe, base, decay, options)
-    period = reset_moments or int(options.get("refresh", 200))
-    plan = _schedule(schedule, recipe, restart, period)
-    rules = [Refactorise(refactorise)] if refactorise else []
+    made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
+    plan = _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
+    rules: list[Rule] = [Refactorise(refactorise)] if refactorise else []
     rules += [ResetMoments(reset_moments, made)] if reset_moments else []
     device = next(model.parameters()).device
     reset_peak_memory(device)
@@ -124,6 +122,7 @@ def pretrain(
     count = recipe.steps * recipe.batch * recipe.accumulate * processes
     began = time.perf_counter()
     with StreamedRows(files, tokenizer, recipe.window, count, recipe.seed, directory / f"tokens-{rank}.bin") as rows:
+        rows[0]  # says whether the text is too short, before anything is kept
         log = train(
             model,
             rows,
@@ -136,6 +135,7 @@ def pretrain(
             measure=measure if evaluation is not None else None,
         )
         windows = min(rows.windows, count)
+    fold_weights(model)  # gradnormlorp's lengths and directions become the matrices that they stand for
     losses = [line["loss"] for line in log if "loss" in line]
     return {
         "steps": recipe.steps,
@@ -151,47 +151,12 @@ def pretrain(
     }
 
 
-def make_optimizer(
-    name: str, model: nn.Module, recipe: Recipe, base: nn.Module | None, decay: str, options: Mapping[str, Any]
-) -> torch.optim.Optimizer:
-    """AdamW, by width where a base model is given, or the named preset with its options."""
-    if name == "adamw":
-        if base is not None:
-            groups = mup_groups(model, base, recipe.lr, weight_decay=recipe.weight_decay, decay=decay)  # type: ignore[arg-type]
-        else:
-            matrices, others = split_parameters(model)
-            groups = [
-                {"params": matrices, "weight_decay": recipe.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=options.get("betas", (0.9, 0.999)))
-    made: torch.optim.Optimizer = OPTIMIZERS[name](
-        model, lr=recipe.lr, weight_decay=recipe.weight_decay, seed=recipe.seed, **options
-    )
-    return made
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
-    states = optimizer.state_dict()["state"].values()
-    tensors = [value for state in states for value in _tensors(state)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    nested = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in nested for tensor in _tensors(item)]
-
-
 def run(
     out: str | Path,
     *,
     size: str = "9m",
     optimizer: str = "adamw",
-    rank: int | None = None,
+    rank: float | None = None,
     text: str | Path | Sequence[str | Path] | None = None,
     tokenizer: str = "pico",
     eval_text: str | Path | Sequence[str | Path] | None = None,
@@ -213,7 +178,7 @@ def run(
     `metrics.jsonl`.
 
     Args:
-        rank: of the optimizer's subspace; None for its own default.
+        rank: of the optimizer's subspace, or below 1 its share of a matrix's side; None for the published one.
         text: files or directories; None for Python's own sources.
         tokenizer: a model whose tokenizer to take.
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
@@ -226,16 +191,21 @@ def run(
     """
     arguments = {key: value for key, value in locals().items() if key not in ("settings", "device")} | settings
     recipe, options = _settings(optimizer, rank, lr, warmup, settings)
-    _check(optimizer, options, schedule, recipe, refactorise, reset_moments, low_rank, mup, decay)
+    if optimizer == "gradnormlorp" and low_rank is not None:
+        options.setdefault("normalize", False)  # factors are projected as they are
+    _check_rules(refactorise, reset_moments, low_rank)
+    _check_width(optimizer, mup, decay)
+    _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
     check_output(out, arguments)
     files = source_files(text) if text is not None else calibration_files()
     evaluation = read_texts(eval_text) if eval_text is not None else [default_text("evaluation")]
     target = training_device(device)
     words = load_tokenizer(tokenizer)
-    record = begin("pretrain", arguments | asdict(recipe), seed=recipe.seed, device=target)
+    shape: dict[str, Any] = {"low_rank": low_rank, "mup": mup, "dtype": resolve_dtype(dtype, target) or torch.bfloat16}
+    _rehearse(size, words, recipe, optimizer, options, decay, shape)
+    record = begin("pretrain", arguments | asdict(recipe) | {"schedule": schedule}, seed=recipe.seed, device=target)
     evaluation_windows(len(token_stream(words, evaluation)), recipe.window, count=eval_windows)
-    numbers = resolve_dtype(dtype, target) or torch.bfloat16
-    model, base = build(size, words, recipe.window, recipe.seed, low_rank=low_rank, mup=mup, dtype=numbers)
+    model, base = build(size, words, recipe.window, recipe.seed, **shape)
     model.to(target)  # type: ignore[arg-type]
     with open_output(out, arguments) as place:
         metrics = pretrain(
@@ -250,55 +220,83 @@ def run(
 
 
 def _settings(
-    optimizer: str, rank: int | None, lr: float | None, warmup: int | None, settings: Mapping[str, Any]
+    optimizer: str, rank: float | None, lr: float | None, warmup: int | None, settings: Mapping[str, Any]
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the optimizer's own rate, and what is left for the optimizer."""
-    if optimizer != "adamw" and optimizer not in OPTIMIZERS:
-        raise unknown("optimizer", optimizer, ["adamw", *OPTIMIZERS])
-    known = {field.name for field in fields(Recipe)}
-    options = {key: value for key, value in settings.items() if key not in known}
-    options |= {} if rank is None else {"rank": rank}
-    recipe = {"window": 256, "batch": 16, "clip": 0.0} | {k: v for k, v in settings.items() if k in known}
-    rate = ADAMW_LR if optimizer == "adamw" else inspect.signature(OPTIMIZERS[optimizer]).parameters["lr"].default
-    steps = int(recipe.get("steps", Recipe.steps))
-    return Recipe(
-        **recipe, lr=lr if lr is not None else rate, warmup=steps // 10 if warmup is None else warmup
-    ), options
-
-
-def _check(
-    optimizer: str,
-    options: Mapping[str, Any],
-    schedule: str,
-    recipe: Recipe,
-    refactorise: int | None,
-    reset_moments: int | None,
-    low_rank: int | None,
-    mup: int | None,
-    decay: str,
-) -> None:
     if optimizer in WITHOUT_BACKWARD:
         raise WeftError(f"--optimizer {optimizer} trains without gradients, which cannot start from random weights.")
-    if optimizer == "adamw" and options.get("rank") is not None:
-        raise WeftError("--rank is the rank of an optimizer's subspace, and adamw has none; choose galore, fira ...")
-    if schedule not in SCHEDULES:
-        raise unknown("learning-rate schedule", schedule, SCHEDULES)
+    known = {field.name for field in fields(Recipe)}
+    options = {key: value for key, value in settings.items() if key not in known}
+    if rank is not None:
+        options["rank"] = _rank(optimizer, rank)
+    check_options(optimizer, options)
+    recipe = {"window": 256, "batch": 16, "clip": 0.0} | {k: v for k, v in settings.items() if k in known}
+    recipe["lr"] = default_rate(optimizer) if lr is None else lr
+    recipe["warmup"] = int(recipe.get("steps", Recipe.steps)) // 10 if warmup is None else warmup
+    return Recipe(**recipe), options
+
+
+def _rank(optimizer: str, rank: float) -> float:
+    """r as an int, or below 1 the share of a matrix's side."""
+    if "rank" not in default_options(optimizer):
+        raise WeftError(
+            f"--rank is the rank of an optimizer's subspace, and {optimizer} has none; choose galore, fira, apollo ..."
+        )
+    if not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
+        raise WeftError(f"--rank is {rank:g}: give a whole number from 1, or below 1 the share of a matrix's side.")
+    return int(rank) if rank >= 1 else rank
+
+
+def _check_rules(refactorise: int | None, reset_moments: int | None, low_rank: int | None) -> None:
     for name, value in (("refactorise", refactorise), ("reset-moments", reset_moments)):
         if value is not None and value < 1:
             raise WeftError(f"--{name} is {value}: give the steps between two, at least 1.")
     if refactorise is not None and low_rank is None:
         raise WeftError("--refactorise re-balances low-rank factors: give --low-rank RANK too.")
+
+
+def _check_width(optimizer: str, mup: int | None, decay: str) -> None:
     if mup is not None and optimizer != "adamw":
         raise WeftError(f"--mup sets learning rates by width for AdamW; --optimizer {optimizer} has groups of its own.")
     if decay not in ("sqrt", "independent", "fixed"):
         raise unknown("width rule of weight decay", decay, ("sqrt", "independent", "fixed"))
 
 
-def _schedule(name: str, recipe: Recipe, restart: int, period: int) -> schedules.Schedule:
+def _rehearse(
+    size: str,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    optimizer: str,
+    options: Mapping[str, Any],
+    decay: str,
+    shape: Mapping[str, Any],
+) -> None:
+    """Make the model and its optimizer without storage: raises what would be raised once they are large."""
+    with torch.device("meta"):
+        model, base = build(size, tokenizer, recipe.window, recipe.seed, **shape)
+    make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
+
+
+def _period(optimizer: str, options: Mapping[str, Any]) -> int | None:
+    """Steps between two refreshes of the optimizer's subspace, or None where it has none."""
+    refresh = options.get("refresh", default_options(optimizer).get("refresh"))
+    every = refresh.every if isinstance(refresh, Refresh) else refresh
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise WeftError(f"refresh is {every!r}: give the steps between two, at least 1.")
+    return every
+
+
+def _schedule(name: str, recipe: Recipe, restart: int, period: int | None) -> schedules.Schedule:
+    """The factor of the peak rate at each step, warmed up again after each `period` where `restart` asks for it."""
     plans = {
         "cosine": lambda: schedules.cosine(recipe.steps, recipe.warmup),
         "wsd": lambda: schedules.wsd(recipe.steps, recipe.warmup, recipe.steps // 5),
         "constant": lambda: schedules.constant(recipe.warmup),
     }
-    plan = plans[name]()
-    return schedules.restarted(plan, period, restart) if restart else plan
+    if name not in plans:
+        raise unknown("learning-rate schedule", name, plans)
+    if not restart:
+        return plans[name]()
+    if period is None:
+        raise WeftError("--restart warms up after each new subspace, and this optimizer has none: add --reset-moments.")
+    return schedules.restarted(plans[name](), period, restart)

@@ -1,0 +1,344 @@
+"""Pre-training: every optimizer through the real Trainer, interrupted runs that end in the same bytes, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import weft.io  # noqa: F401  (registers weft's saved format)
+from weft.cli import app
+from weft.errors import WeftError
+from weft.optim import OPTIMIZERS
+from weft.rules.refactorise import Refactorise
+from weft.rules.reset_moments import ResetMoments
+from weft.terms import LowRank
+from weft.train.optimizers import default_options, default_rate, make_optimizer
+from weft.train.recipe import Recipe
+from weft.train.sizes import SIZES
+from weft.train.trainer import Seeds
+from weft.verbs import pretrain as verb
+from weft.verbs.loading import load_tokenizer
+from weft.verbs.pretrain import build, pretrain, run
+
+TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(150))
+OPTIONS = {
+    "adamw": {}, "galore": {"rank": 4, "refresh": 3}, "galore_8bit": {"rank": 4, "refresh": 3},
+    "fira": {"rank": 4, "refresh": 3}, "frugal": {"rank": 0.25, "refresh": 3}, "apollo": {"rank": 4, "refresh": 3},
+    "apollo_mini": {"refresh": 3}, "dct_adamw": {"rank": 4}, "gradnormlorp": {"rank": 4, "refresh": 3},
+    "sinkgd": {}, "sign": {},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    monkeypatch.setitem(SIZES, "nano", (32, 48, 2, 2))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def go(tmp_path, text):
+    """Run the verb on the tiny size: a name for the output, and what differs from the usual arguments."""
+
+    def going(name="out", **arguments):
+        usual = {
+            "size": "nano", "text": text, "eval_text": text, "eval_windows": 2, "steps": 8, "window": 32, "batch": 2,
+            "save_every": 100, "log_every": 1, "device": "cpu", "lr": 1e-2, "warmup": 0,
+        }  # fmt: skip
+        return run(tmp_path / name, **{**usual, **arguments})
+
+    return going
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Send SIGINT in the midst of a step, as Ctrl-C does."""
+
+    def at(step, call):
+        begin = Seeds.on_step_begin
+
+        def stopping(self, args, state, control, **kwargs):
+            begin(self, args, state, control, **kwargs)
+            if state.global_step == step - 1:
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Seeds, "on_step_begin", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+
+    return at
+
+
+def losses(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_every_optimizer_that_takes_gradients_is_tried():
+    assert set(OPTIONS) == {"adamw", *OPTIMIZERS} - {"mezo"}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_learns_and_an_interrupted_run_ends_in_the_same_bytes(name, go, interrupted, tmp_path):
+    arguments = {"optimizer": name, **OPTIONS[name]}
+    result = go("whole", **arguments)
+    assert result["loss_last"] < result["loss_first"] - 0.1 and 1 < result["perplexity"] < 8192
+    assert result["optimizer_bytes"] > 0 and result["tokens"] == 8 * 2 * 32
+
+    interrupted(5, lambda: go("broken", **arguments))
+    assert not (tmp_path / "broken").exists()
+    assert [p.name for p in (tmp_path / "broken.partial" / "progress").glob("checkpoint-*")] == ["checkpoint-5"]
+    again = go("broken", **arguments)
+    whole, broken = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "broken"))
+    assert whole == broken and losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    assert again["perplexity"] == result["perplexity"] and again["optimizer_bytes"] == result["optimizer_bytes"]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    fresh, _ = build("nano", load_tokenizer("pico"), 32, 0)
+    assert type(model) is LlamaForCausalLM and set(model.state_dict()) == set(fresh.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == result["parameters"]
+
+
+def test_factors_with_restarts_resume_and_are_saved_as_factors(go, interrupted, tmp_path):
+    arguments = {"low_rank": 4, "refactorise": 3, "reset_moments": 3, "restart": 2}
+    result = go("whole", **arguments)
+    interrupted(4, lambda: go("broken", **arguments))
+    go("broken", **arguments)
+    whole, broken = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("whole", "broken"))
+    assert whole == broken and result["loss_last"] < result["loss_first"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    terms = [m for m in model.modules() if isinstance(m, LowRank)]
+    assert len(terms) == 14 and all(t.B.shape[1] == 4 for t in terms)
+
+
+def test_half_precision_weights_are_trained_as_they_are(go, tmp_path):
+    result = go(optimizer="galore", rank=4, rounding="stochastic", dtype="bfloat16", steps=2)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16} and result["loss_last"] < 10
+
+
+@pytest.mark.parametrize("optimizer", ["galore", "gradnormlorp"])
+def test_a_subspace_optimizer_trains_factors_too(go, optimizer, tmp_path):
+    result = go(low_rank=8, optimizer=optimizer, rank=4, refresh=3)
+    assert result["loss_last"] < result["loss_first"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(isinstance(m, LowRank) for m in model.modules()) == 14
+
+
+def test_the_rules_are_called_with_the_optimizer_that_steps(go, monkeypatch):
+    seen = []
+    for rule in (Refactorise, ResetMoments):
+        after = rule.after_step
+        monkeypatch.setattr(
+            rule, "after_step", lambda self, m, s, a=after, r=rule: (a(self, m, s), seen.append((r, s, self)))
+        )
+    go(low_rank=4, refactorise=2, reset_moments=4, steps=4)
+    resets = [rule for kind, step, rule in seen if kind is ResetMoments and step == 4]
+    assert len(seen) == 8 and [step for _, step, _ in seen] == [1, 1, 2, 2, 3, 3, 4, 4]
+    states = {name: s for name, s in named_states(resets[0].optimizer) if not s["exp_avg"].any()}
+    assert len(states) == 28 and all(float(s["step"]) == 0 for s in states.values())
+
+
+def named_states(optimizer):
+    return [(i, s) for i, s in enumerate(optimizer.state.values())]
+
+
+def test_the_rate_warms_up_again_after_each_refresh(go, tmp_path):
+    go(optimizer="galore", rank=4, refresh=3, restart=2, schedule="constant", steps=7)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates == pytest.approx([0.01, 0.01, 0.01, 0.005, 0.01, 0.01, 0.005])
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["arguments"]["schedule"] == "constant" and record["arguments"]["lr"] == 0.01
+
+
+def test_the_published_rate_and_a_tenth_of_warm_up_are_the_defaults(go, tmp_path):
+    assert default_rate("adamw") == 1e-3 and default_rate("galore") == 1e-2
+    go(optimizer="galore", rank=4, lr=None, warmup=None, steps=10, schedule="wsd")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]
+    assert (record["lr"], record["warmup"], record["schedule"]) == (1e-2, 1, "wsd")
+
+
+def test_width_scaling_is_nothing_at_base_width_and_scales_a_wider_model(go, tmp_path):
+    go("plain", steps=4, weight_decay=0.1)
+    go("base", steps=4, weight_decay=0.1, mup=32)
+    plain, base = (load_file(tmp_path / d / "model.safetensors") for d in ("plain", "base"))
+    assert all(torch.equal(plain[name], base[name]) for name in plain)
+    model, narrow = build("nano", load_tokenizer("pico"), 32, 0, mup=16)
+    standard, _ = build("nano", load_tokenizer("pico"), 32, 0)
+    hidden, head = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+    assert narrow is not None and all(p.is_meta for p in narrow.parameters())
+    for name, factor in ((hidden, 0.5**0.5), (head, 0.5), ("model.embed_tokens.weight", 1.0)):
+        torch.testing.assert_close(model.state_dict()[name], standard.state_dict()[name] * factor)
+    optimizer = make_optimizer("adamw", model, 1e-2, 0.1, 0, {}, narrow, "sqrt")
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert found[hidden] == pytest.approx((5e-3, 0.1 * 2**0.5)) and found[head] == pytest.approx((5e-3, 0.0))
+    assert go("wide", steps=8, mup=16)["loss_last"] < losses(tmp_path / "plain")[0]
+
+
+def test_adamw_decays_matrices_alone_and_its_state_is_counted(go):
+    model, _ = build("nano", load_tokenizer("pico"), 32, 0)
+    optimizer = make_optimizer("adamw", model, 1e-2, 0.1, 0, {"betas": [0.8, 0.9], "eps": 1e-6})
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert {n for n, p in model.named_parameters() if id(p) in decayed} == {
+        n for n, _ in model.named_parameters() if "proj" in n
+    }
+    assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-6 for g in optimizer.param_groups)
+    tensors = len(list(model.parameters()))
+    result = go(steps=2)
+    assert result["optimizer_bytes"] == 8 * result["parameters"] + 4 * tensors
+
+
+def test_options_reach_the_optimizer():
+    model, _ = build("nano", load_tokenizer("pico"), 32, 0)
+    options = {"rank": 4, "projection": "svd", "state_dtype": "float64", "exclude": "q_proj", "betas": [0.5, 0.6]}
+    optimizer = make_optimizer("galore", model, 1e-2, 0.0, 0, options)
+    recipe = optimizer.param_groups[0]["recipe"]
+    assert "SVD(rank=4)" in recipe and "betas=(0.5, 0.6)" in recipe
+    assert not any("q_proj" in name for name in optimizer.param_groups[0]["param_names"])
+    assert {"rank", "refresh", "moments", "rounding"} <= set(default_options("galore"))
+
+
+MISTAKES = [
+    ({"optimizer": "galor"}, "no optimizer called 'galor'; the nearest are: galore"),
+    ({"optimizer": "mezo"}, "mezo trains without gradients"),
+    ({"rank": 4}, "adamw has none; choose galore"),
+    ({"optimizer": "sinkgd", "rank": 4}, "sinkgd has none"),
+    ({"optimizer": "galore", "rank": 0}, "--rank is 0: give a whole number from 1"),
+    ({"optimizer": "galore", "rank": 2.5}, "--rank is 2.5"),
+    ({"optimizer": "galore", "rank": 4096}, "q_proj.weight has shape .*32, 32.*use a rank of at most 32"),
+    ({"optimizer": "galore", "foo": 1}, "'galore' has no option 'foo'; it has: .*projection, rank, refresh"),
+    ({"foo": 1}, "'adamw' has no option 'foo'; it has: betas, eps"),
+    (
+        {"optimizer": "galore", "rank": 4, "moments": "rotat"},
+        "moments is 'rotat' for galore, which takes keep, rotate, reset",
+    ),
+    ({"optimizer": "apollo", "rank": 4, "moments": "rotate"}, "no orthonormal basis to rotate moments into"),
+    ({"optimizer": "galore", "rank": 4, "projection": "svdd"}, "no projection called 'svdd'; the nearest are: svd"),
+    ({"optimizer": "galore", "rank": 4, "refresh": 0}, "refresh is 0"),
+    (
+        {"optimizer": "galore", "rank": 4, "refresh": "often"},
+        "refresh is 'often' for galore, which takes int or .*Refresh",
+    ),
+    ({"optimizer": "galore", "rank": 4, "inner": "lion"}, "inner is 'lion' for galore, which takes .*Inner or None"),
+    ({"optimizer": "galore", "rank": 4, "betas": 0.9}, "betas is 0.9 for galore, which takes tuple.float, float"),
+    ({"betas": [0.9, 1.0]}, "betas is .* for adamw: give numbers from 0 to below 1"),
+    ({"optimizer": "galore", "rank": 4, "state_dtype": "int4"}, "state_dtype is 'int4'"),
+    ({"optimizer": "frugal", "rank": 4, "residual": "none"}, "which takes sign, sgd or None"),
+    ({"size": "9mm"}, "no model size called '9mm'; the nearest are: 9m"),
+    ({"schedule": "cosinus"}, "no learning-rate schedule called 'cosinus'; the nearest are: cosine"),
+    ({"schedule": "wsd", "warmup": 8}, "8 steps of warm-up and 1 of decay do not fit into 8 steps"),
+    ({"restart": 2}, "--restart warms up after each new subspace, and this optimizer has none"),
+    ({"optimizer": "galore", "rank": 4, "refresh": 3, "restart": 4}, "A restart every 3 steps with 4"),
+    ({"warmup": 9}, "--warmup is 9"),
+    ({"steps": 0}, "--steps is 0"),
+    ({"lr": -1.0}, "--lr is -1.0"),
+    ({"window": 1}, "--window is 1"),
+    ({"seed": -1}, "--seed is -1"),
+    ({"low_rank": 64}, "--low-rank is 64: .*give 1 to 32"),
+    ({"refactorise": 2}, "give --low-rank RANK too"),
+    ({"refactorise": 0, "low_rank": 2}, "--refactorise is 0"),
+    ({"reset_moments": 0}, "--reset-moments is 0"),
+    ({"mup": 16, "optimizer": "galore", "rank": 4}, "--mup sets learning rates by width for AdamW"),
+    ({"mup": 16, "low_rank": 4}, "give it without --low-rank"),
+    ({"mup": 20}, "A base width of 20 does not fit nano: give a multiple of 16"),
+    ({"mup": 16, "decay": "square"}, "width rule of weight decay called 'square'"),
+    ({"text": "nowhere.txt"}, "no data at nowhere.txt"),
+    ({"eval_text": "nowhere.txt"}, "no data at nowhere.txt"),
+    ({"eval_windows": 10_000}, "The text is too short: it holds .* windows"),
+    ({"tokenizer": "./missing"}, "There is no directory './missing'"),
+    ({"device": "cuda:77"}, "There is no device 'cuda:77'"),
+    ({"dtype": "int4"}, "There is no dtype 'int4'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES)
+def test_mistakes_are_sentences_before_any_work(go, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.setattr(verb, "pretrain", lambda *a, **k: pytest.fail("training began"))
+    monkeypatch.setattr(verb, "open_output", lambda *a, **k: pytest.fail("the output was opened"))
+    with pytest.raises(WeftError, match=sentence):
+        go(**arguments)
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_text_that_is_too_short_leaves_nothing_behind(go, tmp_path):
+    (tmp_path / "short.txt").write_text("x = 1\n")
+    with pytest.raises(WeftError, match="The text is too short: .* fewer than one window of 32"):
+        go(text=tmp_path / "short.txt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt", "text.txt"]
+
+
+def test_the_exact_call(text, tmp_path):
+    out = tmp_path / "OUT"
+    line = f"--size 9m --optimizer galore --rank 64 --text {text} --steps 2 -o {out} --lr 1e-2 --window 32 --batch 2"
+    result = CliRunner().invoke(app, ["pretrain", *line.split(), "--eval-text", str(text), "--seed", "0", "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["steps"] == 2 and answer["output"] == str(out) and answer["perplexity"] > 1
+    assert {"model.safetensors", "config.json", "tokenizer.json", "run.json", "metrics.jsonl"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert answer["parameters"] == 2 * 8192 * 128 + 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--optimizer galore --option foo=1", "has no option 'foo'"),
+        ("--optimizer galore --option rank=4", "give it as --rank 4"),
+        ("--optimizer frugal --rank 1.5", "--rank is 1.5"),
+    ],
+)
+def test_mistakes_on_the_command_line(line, sentence, tmp_path):
+    result = CliRunner().invoke(app, ["pretrain", *line.split(), "-o", str(tmp_path / "O")])
+    assert result.exit_code == 2 and sentence in result.stderr and not list(tmp_path.iterdir())
+
+
+def process(rank, port, directory):
+    import os
+
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    torch.save(trained(Path(directory), "two", batch=2), Path(directory) / f"{rank}.pt")
+
+
+def trained(directory, name, batch):
+    SIZES["nano"] = (32, 48, 2, 2)
+    tokenizer = load_tokenizer("pico")
+    model, _ = build("nano", tokenizer, 32, 0)
+    (directory / name).mkdir(exist_ok=True)
+    recipe = Recipe(steps=4, lr=1e-2, window=32, batch=batch, clip=0.0, save_every=2)
+    options = {"optimizer": "galore", "rank": 4, "refresh": 3, "reset_moments": 2}
+    pretrain(model, tokenizer, [directory / "text.txt"], recipe, directory / name, **options)
+    return model.state_dict()
+
+
+@pytest.mark.distributed
+def test_two_processes_train_what_one_does_with_both_batches(text, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(process, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, weight in trained(tmp_path, "one", batch=4).items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, atol=1e-5, rtol=1e-4)
