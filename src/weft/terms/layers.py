@@ -17,7 +17,18 @@ from weft.errors import WeftError, nearest
 from weft.terms.low_rank import LowRank
 from weft.terms.sum_linear import SumLinear
 
-__all__ = ["bias_of", "block_stacks", "is_conv1d", "is_linear", "linear_layers", "replace", "set_low_rank", "weight_of"]
+__all__ = [
+    "bias_of",
+    "block_stacks",
+    "is_conv1d",
+    "is_linear",
+    "linear_layers",
+    "replace",
+    "set_low_rank",
+    "shape_of",
+    "stored_weight",
+    "weight_of",
+]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -37,6 +48,23 @@ def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]
     weight = weight.transpose(0, 1) if is_conv1d(module) else weight
     return weight.to(dtype or weight.dtype)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    if is_conv1d(module):
+        inn, out = module.weight.shape  # type: ignore[union-attr, misc]
+        return int(out), int(inn)
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def stored_weight(module: nn.Module) -> tuple[int, int]:
+    """Numbers and bytes that a linear layer stores for its weight, without the bias."""
+    if isinstance(module, SumLinear):
+        tensors = [t for term in module.terms.values() for t in term.state_dict().values()]
+        return sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+    weight = weight_of(module)
+    return weight.numel(), weight.nbytes
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
@@ -86,7 +114,8 @@ def set_low_rank(model: nn.Module, name: str, B: Tensor, A: Tensor, bias: Tensor
     assert isinstance(reference, Tensor)
     B, A = (t.to(reference.device, reference.dtype) for t in (B, A))
     bias = None if bias is None else bias.to(reference.device, reference.dtype)
-    layer = SumLinear({"low_rank": LowRank.from_factors(B, A)}, bias, transposed=is_conv1d(old))
+    transposed = old.transposed if isinstance(old, SumLinear) else is_conv1d(old)
+    layer = SumLinear({"low_rank": LowRank.from_factors(B, A)}, bias, transposed=transposed)
     replace(model, name, layer)
     return layer
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,27 @@ from torch import nn
 
 from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
 from weft.embedded.text import default_text
-from weft.errors import WeftError, unknown
+from weft.errors import WeftError
 from weft.io.save import save_model
 from weft.methods import find
 from weft.methods.base import Method
+from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate, frozen, to_device, token_loss
-from weft.terms.layers import linear_layers, weight_of
+from weft.terms.layers import linear_layers, shape_of
 from weft.terms.layers import replace as put_layer
 from weft.train.sources import read_texts
 from weft.train.windows import calibration_batches
+from weft.verbs.compress_checks import (
+    allowed_parameters,
+    check,
+    check_options,
+    check_round,
+    given_ranks,
+    is_ranks_file,
+    reads,
+)
 from weft.verbs.evaluate import check_context, model_size
-from weft.verbs.loading import load_model, load_tokenizer, resolve_device
+from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.verbs.output import check_output, open_output
 from weft.verbs.progress import track
 from weft.verbs.record import begin
@@ -49,7 +62,7 @@ def needs(method: str, *, allocate: str | None = None) -> tuple[str, ...]:
     found = find(method)
     if found.kind != "compress":
         return found.needs
-    return Plan(method=found, options={}, layers=(), reads=_reads(allocate or found.allocate)).needs
+    return Plan(method=found, options={}, layers=(), reads=reads(allocate or found.allocate)).needs
 
 
 _walk = sequential  # an argument of `compress` bears its name
@@ -115,44 +128,55 @@ def compress(
     )
     plan = replace(plan, track=track) if track else plan
     data = [] if batches is None else list(batches)
-    given = _given_ranks(allocate, plan.layers)
-    plan = replace(plan, fixed=given) if given else replace(plan, reads=_reads(allocate or found.allocate))
-    _check(plan, data, stats, round)
+    infos = {name: LayerInfo(shape_of(model.get_submodule(name))) for name in plan.layers}
+    given = given_ranks(allocate, infos)
+    plan = replace(plan, fixed=given) if given else replace(plan, reads=reads(allocate or found.allocate))
+    check(plan, data, stats, round)
     share = Budget.parse(budget)
+    allowed = 0 if given else allowed_parameters(model, share, infos, round)
 
     began = time.perf_counter()
-    store = Store(progress)
-    infos = survey(model, plan, data, stats, store)
-    surveyed = time.perf_counter()
-    allocation = _allocation(model, plan, infos, given, share, allocate or found.allocate, round, data, store)
-    if plan.sequential:
-        _walk(model, plan, allocation.ranks, data, store)
-    else:
-        one_shot(model, plan, allocation.ranks, store)
+    # one block's statistics at a time means that what was made of the others is not in memory either
+    with tempfile.TemporaryDirectory() if by_block and progress is None else nullcontext(progress) as place:
+        store = Store() if place is None else Store(Path(place), _key(model, plan, data, stats))
+        infos = survey(model, plan, data, stats, store)
+        surveyed = time.perf_counter()
+        shapes = {name: info.shape for name, info in infos.items()}
+        if given is None:
+            how = str(allocate or found.allocate)
+            ranks = _ranks(how, model, plan, infos, allowed, round, data, store)
+            allocation = Allocation(ranks, shapes, str(share), how, allowed, {"round": round} if round > 1 else {})
+        else:
+            allocation = Allocation(given, shapes, allocate="given")
+        if plan.sequential:
+            _walk(model, plan, allocation.ranks, data, store)
+        else:
+            one_shot(model, plan, allocation.ranks, store)
     _mark(model, found.name)
     return Compressed(allocation, {"survey": surveyed - began, "replace": time.perf_counter() - surveyed})
 
 
-def _allocation(
+def _ranks(
+    allocate: str,
     model: nn.Module,
     plan: Plan,
     infos: Mapping[str, LayerInfo],
-    given: Ranks | None,
-    budget: Budget,
-    allocate: Any,
+    allowed: int,
     multiple: int,
     batches: Sequence[Batch],
     store: Store,
-) -> Allocation:
-    shapes = {name: info.shape for name, info in infos.items()}
-    if given is not None:
-        return Allocation(given, shapes, allocate="given")
-    itemsize = weight_of(model.get_submodule(plan.layers[0])).element_size()
-    other = _bytes(model) - itemsize * sum(info.size for info in infos.values())
-    allowed = budget.parameters(infos, other_bytes=other, itemsize=itemsize)
+) -> Ranks:
     extra = {"measure": sensitivity(model, plan, batches, store)} if "measure" in plan.reads else {}
-    ranks = ALLOCATIONS[allocate].allocate(infos, allowed, multiple=multiple, **extra)
-    return Allocation(ranks, shapes, str(budget), allocate, allowed, {"round": multiple} if multiple > 1 else {})
+    ranks: Ranks = ALLOCATIONS[allocate].allocate(infos, allowed, multiple=multiple, **extra)
+    return ranks
+
+
+def _key(model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> str:
+    """A key of everything that decides a finished piece, the ranks apart."""
+    data = [*batches, *({f"{name}": t for name, t in moments.items()} for moments in (stats or {}).values())]
+    decided = [plan.method.name, plan.options, plan.reads, plan.fixed, plan.sequential, plan.correction]
+    made_of = [fingerprint(model, data, plan.needs, plan.layers), str(decided)]
+    return hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
 
 
 def sensitivity(
@@ -173,49 +197,6 @@ def sensitivity(
         return losses
 
     return measure
-
-
-def _reads(allocate: Any) -> tuple[str, ...]:
-    if allocate not in ALLOCATIONS:
-        raise unknown("allocation", str(allocate), ALLOCATIONS)
-    reads: tuple[str, ...] = ALLOCATIONS[allocate].READS
-    return reads
-
-
-def _given_ranks(allocate: Any, layers: Sequence[str]) -> Ranks | None:
-    """Ranks that the user gives for exactly these layers, or None when an allocation is to find them."""
-    if isinstance(allocate, str | Path):
-        if str(allocate) in ALLOCATIONS or not (str(allocate).endswith(".json") or Path(allocate).is_file()):
-            return None
-        allocate = Allocation.load(allocate)
-    if allocate is None:
-        return None
-    strange = sorted(set(allocate) ^ set(layers))
-    if strange:
-        raise WeftError(
-            f"The allocation and the model differ in the layer {strange[0]}; make one for this model, "
-            "or name its layers by a pattern."
-        )
-    return dict(allocate)
-
-
-def _check(plan: Plan, batches: Sequence[Batch], stats: Stats | None, multiple: int) -> None:
-    """Everything that can be refused before work starts."""
-    if multiple < 1:
-        raise WeftError(f"--round is {multiple}: ranks are multiples of a whole number from 1 on.")
-    if not 0 <= plan.correction <= 1:
-        raise WeftError(f"The correction is {plan.correction}; it is a share between 0 and 1.")
-    if not batches and (plan.sequential or "measure" in plan.reads or (plan.needs and stats is None)):
-        raise WeftError(f"The method {plan.method.name!r} needs calibration text here; give batches.")
-    for name in plan.layers if stats is not None else ():
-        missing = [need for need in plan.needs if need not in (stats or {}).get(name, {})]
-        if missing:
-            raise WeftError(f"The statistics lack {missing[0]} of layer {name}; calibrate with needs={plan.needs}.")
-
-
-def _bytes(model: nn.Module) -> int:
-    stored = {id(t): t.numel() * t.element_size() for t in model.state_dict(keep_vars=True).values()}
-    return sum(stored.values())
 
 
 def _mark(model: nn.Module, method: str) -> None:
@@ -262,10 +243,10 @@ def run(
     texts = read_texts(calibration) if calibration is not None else [default_text("calibration")]
     target = resolve_device(device)
     record = begin("compress", arguments, seed=seed, device=target)
-    source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_context(load_config(model, trust_remote_code=trust_remote_code), window)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    check_context(source, window)
     data = calibration_batches(tokenizer, texts, windows=windows, window=window, seed=seed)
+    source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     with open_output(out, arguments) as place:
         before = _size(source)
         done = compress(
@@ -289,15 +270,14 @@ def _check_arguments(
     options: Mapping[str, Any],
 ) -> None:
     found = find(method, "compress")
-    found.options(options)
+    check_options(found, found.options(options))
     Budget.parse(budget)
     check_seed(seed)
-    if allocate is not None and allocate not in ALLOCATIONS:
-        if not str(allocate).endswith(".json"):
-            raise unknown("allocation", str(allocate), ALLOCATIONS)
+    if allocate is not None and is_ranks_file(allocate):
         Allocation.load(allocate)
-    if round < 1:
-        raise WeftError(f"--round is {round}: ranks are multiples of a whole number from 1 on.")
+    elif allocate is not None:
+        reads(allocate)
+    check_round(round)
     if windows < 1 or window < 2:
         raise WeftError(
             f"Calibration takes --windows of at least 1 and --window of at least 2, not {windows} and {window}."

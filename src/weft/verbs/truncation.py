@@ -5,11 +5,13 @@
     sequential   walk the blocks; factorise each group anew on the inputs that it gets in the model compressed so far
 
 With a `Store` that has a directory, finished blocks are kept on disk, and an interrupted run goes on from them to the
-same bits.
+same bits. Their names carry a key of all that decides them, so that no other run takes them for its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from weft.allocate import NEEDS, LayerInfo, Ranks
 from weft.allocate.base import rank_limit
+from weft.errors import WeftError
 from weft.linalg.principal import tail_losses
 from weft.linalg.svd import singular_values
 from weft.linalg.whiten import moment_root
@@ -30,7 +33,7 @@ from weft.methods.base import Factors, Method, Moments
 from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
 from weft.stats.collect import INPUT_NEEDS
 from weft.stats.walk import walk
-from weft.terms.layers import bias_of, set_low_rank, weight_of
+from weft.terms.layers import bias_of, set_low_rank, shape_of, weight_of
 
 __all__ = ["Plan", "Store", "one_shot", "sequential", "survey", "surveyed_factors", "truncate"]
 
@@ -72,9 +75,10 @@ class Plan:
 
 @dataclass
 class Store:
-    """Finished pieces by name: in memory, or as safetensors files in a directory."""
+    """Finished pieces by name: in memory, or as safetensors files in a directory, under a key."""
 
     directory: Path | None = None
+    key: str = ""
     memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def get(self, name: str) -> dict[str, Tensor] | None:
@@ -82,7 +86,7 @@ class Store:
         if self.directory is None:
             return self.memory.get(name)
         try:
-            return load_file(self.directory / f"{name}.safetensors")
+            return load_file(self._path(name))
         except (FileNotFoundError, SafetensorError):
             return None
 
@@ -91,10 +95,14 @@ class Store:
         if self.directory is None:
             self.memory[name] = tensors
             return
-        path = self.directory / f"{name}.safetensors"
+        path = self._path(name)
         beside = path.with_suffix(".tmp")
         save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, beside)
         beside.replace(path)
+
+    def _path(self, name: str) -> Path:
+        assert self.directory is not None
+        return self.directory / f"{name}-{self.key}.safetensors"
 
 
 def survey(
@@ -117,15 +125,12 @@ def survey(
             moments = whole or (calibrate(model, batches, plan.needs, layers=names) if plan.needs else {})
             piece = {}
             for name in names:
-                entry = _survey_layer(
-                    model.get_submodule(name), moments.get(name, {}), plan, (plan.fixed or {}).get(name)
-                )
+                entry = _survey_layer(model, name, moments.get(name, {}), plan)
                 piece |= {f"{name}:{key}": tensor for key, tensor in entry.items()}
             store.put(f"survey-{i}", piece)
         for name in names:
-            shape = weight_of(model.get_submodule(name)).shape
             infos[name] = LayerInfo(
-                (shape[0], shape[1]),
+                shape_of(model.get_submodule(name)),
                 spectrum=piece.get(f"{name}:s"),
                 weight_spectrum=piece.get(f"{name}:weight_spectrum"),
                 losses=piece.get(f"{name}:losses"),
@@ -156,32 +161,38 @@ def sequential(model: nn.Module, plan: Plan, ranks: Ranks, batches: Sequence[Bat
     X = E[x x^T] of the inputs x now and C = E[x_o x^T] with the inputs x_o of the original model: the least-squares
     map from x to the mix (1 - a) W x + a W x_o.
     """
-    carried: dict[str, Tensor] = {}
-    for i in range(len(layers_by_block(model, plan.layers))):
-        carried |= store.get(f"survey-{i}") or {}
+    piece_of = {name: f"survey-{i}" for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
+    chosen = hashlib.sha256(json.dumps(ranks, sort_keys=True).encode()).hexdigest()[:12]
 
     def restore(block: str) -> bool:
-        done = store.get(f"block-{block}")
+        done = store.get(f"block-{block}-{chosen}")
         for name in plan.layers if done else ():
-            if f"{name}:B" in (done or {}):
-                set_low_rank(model, name, done[f"{name}:B"], done[f"{name}:A"], done.get(f"{name}:bias"))  # type: ignore[index, union-attr]
+            if done and f"{name}:B" in done:
+                set_low_rank(model, name, done[f"{name}:B"], done[f"{name}:A"], done.get(f"{name}:bias"))
         return done is not None
 
     needs = [need for need in INPUT_NEEDS if need in plan.method.needs or need == "input_moment"]
     groups = walk(model, batches, plan.layers, needs, original=plan.correction > 0, done=restore, track=plan.track)
     for block, members in groupby(groups, key=lambda group: group.block):
-        changed: dict[str, Tensor] = {"": torch.zeros(1)}
+        changed: dict[str, Tensor] = {"": torch.zeros(1)}  # a block that stays dense is finished too
+        carried: dict[str, Tensor] = {}
         for group in members:
+            carried = carried or store.get(piece_of[group.names[0]]) or {}
             for name in group.names:
                 rank = ranks[name]
                 if rank is not None:
                     moments = {**group.moments, **{need: carried[f"{name}:{need}"] for need in plan.carried}}
                     changed |= _refactorise(model, name, rank, moments, plan)
-        store.put(f"block-{block}", changed)
+        store.put(f"block-{block}-{chosen}", changed)
 
 
-def truncate(model: nn.Module, name: str, factors: Factors, rank: int) -> dict[str, Tensor]:
+def truncate(
+    model: nn.Module, name: str, factors: Factors, rank: int, target: Tensor | None = None
+) -> dict[str, Tensor]:
     """Replace a layer by the first `rank` components, and correct its bias where the factors ask for it.
+
+    Args:
+        target: the weight (out, in) that the factors approximate; None for the layer's own.
 
     Returns what was stored, by name.
     """
@@ -190,39 +201,58 @@ def truncate(model: nn.Module, name: str, factors: Factors, rank: int) -> dict[s
     B, A = (t.to(weight.device, weight.dtype) for t in factors.truncate(rank)[:2])
     if factors.mean is not None:
         # the factors as they will be stored, so that their rounding is corrected too
-        error = (weight.double() - B.double() @ A.double()) @ factors.mean.to(weight.device)
+        target = weight if target is None else target
+        error = (target.double() - B.double() @ A.double()) @ factors.mean.to(weight.device)
         bias = error if bias is None else bias.double() + error
     new = set_low_rank(model, name, B, A, bias)
     stored = {f"{name}:B": B, f"{name}:A": A}
     return stored if new.bias is None else stored | {f"{name}:bias": new.bias.detach()}
 
 
-def _survey_layer(layer: nn.Module, moments: Moments, plan: Plan, rank: int | None) -> dict[str, Tensor]:
+def _survey_layer(model: nn.Module, name: str, moments: Moments, plan: Plan) -> dict[str, Tensor]:
     """What is kept of one layer: factors up to the largest rank that saves, spectra, losses, carried statistics."""
-    W = weight_of(layer, torch.float64)
+    W, dtype = _weight(model, name), weight_of(model.get_submodule(name)).dtype
     entry: dict[str, Tensor] = {need: moments[need] for need in plan.carried}
     if "weight_spectrum" in plan.reads:
         entry["weight_spectrum"] = singular_values(W)
     if plan.reads_factors:
-        assert plan.method.factorise is not None
-        factors = plan.method.factorise(W, moments, **plan.options)
+        factors = _factorise(name, W, moments, plan)
         entry["s"] = factors.s
         if "losses" in plan.reads:
             entry["losses"] = tail_losses(factors.B, factors.A, moments["input_moment"], moments["output_grad_moment"])
         if not plan.sequential or "measure" in plan.reads:
-            kept = factors.truncate(rank or rank_limit(LayerInfo((W.shape[0], W.shape[1]))))
-            dtype = weight_of(layer).dtype
-            entry |= {"B": kept.B.to(dtype), "A": kept.A.to(dtype)} | ({} if kept.mean is None else {"mean": kept.mean})
+            most = rank_limit(LayerInfo((W.shape[0], W.shape[1])))
+            kept = factors.truncate((plan.fixed or {}).get(name) or most)
+            entry |= {"B": kept.B.to(dtype), "A": kept.A.to(dtype)} | (
+                {} if kept.mean is None else {"mean": kept.mean.clone()}
+            )
     return {key: tensor.cpu() for key, tensor in entry.items()}
 
 
 def _refactorise(model: nn.Module, name: str, rank: int, moments: Moments, plan: Plan) -> dict[str, Tensor]:
-    assert plan.method.factorise is not None
-    W = weight_of(model.get_submodule(name), torch.float64)
+    W = _weight(model, name)
     moments = {need: tensor.to(W.device) for need, tensor in moments.items()}
     if plan.correction:
         W = _corrected(W, moments["input_moment"], moments["cross_moment"], plan.correction)
-    return truncate(model, name, plan.method.factorise(W, moments, **plan.options), rank)
+    return truncate(model, name, _factorise(name, W, moments, plan), rank, W)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """In fp64. Raises WeftError if it holds NaN or infinity."""
+    W = weight_of(model.get_submodule(name), torch.float64)
+    if not torch.isfinite(W).all():
+        raise WeftError(f"The weight of layer {name} holds NaN or infinity; leave it out with a layer pattern.")
+    return W
+
+
+def _factorise(name: str, W: Tensor, moments: Moments, plan: Plan) -> Factors:
+    assert plan.method.factorise is not None
+    try:
+        return plan.method.factorise(W, moments, **plan.options)
+    except WeftError:
+        raise
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise WeftError(f"{plan.method.name} cannot factorise {name} ({W.shape[0]} x {W.shape[1]}): {error}") from error
 
 
 def _corrected(W: Tensor, X: Tensor, C: Tensor, a: float) -> Tensor:
