@@ -27,7 +27,7 @@ from weft.io.headers import check_tensors, keep_mixed_precision
 from weft.terms import Spec, SumLinear, build_sum
 from weft.terms.layers import is_linear, replace, weight_of
 
-__all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "sum_specs", "unmark"]
+__all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "unmark"]
 
 FORMAT = 1
 """The version of the layout; raised when an older weft could not read what this one writes."""
@@ -126,6 +126,17 @@ def unmark(model: PreTrainedModel) -> None:
         for name in ("quantization_config", "_is_quantized"):
             if hasattr(module.config, name):
                 delattr(module.config, name)
+
+
+def remark(model: nn.Module) -> None:
+    """Marks where the model holds sums of terms, none where it holds none; nothing for a module that is not
+    transformers'.
+    """
+    if isinstance(model, PreTrainedModel):
+        if sum_specs(model):
+            mark(model)
+        else:
+            unmark(model)
 
 
 def sum_specs(model: nn.Module) -> dict[str, Spec]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from weft.io.quantizer import mark, sum_specs, unmark
+from weft.io.quantizer import remark, sum_specs
 
 __all__ = ["model_card", "save_model"]
 
@@ -40,10 +40,7 @@ def save_model(
         max_shard_size: as in `save_pretrained`.
     """
     directory = Path(directory)
-    if sum_specs(model):
-        mark(model)
-    else:
-        unmark(model)
+    remark(model)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

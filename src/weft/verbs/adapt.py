@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from weft.errors import WeftError, nearest
+from weft.io.quantizer import remark
 from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
 from weft.stats.calibrate import Batch, calibrate
@@ -117,6 +118,7 @@ def adapt(
         names = chosen.extras(list(layers), [key for key, _ in model.named_parameters()], options)
         adapter.extras = {key: model.get_parameter(key).detach().clone() for key in names}
     attach(model, adapter)
+    remark(model)
     return model
 
 
@@ -182,6 +184,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
         WeftError: there is no such adapter, or several and no name.
     """
     detach(model, name)
+    remark(model)
     return model
 
 
@@ -195,7 +198,9 @@ def merge_adapter(model: nn.Module, name: str | None = None) -> dict[str, float]
     Raises:
         WeftError: there is no such adapter, or several and no name.
     """
-    return merge(model, name)
+    lost = merge(model, name)
+    remark(model)
+    return lost
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
