@@ -1,0 +1,189 @@
+"""Held-out loss of every optimizer after the same steps on the same tokens, each at its own learning rate.
+
+    python benchmarks/pretrain_table.py                                    # 9m on two CPU cores, some 15 minutes
+    python benchmarks/pretrain_table.py --device cuda --size 60m --steps 10000 --batch 512 --window 256 --refresh 200 \\
+        --text TEXT --tokenizer MODEL
+
+Learning rates lie on the lattice centre * step^k; from the published centre the search goes on while a neighbour is
+better, so the chosen rate beats both its neighbours (at most --tries runs an optimizer; a rate at the edge is marked).
+Then GaLore with the warm-started subspace runs against the exact SVD at one rate, with several seeds: the difference is
+to be smaller than the spread over seeds. Data: Python's own sources unless --text is given; loss on held-out ones.
+Writes benchmarks/results/pretrain_table_<device>_<size>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.embedded.text import calibration_files, default_text
+from weft.errors import WeftError
+from weft.train.recipe import Recipe
+from weft.train.sizes import SIZES
+from weft.train.sources import read_texts, source_files
+from weft.verbs.loading import load_tokenizer
+from weft.verbs.pretrain import build, pretrain
+
+Run = Callable[[str, float, int], dict[str, Any]]  # (name, learning rate, seed) -> loss, bytes, seconds
+
+WARM, EXACT = "GaLore, warm-started", "GaLore, exact SVD"
+
+
+def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float, dict[str, Any]]]:
+    """Name -> (published learning rate, arguments of `pretrain` and of the optimizer)."""
+    subspace = {"rank": rank, "refresh": refresh}
+    return {
+        "AdamW": (1e-3, {"optimizer": "adamw"}),
+        WARM: (1e-2, {"optimizer": "galore", **subspace}),
+        EXACT: (1e-2, {"optimizer": "galore", **subspace, "projection": "svd"}),
+        "Fira": (1e-2, {"optimizer": "fira", **subspace}),
+        "FRUGAL": (1e-3, {"optimizer": "frugal", "rank": density, "refresh": refresh}),
+        "APOLLO": (1e-2, {"optimizer": "apollo", **subspace}),
+        "DCT-AdamW": (1e-3, {"optimizer": "dct_adamw", "rank": rank}),
+        "SinkGD": (2e-2, {"optimizer": "sinkgd"}),
+        "low-rank factors, AdamW": (1e-3, {"optimizer": "adamw", "low_rank": rank}),
+    }
+
+
+def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any]]]) -> Run:
+    """One training run of the table; a diverged one has an infinite loss."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    files = source_files(args.text) if args.text else calibration_files()
+    held_out = read_texts(args.eval_text) if args.eval_text else [default_text("evaluation")]
+
+    @functools.cache
+    def run(name: str, lr: float, seed: int) -> dict[str, Any]:
+        options = dict(table[name][1])
+        model, _ = build(args.size, tokenizer, args.window, seed, low_rank=options.pop("low_rank", None))
+        recipe = Recipe(
+            steps=args.steps, lr=lr, window=args.window, batch=args.batch, warmup=args.steps // 10, clip=0.0,
+            save_every=args.steps, log_every=args.steps, seed=seed,
+        )  # fmt: skip
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                found = pretrain(
+                    model.to(args.device), tokenizer, files, recipe, Path(scratch), evaluation=held_out,
+                    eval_windows=args.eval_windows, **options,
+                )  # fmt: skip
+            except WeftError as error:
+                if "not finite" not in str(error):
+                    raise
+                found = {"perplexity": math.inf, "optimizer_bytes": 0}
+        loss = math.log(found["perplexity"])
+        result = {"lr": lr, "loss": loss if loss == loss else math.inf, "optimizer_bytes": found["optimizer_bytes"]}
+        result["seconds"] = time.perf_counter() - began
+        print(
+            f"  {name:<24} lr {lr:<9.3g} seed {seed}  loss {result['loss']:.4f}  {result['seconds']:.1f} s", flush=True
+        )
+        return result
+
+    return run
+
+
+def tuned(name: str, centre: float, factor: float, tries: int, run: Run) -> dict[str, Any]:
+    """The best of centre * factor^k, searched uphill in both directions from k = 0."""
+    found: dict[int, dict[str, Any]] = {}
+    wanted = [0, 1, -1]
+    while wanted and len(found) < tries:
+        k = wanted.pop(0)
+        found[k] = run(name, centre * factor**k, 0)
+        best = min(found, key=lambda j: (found[j]["loss"], j))
+        wanted = wanted or [j for j in (best - 1, best + 1) if j not in found]
+    bracketed = {best - 1, best + 1} <= found.keys()
+    return {**found[best], "at_the_edge": not bracketed, "tried": [found[k] for k in sorted(found)]}
+
+
+def seeds_of(lr: float, seeds: int, run: Run) -> dict[str, Any]:
+    """Warm-started against exact at one rate: losses by seed, their differences, and the spread over seeds."""
+    losses = {name: [run(name, lr, seed)["loss"] for seed in range(seeds)] for name in (EXACT, WARM)}
+    differences = [warm - exact for warm, exact in zip(losses[WARM], losses[EXACT], strict=True)]
+    spread = statistics.stdev(losses[EXACT]) if seeds > 1 else math.nan
+    mean = statistics.fmean(differences)
+    return {
+        "lr": lr, "losses": losses, "differences": differences, "mean_difference": mean, "seed_spread": spread,
+        "within_seed_noise": mean < spread,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="9m")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rank", type=int, help="default: a quarter of the model's width, as published")
+    parser.add_argument("--refresh", type=int, default=25)
+    parser.add_argument("--grid", type=float, default=3.0, help="the factor between two learning rates")
+    parser.add_argument("--tries", type=int, default=5, help="most learning rates an optimizer")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--tokenizer", default="pico")
+    parser.add_argument("--text", type=Path, nargs="*")
+    parser.add_argument("--eval-text", type=Path, nargs="*")
+    parser.add_argument("--eval-windows", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+
+    rank = args.rank or SIZES[args.size][0] // 4
+    table = optimizers(rank, rank / SIZES[args.size][0], args.refresh)
+    names = [n for n in table if not args.only or any(part.lower() in n.lower() for part in args.only)]
+    run, began, rows = runner(args, table), time.perf_counter(), {}
+    for name in names:
+        rows[name] = tuned(name, table[name][0], args.grid, args.tries, run)
+    compared = seeds_of(rows[EXACT]["lr"], args.seeds, run) if {WARM, EXACT} <= rows.keys() else None
+    show(rows, compared)
+    args.output.mkdir(exist_ok=True)
+    path = args.output / f"pretrain_table_{args.device}_{args.size}.json"
+    record = {
+        **environment(args), "rank": rank, "rows": rows, "warm_against_exact": compared,
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['seconds']:.0f} s; written to {path}")
+
+
+def show(rows: dict[str, Any], compared: dict[str, Any] | None) -> None:
+    print(f"\n{'optimizer':<26}{'lr':>9}{'loss':>9}{'perplexity':>12}{'state MB':>10}")
+    for name, row in rows.items():
+        numbers = f"{row['loss']:>9.4f}{math.exp(row['loss']):>12.2f}{row['optimizer_bytes'] / 1e6:>10.2f}"
+        print(f"{name:<26}{row['lr']:>9.2g}{numbers}{'   (edge of the grid)' if row['at_the_edge'] else ''}")
+    if compared is not None:
+        differences = ", ".join(f"{d:+.4f}" for d in compared["differences"])
+        verdict = "within" if compared["within_seed_noise"] else "ABOVE"
+        print(
+            f"\nwarm-started minus exact at lr {compared['lr']:.2g}, by seed: {differences}; "
+            f"mean {compared['mean_difference']:+.4f}, {verdict} the spread over seeds, {compared['seed_spread']:.4f}"
+        )
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    given = {k: v for k, v in vars(args).items() if k not in ("output", "text", "eval_text", "tokenizer")}
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    return {
+        "date": date.today().isoformat(),
+        "device": gpu or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "arguments": given | {"text": "given" if args.text else "the Python standard library"},
+    }
+
+
+if __name__ == "__main__":
+    main()
