@@ -169,7 +169,9 @@ def by_turns(
 def stepper(
     shape: dict[str, int], dtype: torch.dtype, device: torch.device, wrap: Wrap, ids: torch.Tensor
 ) -> Callable[[], float]:
-    """A function that trains one step and returns its milliseconds: on a GPU by the clock, on a CPU of processor time."""
+    """A function that trains one step and returns its milliseconds: on a GPU by the clock, on a CPU of processor
+    time.
+    """
     model = wrap(build(shape, dtype, device)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 

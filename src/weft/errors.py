@@ -21,4 +21,6 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 def unknown(what: str, name: str, names: Iterable[str]) -> WeftError:
     """The error for a name that is in no table, with its nearest neighbours."""
-    return WeftError(f"There is no {what} called {name!r}; the nearest are: {', '.join(nearest(name, names)) or 'none'}.")
+    return WeftError(
+        f"There is no {what} called {name!r}; the nearest are: {', '.join(nearest(name, names)) or 'none'}."
+    )

@@ -98,8 +98,8 @@ class Budget:
         left = int(self.value - other_bytes) // itemsize
         if left <= 0:
             raise WeftError(
-                f"The budget of {self.value / 1e6:.1f} MB is below what cannot be compressed: embeddings, norms and "
-                f"head take {other_bytes / 1e6:.1f} MB; give a larger size."
+                f"The budget of {self} is below what cannot be compressed: embeddings, norms and head take "
+                f"{other_bytes / 1e6:.4g}MB; give a larger size."
             )
         return min(left, total)
 

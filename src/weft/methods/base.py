@@ -116,7 +116,8 @@ class Method:
         needs: the statistics that `factorise` or `attach` reads from its `moments`.
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
         sequential: whether each block is calibrated on the outputs of the blocks already changed.
-        correction: share (0 to 1) of the drift of a layer's inputs that the sequential form corrects, see `weft.verbs.truncation.sequential`.
+        correction: share (0 to 1) of the drift of a layer's inputs that the sequential form corrects, see
+            `weft.verbs.truncation.sequential`.
         factorise: (W (out, in) in fp64, moments, **options) -> Factors. For kind "compress".
         attach: (site, **options) -> terms by role, "" for the main one; what shall be trained requires a gradient. For
             kind "adapt", as are all below.
@@ -129,7 +130,8 @@ class Method:
         rates: (options) -> factor of the learning rate by parameter name within a term.
         extras: (layer names, parameter names, options) -> parameters of the model itself to be trained along.
         deviates: how the function differs at the start; "" where it does not.
-        exempt: property of the conformance suite (`weft.testing_adapters`) -> a sentence saying why the method does not have it.
+        exempt: property of the conformance suite (`weft.testing_adapters`) -> a sentence saying why the method does not
+            have it.
         rules: factories of `weft.rules.Rule`, called with the method's options (and `adapter`, its name, for kind
             "adapt"), run around each training step.
         trained: (model) -> the parameters that training updates; all others are frozen.

@@ -1,4 +1,5 @@
-"""Rounding fp32 to bfloat16: a small update of a large weight is lost by nearest rounding, kept on average by stochastic.
+"""Rounding fp32 to bfloat16: a small update of a large weight is lost by nearest rounding, kept on average by
+stochastic.
 
 bfloat16 has 8 significant bits: with nearest rounding any update below 2^-9 of the weight changes nothing.
 """

@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -85,9 +85,9 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         positions = _positions(ids, int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
         return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, IGNORED), "position_ids": positions}
 
-    def order(self, count: int, seed: int) -> range:
+    def order(self, count: int, seed: int) -> SequentialSampler:
         """The sampler of these rows: in turn, since they come shuffled."""
-        return range(count)
+        return SequentialSampler(range(count))
 
     @property
     def windows(self) -> int:

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -35,7 +36,7 @@ from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
 from weft.train.interrupt import Interrupt
 from weft.train.metrics import MetricsLog
-from weft.train.order import Order, derived_seed
+from weft.train.order import derived_seed
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
 from weft.train.stream import StreamedRows
@@ -147,7 +148,7 @@ class Trainer(transformers.Trainer):
             loss = loss + penalty.to(loss) / (self.current_gradient_accumulation_steps if summed else 1)
         return (loss, outputs) if return_outputs else loss
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Order | range:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return self.rows.order(self.args.max_steps * rows_a_step, self.args.seed)
 
