@@ -66,7 +66,9 @@ def test_a_size_is_of_the_whole_model() -> None:
     layers = {"a": LayerInfo((10, 10)), "b": LayerInfo((5, 20))}
     assert Budget(1000.0, "bytes").parameters(layers, other_bytes=600, itemsize=4) == 100
     assert Budget(1e9, "bytes").parameters(layers, other_bytes=600, itemsize=4) == 200
-    with pytest.raises(WeftError, match=r"budget of 0\.0 MB is below what cannot be compressed.*take 0\.1 MB; give a"):
+    with pytest.raises(
+        WeftError, match=r"budget of 0\.000601MB is below what cannot be compressed.*take 0\.06MB; give a"
+    ):
         Budget(601.0, "bytes").parameters(layers, other_bytes=60000, itemsize=4)
 
 

@@ -299,7 +299,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"budget": 1.2}, "The budget 1.2 is out of range: it is the share of parameters kept, above 0 and at most 1."),
     ({"budget": "lots"}, "The budget 'lots' is no share and no size; give what to keep, as 0.6, 60% or 500MB."),
     ({"budget": 0.01}, "The budget keeps 0.0099 of the parameters, but the smallest ranks take 0.1"),
-    ({"budget": "5kB"}, "The budget of 0.0 MB is below what cannot be compressed: embeddings, norms and head take 0."),
+    (
+        {"budget": "5kB"},
+        "The budget of 0.005MB is below what cannot be compressed: embeddings, norms and head take 0.00",
+    ),
     ({"allocate": "unifrom"}, "There is no allocation called 'unifrom'; the nearest are: uniform"),
     ({"allocate": {"a": 3}}, "allocate and the model differ in the layer a; make an allocation for this model"),
     ({"allocate": "none.json"}, "none.json is not an allocation file ([Errno 2] No such file or directory"),
@@ -601,7 +604,7 @@ def command(out: Path, settings: dict[str, Any], *more: str, stop: int = 0) -> s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more, points", [((), (1, 2)), (("--sequential",), (1, 2, 3, 4))])
+@pytest.mark.parametrize("more, points", [((), (1, 2)), (("--sequential",), (1, 3))])
 def test_sigint_in_a_process_and_the_same_command_again(
     settings: dict[str, Any], tmp_path: Path, more: tuple[str, ...], points: tuple[int, ...]
 ) -> None:
