@@ -99,8 +99,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         needed = min((index // BLOCK + 1) * BLOCK, self.count)
         with self.news:
             self.news.wait_for(lambda: self.finished or self.windows >= needed)
-            # a text that is used up gives what it has in every epoch; one that is not gives each row once
-            total = min(self.windows, self.count) if self.finished else self.count
+            total = min(self.windows, self.count)  # all that is read so far, and the block of this row whole
         if self.error is not None:
             raise self.error
         if total == 0:
