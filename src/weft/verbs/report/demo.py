@@ -73,7 +73,7 @@ def _budget_chart(curves: Curves) -> str:
         Series(name, list(points), list(points.values()), color, marked=True)
         for (name, points), color in zip(curves.items(), _COLORS, strict=True)
     ]
-    return line_chart("perplexity by budget", series, "share kept", "perplexity", log=True, legend=True)
+    return line_chart("perplexity by budget", series, "share kept", "perplexity", legend=True)
 
 
 def _kept(allocation: Mapping[str, Any]) -> dict[str, float]:
