@@ -310,6 +310,13 @@ def test_best_never_loses_to_uniform(layers: dict[str, LayerInfo], share: float,
     assert best.predicted_loss(layers, one) <= best.predicted_loss(layers, other)
 
 
+def test_best_takes_uniform_ranks_where_a_large_step_misleads_it() -> None:
+    layers = {"a": layer(3, 7, 459, 0.95), "b": layer(4, 12, 729, 1.0)}
+    even = uniform.allocate(layers, 52)
+    assert best.predicted_loss(layers, best._greedy(layers, 52, 1, 0.15)) > best.predicted_loss(layers, even)
+    assert best.allocate(layers, 52) == even
+
+
 @given(models, st.floats(0.1, 1.0))
 @settings(max_examples=100, deadline=None)
 def test_the_next_direction_would_not_fit(layers: dict[str, LayerInfo], share: float) -> None:

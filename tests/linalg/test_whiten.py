@@ -42,8 +42,10 @@ def test_ridge_is_relative_to_the_mean_of_the_diagonal(scale: float) -> None:
 
 
 def test_a_cholesky_that_succeeds_on_noise_is_not_trusted() -> None:
-    x = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    C = x.mT @ x + 1e-15 * torch.eye(40, dtype=torch.float64)
+    x = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    C = x.mT @ x
+    C = C + 1e-15 * C.diagonal().max() * torch.eye(40, dtype=torch.float64)
+    assert not torch.linalg.cholesky_ex(C).info
     root = moment_root(C)
     assert not root.triangular
     # the solution stays as small as the data's own
