@@ -19,7 +19,7 @@ from weft.stats.collect import Collector
 from weft.stats.walk import Group, walk
 from weft.terms.layers import linear_layers, set_low_rank, weight_of
 
-ARCHITECTURES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "opt", "bert", "t5", "bart", "vit")
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "opt", "bert", "t5", "vit")
 NEEDS = ("input_moment", "input_mean", "input_abs_mean")
 
 
