@@ -64,7 +64,9 @@ def main() -> None:
                     row |= {"compressed": start["perplexity"], **alone(recover, out, WAYS[way], rate, vars(options))}
                     print(line(row), flush=True)
                     rows.append(row)
-    result = {"arguments": record.arguments, "versions": record.versions, "dense": dense, "rows": rows}
+    about = {"date": record.started, "device": record.device or "cpu", "versions": record.versions}
+    arguments = {key: value for key, value in record.arguments.items() if key != "out"}
+    result = about | {"arguments": arguments, "dense": dense, "rows": rows}
     options.out.parent.mkdir(exist_ok=True)
     write_json(options.out, result | {"verdicts": verdicts(rows)})
     print(f"written: {options.out}")
