@@ -34,7 +34,7 @@ __all__ = ["run"]
 
 MODEL = "pico"
 COMPRESS: Mapping[str, Any] = {"method": "kfac-svd", "budget": 0.6, "allocate": "best", "windows": 32, "window": 512}
-FINETUNE: Mapping[str, Any] = {"method": "welore", "steps": 60, "lr": 5e-4, "window": 256, "batch": 4, "warmup": 5}
+FINETUNE: Mapping[str, Any] = {"method": "welore", "steps": 40, "lr": 1e-4, "window": 512, "batch": 2, "warmup": 5}
 EVALUATE: Mapping[str, Any] = {"window": 512, "windows": 24}
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 CURVES = {
