@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from weft.linalg.svd import product_factors
 from weft.rules.refactorise import Refactorise
 from weft.terms import LowRank, Sparse, SumLinear
 from weft.train.sizes import factorised, fresh_model
@@ -103,3 +104,17 @@ def test_the_model_computes_what_it_did():
         before = model(ids).logits
         Refactorise(5).after_step(model, 10)
         torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_zero_product_keeps_its_factors() -> None:
+    term = LowRank.from_factors(torch.zeros(6, 2), torch.ones(2, 4))
+    Refactorise(every=1).after_step(term, 1)
+    assert not term.B.any() and term.A.any()
+
+
+def test_a_rank_above_the_size_keeps_its_shape() -> None:
+    generator = torch.Generator().manual_seed(0)
+    B, A = torch.randn(3, 7, generator=generator), torch.randn(7, 4, generator=generator)
+    again = product_factors(B, A)
+    assert again[0].shape == B.shape and again[1].shape == A.shape
+    assert torch.allclose(again[0] @ again[1], B @ A, atol=1e-4)

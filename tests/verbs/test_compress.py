@@ -582,6 +582,7 @@ def test_an_interrupted_run_goes_on(
 
 DRIVER = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 from weft.verbs.truncation import Store
 from weft.cli import main
 stop, seen, put = int(sys.argv.pop(1)), [], Store.put

@@ -8,6 +8,7 @@ warm-started forms are in `weft.linalg.subspace`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["low_rank_factors", "product_factors", "pseudo_inverse_apply", "singular_values", "truncated_svd", "widen"]
@@ -51,7 +52,8 @@ def product_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     Q_A, R_A = torch.linalg.qr(widen(A).mT)
     U, s, V = truncated_svd(R_B @ R_A.mT)
     root = s.sqrt()
-    return (Q_B @ U) * root, root.unsqueeze(-1) * (V @ Q_A.mT)
+    spare = B.shape[1] - len(s)  # a rank above the matrix's size: components of value zero
+    return F.pad((Q_B @ U) * root, (0, spare)), F.pad(root.unsqueeze(-1) * (V @ Q_A.mT), (0, 0, 0, spare))
 
 
 def pseudo_inverse_apply(matrix: Tensor, right: Tensor, *, tolerance: float | None = None) -> Tensor:

@@ -36,5 +36,7 @@ class Refactorise(Rule):
         for term in model.modules():
             if isinstance(term, LowRank) and term.A.requires_grad and term.B.requires_grad:
                 B, A = product_factors(whole(term.B), whole(term.A))
+                if not B.any():  # both factors of a zero product would become zero, and stay so
+                    continue
                 term.B.copy_(sharded_like(B.to(term.B.dtype), term.B))
                 term.A.copy_(sharded_like(A.to(term.A.dtype), term.A))
