@@ -133,10 +133,12 @@ torch.testing.assert_close(error.square().sum(), s[2:].square().sum())
 
 @pytest.mark.slow
 def test_a_method_is_one_file_and_one_line(desk: Path) -> None:
-    """The page's own method, put into a copy of the sources, is found by the command line, saving, and the docs."""
+    """The page's own method, put into a copy of the sources, is found by the command line, saving and the docs."""
     tree = desk / "tree"
     shutil.copytree(ROOT / "src" / "weft", tree / "src" / "weft", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "docs", tree / "docs")
+    for part in ("docs", "benchmarks/results"):
+        shutil.copytree(ROOT / part, tree / part)
+    shutil.copy(ROOT / "README.md", tree)
     (method,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
     room = tree / "src" / "weft" / "methods"
     (room / "rms_svd.py").write_text(method)
