@@ -37,7 +37,7 @@ from weft.stats.calibrate import Stats, calibrate
 from weft.terms import SumLinear, Wrapper
 from weft.terms.adapters import adapters_of, disable, find_adapter
 from weft.terms.layers import linear_layers
-from weft.verbs.adapt import adapt, merge_adapter, parameter_groups, remove_adapter, rules, trainable, weight_shape
+from weft.verbs.adapt import adapt, make_optimizer, merge_adapter, remove_adapter, rules, trainable, weight_shape
 
 __all__ = ["PROPERTIES", "RANK", "adapted", "check_adapter", "task", "tiny_gpt2", "tiny_llama", "train"]
 
@@ -135,10 +135,14 @@ def _stats(method: Method, make: Make) -> Stats:
 def train(
     model: nn.Module, steps: int, *, lr: float = 5e-3, start: int = 0, state: Any = None, rule: Rule | None = None
 ) -> tuple[list[float], Any]:
-    """Train by AdamW with the adapters' rules around each step; the losses, and (optimizer, rule) to go on from."""
+    """Train by the methods' own optimizer (AdamW by default) with their rules around each step.
+
+    Returns the losses, and (optimizer, rule) to go on from.
+    """
     rule = rule or Rules(rules(model))
+    optimizer = make_optimizer(model, lr)
+    rule.bind(optimizer)
     rule.start(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr))
     if state is not None:
         optimizer.load_state_dict(state[0])
         rule.load_state_dict(state[1])

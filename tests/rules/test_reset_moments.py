@@ -34,6 +34,11 @@ MAKERS = {
 }
 
 
+def bound(rule, optimizer):
+    rule.bind(optimizer)
+    return rule
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_step_after_a_reset_is_a_first_step(name):
     model = model_of()
@@ -41,7 +46,7 @@ def test_the_step_after_a_reset_is_a_first_step(name):
     for step in (1, 2, 3):
         gradients(model, step)
         optimizer.step()
-    ResetMoments(3, optimizer).after_step(model, 3)
+    bound(ResetMoments(3), optimizer).after_step(model, 3)
     fresh = model_of()
     fresh.load_state_dict(model.state_dict())
     first = MAKERS[name](fresh)
@@ -58,7 +63,7 @@ def test_a_factored_model_loses_the_moments_of_its_factors_alone():
     for step in (1, 2):
         gradients(model, step)
         optimizer.step()
-    rule = ResetMoments(2, optimizer)
+    rule = bound(ResetMoments(2), optimizer)
     rule.after_step(model, 1)
     assert all(optimizer.state[p]["exp_avg"].any() for p in model.parameters())
     bases = {name: optimizer.state[p].get("basis") for name, p in model.named_parameters()}
@@ -71,5 +76,5 @@ def test_a_factored_model_loses_the_moments_of_its_factors_alone():
         assert int(state["count"]) == 2, "the refresh keeps its own time"
         if name in bases:
             assert torch.equal(state["basis"], bases[name])
-    ResetMoments(2, optimizer, terms_only=False).after_step(model, 2)
+    bound(ResetMoments(2, terms_only=False), optimizer).after_step(model, 2)
     assert not any(optimizer.state[p]["exp_avg"].any() for p in model.parameters())

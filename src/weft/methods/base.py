@@ -134,6 +134,8 @@ class Method:
             have it.
         rules: factories of `weft.rules.Rule`, called with the method's options (and `adapter`, its name, for kind
             "adapt"), run around each training step.
+        optimizer: (parameter groups with their "lr" and "weight_decay", options) -> the optimizer that the method was
+            published with, where AdamW's state per parameter will not do (an age of each entry, say).
         trained: (model) -> the parameters that training updates; all others are frozen.
         defaults: the paper's hyperparameters, which are also the names of the options that the method takes.
     """
@@ -158,6 +160,7 @@ class Method:
     deviates: str = ""
     exempt: Mapping[str, str] = field(default_factory=dict)
     rules: tuple[Callable[..., Any], ...] = ()
+    optimizer: Callable[[list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer] | None = None
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

@@ -8,15 +8,16 @@ For step t = 1, 2, ..., N (an optimizer step, whatever the number of micro-batch
     after_step(model, t)       W_t may be changed: a proximal step, a truncation, a projection
 
 A gate, a regulariser, rank sampling or growth, periodic truncation, re-orthonormalisation: each is one rule. A rule
-is given the model and finds its terms there; it knows no trainer, no optimizer and no data. Under several processes
-it runs on each of them on equal weights, and must do the same on each: no randomness but from a generator seeded by
-its own arguments and the step.
+is given the model and finds its terms there; it knows no trainer and no data, and of the optimizer only what `bind`
+hands over. Under several processes it runs on each of them on equal weights, and must do the same on each: no
+randomness but from a generator seeded by its own arguments and the step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Rule", "Rules", "State"]
@@ -27,6 +28,11 @@ State = dict[str, Tensor | int | float]
 
 class Rule:
     """One rule. Every hook does nothing unless it is written."""
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer that will take the steps, told before `start`: for a rule that changes what a parameter's slots
+        stand for, since their moments must follow.
+        """
 
     def start(self, model: nn.Module) -> None:
         """Training begins, or goes on (`load_state_dict` then follows). The model is in its place and trainable parts
@@ -58,6 +64,10 @@ class Rules(Rule):
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.rules = tuple(rules)
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        for rule in self.rules:
+            rule.bind(optimizer)
 
     def start(self, model: nn.Module) -> None:
         for rule in self.rules:

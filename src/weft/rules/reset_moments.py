@@ -21,16 +21,19 @@ _AGES = ("step", "age")  # of a parameter's moments, and of each column's where 
 
 
 class ResetMoments(Rule):
-    """Zeroes the moments and their ages in the optimizer's state after each multiple of `every` steps.
+    """Zeroes the moments and their ages in the optimizer's state (torch's own, and `weft.optim`'s) after each multiple
+    of `every` steps.
 
     Args:
-        optimizer: any whose state bears these names: torch's own, and `weft.optim`'s.
         terms_only: only parameters of low-rank and other terms; embeddings and norms keep their moments. Where a model
             has no terms, all are reset.
     """
 
-    def __init__(self, every: int, optimizer: torch.optim.Optimizer, *, terms_only: bool = True) -> None:
-        self.every, self.optimizer, self.terms_only = every, optimizer, terms_only
+    def __init__(self, every: int, *, terms_only: bool = True) -> None:
+        self.every, self.terms_only = every, terms_only
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:

@@ -84,6 +84,7 @@ def train(
         kept_config(model),
     ):
         made = optimizer()
+        rule.bind(made)
         trainer = Trainer(
             model,
             rule,

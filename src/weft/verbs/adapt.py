@@ -32,6 +32,7 @@ __all__ = [
     "adapt",
     "disable",
     "effective_rates",
+    "make_optimizer",
     "merge_adapter",
     "parameter_groups",
     "remove_adapter",
@@ -145,6 +146,30 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """The optimizer that the active adapters' methods ask for, over `parameter_groups`; AdamW (fused on a GPU) where
+    none does.
+
+    Raises WeftError when two adapters ask for different ones.
+    """
+    groups = parameter_groups(model, lr, weight_decay)
+    asked = {
+        adapter.method: adapter.settings.get("options", {})
+        for adapter in _active(model)
+        if METHODS[adapter.method].optimizer is not None
+    }
+    if len(asked) > 1:
+        raise WeftError(
+            f"The methods {' and '.join(asked)} each need an optimizer of their own, so they cannot be trained "
+            "together; set one of them aside with weft.set_adapter."
+        )
+    for method, options in asked.items():
+        make = METHODS[method].optimizer
+        assert make is not None
+        return make(groups, options)
+    return torch.optim.AdamW(groups, lr=lr, fused=groups[0]["params"][0].is_cuda or None)
+
+
 def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
     """Adapter -> scale x lr, the rate that decides how fast its delta moves; the mean over layers where they differ."""
     scales = {
@@ -161,12 +186,16 @@ def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
 
 def rules(model: nn.Module) -> list[Any]:
     """The rules of the active adapters' methods (see `weft.rules`), to be run around each training step."""
-    active = [adapter for adapter in adapters_of(model).values() if adapter.active and adapter.method in METHODS]
     return [
         make(adapter=adapter.name, **adapter.settings.get("options", {}))
-        for adapter in active
+        for adapter in _active(model)
         for make in METHODS[adapter.method].rules
     ]
+
+
+def _active(model: nn.Module) -> list[Adapter]:
+    """The adapters in use whose methods are known."""
+    return [adapter for adapter in adapters_of(model).values() if adapter.active and adapter.method in METHODS]
 
 
 def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:

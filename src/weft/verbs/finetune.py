@@ -31,6 +31,7 @@ from weft.train.sources import Document, Fields, Text, plain_text, read_document
 from weft.train.trainer import METRICS_FILE, train
 from weft.train.windows import calibration_batches, evaluation_windows, token_stream
 from weft.verbs.adapt import adapt, effective_rates, parameter_groups, trainable
+from weft.verbs.adapt import make_optimizer as adapter_optimizer
 from weft.verbs.adapt import rules as adapter_rules
 from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memory, reset_peak_memory
 from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device
@@ -149,11 +150,10 @@ def calibration(
 
 
 def make_optimizer(name: str | None, model: PreTrainedModel, recipe: Recipe, rank: int | None) -> torch.optim.Optimizer:
-    """AdamW (fused on a GPU) at the rates that the method asks for, or the named preset, by default of its own rank."""
-    groups = parameter_groups(model, recipe.lr, recipe.weight_decay)
+    """What the method asks for (AdamW by default, at its rates), or the named preset, by default of its own rank."""
     if name is None:
-        return torch.optim.AdamW(groups, lr=recipe.lr, fused=groups[0]["params"][0].is_cuda or None)
-    if len({group["lr"] for group in groups}) > 1:
+        return adapter_optimizer(model, recipe.lr, recipe.weight_decay)
+    if len({group["lr"] for group in parameter_groups(model, recipe.lr)}) > 1:
         raise WeftError(
             f"The method gives its factors learning rates of their own, which --optimizer {name} cannot follow."
         )

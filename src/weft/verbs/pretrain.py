@@ -115,7 +115,7 @@ def pretrain(
     made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
     plan = _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
     rules: list[Rule] = [Refactorise(refactorise)] if refactorise else []
-    rules += [ResetMoments(reset_moments, made)] if reset_moments else []
+    rules += [ResetMoments(reset_moments)] if reset_moments else []
     device = next(model.parameters()).device
     reset_peak_memory(device)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
