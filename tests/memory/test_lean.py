@@ -253,6 +253,16 @@ def test_an_input_changed_in_place_is_not_recomputed_from_its_source():
     torch.testing.assert_close(down.weight.grad, y.detach().sum(0).expand(2, 4))
 
 
+def test_a_watched_activation_stays_in_the_graph(models):
+    model = lean(models.make_model("llama"))
+    seen = []
+    handle = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, out: seen.append(out))
+    ids = torch.arange(8).view(1, 8)
+    model(input_ids=ids, labels=ids)
+    assert len(seen) == 1 and seen[0].grad_fn is not None
+    handle.remove()
+
+
 def test_a_second_backward_pass_through_the_same_graph(models):
     model = lean(models.put_on(models.make_model("llama")))
     loss = model(**models.make_batch()).loss

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.errors import WeftError
+from weft.memory import lean, lean_report
 from weft.rules import Rule
 from weft.train.checkpoints import WEIGHTS_FILE, Changes, last_checkpoint
 from weft.train.examples import Example
@@ -107,6 +108,29 @@ def test_gradient_checkpointing_changes_nothing_with_frozen_embeddings(tmp_path)
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y)
     assert b.config.use_cache and not b.training
+
+
+class Watch(Rule):
+    """Notes what the memory saver does while training."""
+
+    def before_step(self, model, step):
+        self.report = lean_report(model)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_training_is_lean_unless_told_otherwise_and_leaves_the_model_as_it_was(tmp_path, before):
+    def made():
+        return lean(model_of(), on=before)
+
+    on, off = Watch(), Watch()
+    a, log = go(tmp_path / "a", made(), on)
+    b, plain = go(tmp_path / "b", model_of(), off, lean=False)
+    assert on.report.lean["causal_lm"] == 1 and not on.report.left
+    assert not off.report.lean
+    assert bool(lean_report(a).lean) is before
+    for x, y in zip(log, plain, strict=True):
+        assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), abs=1e-4)
+    assert a(torch.tensor([[3, 4]])).logits is not None
 
 
 class Pull(Rule):

@@ -52,6 +52,7 @@ def command(
     weight_decay: Annotated[float, typer.Option(help="Decoupled, on matrices only.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for no limit.")] = 1.0,
     optimizer: Annotated[str | None, typer.Option(help="The method's own, or AdamW.", show_default=False)] = None,
+    lean: Annotated[bool, typer.Option(help="Keep fewer activations and no logits; the same gradients.")] = True,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations: less memory, more time.")
     ] = False,

@@ -43,6 +43,7 @@ def command(
     restart: Annotated[int, typer.Option(help="Steps of warm-up after each new subspace or reset of moments.")] = 0,
     weight_decay: Annotated[float, typer.Option(help="Decoupled, on the blocks' matrices.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for no limit.")] = 0.0,
+    lean: Annotated[bool, typer.Option(help="Keep fewer activations and no logits; the same gradients.")] = True,
     low_rank: Annotated[
         int | None, typer.Option(help="Train factors of this rank in place of matrices.", show_default=False)
     ] = None,

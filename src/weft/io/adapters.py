@@ -1,9 +1,10 @@
 """Adapters on disk: our own format, which rebuilds an adapter bit for bit, and PEFT's, wherever the delta is exactly
 a LoRA.
 
-    DIR/weft_adapter.json            method, settings, and the spec of every term
+    DIR/weft_adapter.json            method, settings, the spec of every term, the base's fingerprint (`weft.io.base`)
     DIR/weft_adapter.safetensors     the terms' tensors as they are, "<layer>.<role>.<tensor>"; absent where PEFT's
-    tensors are the same DIR/adapter_config.json          PEFT's, for every reader of LoRAs (see `weft.io.peft`)
+                                     tensors are the same
+    DIR/adapter_config.json          PEFT's, for every reader of LoRAs (see `weft.io.peft`)
     DIR/adapter_model.safetensors
 
 An adapter without PEFT files has no exact LoRA; `why_not_peft` says why. Everything is written beside the directory
@@ -13,10 +14,13 @@ all of them.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -30,15 +34,47 @@ from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError, nearest
 from weft.io import peft
+from weft.io.base import Base, base_of, other_weights, sample
 from weft.terms import Term, build
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
 from weft.terms.layers import linear_layers
 
-__all__ = ["FORMAT", "check_directory", "load_adapter", "save_adapter"]
+__all__ = ["FORMAT", "LooseAdapter", "check_directory", "load_adapter", "read_adapter", "save_adapter"]
 
 FORMAT = 1
 """The version of the layout; raised when an older weft could not read what this one writes."""
 CONFIG, TENSORS = "weft_adapter.json", "weft_adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class LooseAdapter:
+    """An adapter on no model: read from a directory, or combined from several.
+
+    Args:
+        adapter: its terms and settings.
+        base: what is known of the model that it was made on.
+        extras: its values of parameters of the model itself.
+    """
+
+    adapter: Adapter
+    base: Base
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def save(self, directory: str | os.PathLike[str], *, format: Literal["auto", "peft", "weft"] = "auto") -> None:
+        """Write it, as `save_adapter` writes one that is on a model."""
+        out, reason = Path(directory), _check_save(directory, self.adapter, format)
+        state = {**{key: whole(tensor) for key, tensor in _paths(self.adapter)}, **self.extras}
+        _write(out, self.base, self.adapter, state, format, reason)
+
+    def named(self, name: str) -> Adapter:
+        """A copy of the adapter under this name."""
+        made = copy.deepcopy(self.adapter)
+        made.terms = {
+            layer: {f"{name}{key.removeprefix(made.name)}": term for key, term in terms.items()}
+            for layer, terms in made.terms.items()
+        }
+        made.name = name
+        return made
 
 
 def save_adapter(
@@ -57,44 +93,71 @@ def save_adapter(
         WeftError: no such adapter; the directory is not empty; or "peft" for an adapter whose delta is not exactly a
         LoRA, with the reason.
     """
-    out = Path(directory)
     adapter = find_adapter(model, name)
-    reason = peft.why_not_peft(adapter)
-    if format == "peft" and reason:
-        raise WeftError(
-            f"The adapter {adapter.name!r} cannot be written in PEFT's format: {reason}. Save it with format='weft'."
-        )
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise WeftError(f"The directory {out} is not empty; choose another one, or remove it first.")
-    state = _gathered(model, adapter)
+    reason = _check_save(directory, adapter, format)
+    state, base = _gathered(model, adapter), base_of(unwrapped(model), adapter.terms)
     if not (dist.is_initialized() and dist.get_rank()):
-        _write(out, unwrapped(model), adapter, state, format, reason)
+        _write(Path(directory), base, adapter, state, format, reason)
     if dist.is_initialized():
         dist.barrier()
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> nn.Module:
-    """Read an adapter in either format and put it on the model; the same model is returned.
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike[str] | LooseAdapter, name: str | None = None
+) -> nn.Module:
+    """Put an adapter of either format on the model; the same model is returned.
+
+    On other weights than those that the adapter was made on it loads with a warning: people do so on purpose, with
+    another fine-tuning of the same base or after a merge.
 
     Args:
+        directory: of an adapter, or what `weft.combine` returned.
         name: another name than the saved one.
 
     Raises:
         WeftError: the directory holds no adapter, a file is damaged, a tensor is missing or unexpected, the adapter
             belongs to another model, or its name is taken.
     """
-    path, model = check_directory(directory), unwrapped(model)
-    if (path / CONFIG).is_file():
-        adapter, extras = _read(path, name)
+    model = unwrapped(model)
+    if isinstance(directory, LooseAdapter):
+        loose, place = directory, "memory"
+        adapter = loose.named(name or loose.adapter.name)
     else:
-        adapter, extras = peft.read(path, name or "default", model)
-    _check_layers(model, adapter, path)
+        loose, place = read_adapter(directory, name, {key for key, _ in model.named_parameters()}), str(directory)
+        adapter = loose.adapter
+    _check_layers(model, adapter, place)
     device = {layer: _device(model, layer) for layer in adapter.terms}
     for layer, terms in adapter.terms.items():
         for term in terms.values():
             term.to(device[layer])
-    _adopt(model, adapter, extras)
+    _adopt(model, adapter, loose.extras)
+    changed = other_weights(sample(model, adapter.terms), loose.base.samples) if loose.base.samples else None
+    if changed is not None:
+        warnings.warn(
+            f"The adapter in {place} was made on other weights than this model's (they differ in {changed}); it is "
+            "loaded, but what it learned may not fit.",
+            stacklevel=2,
+        )
     return model
+
+
+def read_adapter(
+    directory: str | os.PathLike[str], name: str | None = None, parameters: Container[str] = ()
+) -> LooseAdapter:
+    """The adapter of a directory in either format, on no model.
+
+    Args:
+        name: another name than the saved one.
+        parameters: names of the model's parameters that an adapter of PEFT may bring along.
+
+    Raises:
+        WeftError: the directory holds no adapter, a file is damaged, or a tensor is missing or unexpected.
+    """
+    path = check_directory(directory)
+    if (path / CONFIG).is_file():
+        return _read(path, name)
+    adapter, extras, base = peft.read(path, name or "default", parameters)
+    return LooseAdapter(adapter, base, extras)
 
 
 def check_directory(directory: str | os.PathLike[str]) -> Path:
@@ -103,6 +166,18 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     if not (path / CONFIG).is_file() and not (path / peft.CONFIG).is_file():
         raise WeftError(f"{path} holds no adapter: neither {CONFIG} nor {peft.CONFIG} is there.")
     return path
+
+
+def _check_save(directory: str | os.PathLike[str], adapter: Adapter, format: str) -> str | None:
+    """Why PEFT's files are not written; raises WeftError where nothing can be."""
+    out, reason = Path(directory), peft.why_not_peft(adapter)
+    if format == "peft" and reason:
+        raise WeftError(
+            f"The adapter {adapter.name!r} cannot be written in PEFT's format: {reason}. Save it with format='weft'."
+        )
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise WeftError(f"The directory {out} is not empty; choose another one, or remove it first.")
+    return reason
 
 
 def _adopt(model: nn.Module, adapter: Adapter, extras: Mapping[str, Tensor]) -> None:
@@ -168,9 +243,7 @@ def _key(adapter: Adapter, role: str) -> str:
     return adapter.name if role == "main" else f"{adapter.name}_{role}"
 
 
-def _write(
-    out: Path, model: nn.Module, adapter: Adapter, state: dict[str, Tensor], format: str, reason: str | None
-) -> None:
+def _write(out: Path, base: Base, adapter: Adapter, state: dict[str, Tensor], format: str, reason: str | None) -> None:
     """Write all files beside `out`, then rename."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -179,9 +252,9 @@ def _write(
         itself = False
         if format != "weft" and not reason:
             copies = {layer: _copies(adapter, layer, state) for layer in adapter.terms}
-            itself = peft.write(partial, model, copies)
+            itself = peft.write(partial, base, copies)
         if format != "peft":
-            _write_own(partial, model, adapter, state, with_tensors=not itself)
+            _write_own(partial, base, adapter, state, with_tensors=not itself)
         if out.is_dir():
             out.rmdir()  # empty, as was checked
         os.replace(partial, out)
@@ -199,14 +272,12 @@ def _copies(adapter: Adapter, layer: str, state: Mapping[str, Tensor]) -> list[T
     return copies
 
 
-def _write_own(
-    partial: Path, model: nn.Module, adapter: Adapter, state: dict[str, Tensor], *, with_tensors: bool
-) -> None:
+def _write_own(partial: Path, base: Base, adapter: Adapter, state: dict[str, Tensor], *, with_tensors: bool) -> None:
     trained, tied = {id(p) for _, p in adapter.named_parameters()}, _tied(adapter)
     config = {
         "format": FORMAT,
         "weft": version("weft"),
-        "base": peft.base_name(model),
+        "base": base.json(),
         "name": adapter.name,
         "method": adapter.method,
         "settings": adapter.settings,
@@ -237,14 +308,15 @@ def _tied(adapter: Adapter) -> dict[str, str]:
     return {path: home for path, home in homes.items() if path != home}
 
 
-def _read(path: Path, name: str | None) -> tuple[Adapter, dict[str, Tensor]]:
-    """The adapter of our own format, and its values of parameters of the model."""
+def _read(path: Path, name: str | None) -> LooseAdapter:
+    """The adapter of our own format."""
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         _check_format(path, config)
         own = path / TENSORS
         state = load_file(own) if own.is_file() else peft.plain_state(path, config["layers"])
         adapter = Adapter(name or config["name"], config["method"], {}, config["settings"], config["rates"])
+        base = Base.from_json(config["base"])
         state |= {tied: state[home] for tied, home in config["tied"].items()}
         extras = {key: state.pop(key) for key in config["extras"]}
         for layer, roles in config["layers"].items():
@@ -256,7 +328,7 @@ def _read(path: Path, name: str | None) -> tuple[Adapter, dict[str, Tensor]]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join((str(error) if isinstance(error, WeftError) else repr(error)).split())
         raise WeftError(f"The adapter in {path} cannot be read: {reason}; fetch it again, whole.") from error
-    return adapter, extras
+    return LooseAdapter(adapter, base, extras)
 
 
 def _check_format(path: Path, config: Mapping[str, Any]) -> None:
@@ -293,7 +365,7 @@ def _tie(adapter: Adapter, tied: Mapping[str, str]) -> None:
         setattr(term.get_submodule(owner), leaf, own_state(source)[source_name])
 
 
-def _check_layers(model: nn.Module, adapter: Adapter, path: Path) -> None:
+def _check_layers(model: nn.Module, adapter: Adapter, path: str) -> None:
     layers = linear_layers(model)
     strange = next((layer for layer in adapter.terms if layer not in layers), None)
     if strange is not None:

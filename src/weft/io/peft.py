@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from weft.errors import WeftError
-from weft.terms import LowRank, Magnitude, SumLinear, Term
+from weft.io.base import Base
+from weft.terms import LowRank, Magnitude, Term
 from weft.terms.adapters import Adapter
 from weft.terms.factors import sum_factors
-from weft.terms.layers import is_linear
 
-__all__ = ["CONFIG", "TENSORS", "base_name", "plain_state", "read", "why_not_peft", "write"]
+__all__ = ["CONFIG", "TENSORS", "plain_state", "read", "why_not_peft", "write"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -47,7 +47,7 @@ def why_not_peft(adapter: Adapter) -> str | None:
     return None
 
 
-def write(directory: Path, model: nn.Module, terms: Mapping[str, list[Term]]) -> bool:
+def write(directory: Path, base: Base, terms: Mapping[str, list[Term]]) -> bool:
     """Write PEFT's two files.
 
     Args:
@@ -67,7 +67,7 @@ def write(directory: Path, model: nn.Module, terms: Mapping[str, list[Term]]) ->
         if magnitude is not None:
             state[f"{_PREFIX}{layer}.lora_magnitude_vector"] = magnitude.magnitude.detach().float().contiguous()
     save_file(state, directory / TENSORS, metadata={"format": "pt"})
-    config = _config(model, list(terms), rank, dora, _dropout(terms))
+    config = _config(base, list(terms), rank, dora, _dropout(terms))
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return all(_is_itself(found, rank) for found in terms.values())
 
@@ -81,8 +81,11 @@ def plain_state(path: Path, layers: Iterable[str]) -> dict[str, Tensor]:
     }
 
 
-def read(path: Path, name: str, model: nn.Module) -> tuple[Adapter, dict[str, Tensor]]:
-    """The adapter of PEFT's files, and its values of parameters of the model (biases, modules_to_save).
+def read(path: Path, name: str, parameters: Container[str] = ()) -> tuple[Adapter, dict[str, Tensor], Base]:
+    """The adapter of PEFT's files, its values of parameters of the model (biases, modules_to_save), and its base.
+
+    Args:
+        parameters: the names of the model's parameters; others are refused.
 
     Raises:
         WeftError: another kind of adapter, one that belongs to a base which PEFT changes on loading, or tensors that
@@ -94,11 +97,11 @@ def read(path: Path, name: str, model: nn.Module) -> tuple[Adapter, dict[str, Te
     except Exception as error:  # safetensors, json and the system each have their own
         raise WeftError(f"The adapter in {path} is damaged or incomplete ({error}); fetch it again.") from error
     _check_config(config, path)
-    parts, extras = _parts(state, model, path)
+    parts, extras = _parts(state, parameters, path)
     adapter = Adapter(name, "dora" if config.get("use_dora") else "lora", {}, {"rank": config["r"], "peft": True})
     for layer, found in parts.items():
         adapter.terms[layer] = {name: _term(layer, found, config, path)}
-    return adapter, extras
+    return adapter, extras, _base(config)
 
 
 def _factors(terms: list[Term]) -> tuple[Tensor, Tensor]:
@@ -125,12 +128,11 @@ def _dropout(terms: Mapping[str, list[Term]]) -> float:
     return max((term.dropout for found in terms.values() for term in found if isinstance(term, LowRank)), default=0.0)
 
 
-def _config(model: nn.Module, layers: list[str], rank: int, dora: bool, dropout: float) -> dict[str, Any]:
-    sums = [model.get_submodule(layer) for layer in layers]
+def _config(base: Base, layers: list[str], rank: int, dora: bool, dropout: float) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
-        "task_type": _task(model),
-        "base_model_name_or_path": base_name(model),
+        "task_type": base.task,
+        "base_model_name_or_path": base.name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -139,39 +141,24 @@ def _config(model: nn.Module, layers: list[str], rank: int, dora: bool, dropout:
         "use_dora": dora,
         "bias": "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": any(isinstance(m, SumLinear) and m.transposed for m in sums),
-        "target_modules": _targets(model, layers),
+        "fan_in_fan_out": base.transposed,
+        "target_modules": list(base.targets) or sorted(layers),
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
 
 
-def base_name(model: nn.Module) -> str | None:
-    """The directory or Hub id that the model was loaded from."""
-    return getattr(getattr(model, "config", None), "name_or_path", "") or None
-
-
-def _task(model: nn.Module) -> str | None:
-    kinds = {
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }
-    return next((task for suffix, task in kinds.items() if type(model).__name__.endswith(suffix)), None)
-
-
-def _targets(model: nn.Module, layers: list[str]) -> list[str]:
-    """The last parts of the layers' names where they mean exactly these layers, else the whole names."""
-    suffixes = {layer.rpartition(".")[2] for layer in layers}
-    meant = {
-        name for name, module in model.named_modules() if is_linear(module) and name.rpartition(".")[2] in suffixes
-    }
-    meant = {name for name in meant if ".terms." not in name}
-    return sorted(suffixes) if meant == set(layers) else sorted(layers)
+def _base(config: Mapping[str, Any]) -> Base:
+    """What the config tells of its base; targets only where they mean all layers of these names."""
+    targets = config.get("target_modules")
+    plain = isinstance(targets, list) and not (config.get("layers_to_transform") or config.get("exclude_modules"))
+    return Base(
+        config.get("base_model_name_or_path"),
+        config.get("task_type"),
+        bool(config.get("fan_in_fan_out")),
+        tuple(sorted(targets)) if plain and targets else (),
+    )
 
 
 def _check_config(config: Mapping[str, Any], path: Path) -> None:
@@ -193,12 +180,11 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _parts(
-    state: Mapping[str, Tensor], model: nn.Module, path: Path
+    state: Mapping[str, Tensor], parameters: Container[str], path: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """layer -> {"lora_A.weight", "lora_B.weight", ...}, and tensors of the model itself."""
     parts: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
-    parameters = {name for name, _ in model.named_parameters()}
     for key, tensor in state.items():
         bare = key.removeprefix(_PREFIX)
         match = _KEY.fullmatch(bare)

@@ -70,6 +70,8 @@ def elementwise(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def gated_mlp(module: Any, x: Tensor) -> Any:
     """down(act(gate(x)) * up(x)): keeps gate and up."""
     act = module.act_fn
+    if act._forward_hooks:  # whoever watches the activation wants it in the graph
+        return original(module, x)
     return module.down_proj(
         recompute(partial(_gate, act), (module.gate_proj(x), module.up_proj(x)), tuple(act.parameters()))
     )
@@ -78,6 +80,8 @@ def gated_mlp(module: Any, x: Tensor) -> Any:
 def fused_gated_mlp(module: Any, x: Tensor) -> Any:
     """down(up * act(gate)) with gate, up = gate_up(x): keeps gate_up."""
     act = module.activation_fn
+    if act._forward_hooks:
+        return original(module, x)
     return module.down_proj(recompute(partial(_gate_halves, act), (module.gate_up_proj(x),), tuple(act.parameters())))
 
 

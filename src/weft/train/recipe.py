@@ -28,6 +28,7 @@ class Recipe:
         save_every: steps between checkpoints; None for a tenth of the steps.
         log_every: steps between log lines.
         eval_every: steps between evaluations, where there is a text to evaluate on; None for none but at the ends.
+        lean: keep fewer activations and no logits for the backward pass, with the same gradients (`weft.lean`).
         checkpointing: recompute activations in the backward pass instead of keeping them.
         autocast: compute in bf16 where the weights are wider; None where there is a GPU or a half-precision weight.
         seed: of the order of data and of dropout; both depend on nothing but the seed and the step.
@@ -45,6 +46,7 @@ class Recipe:
     save_every: int | None = None
     log_every: int = 10
     eval_every: int | None = None
+    lean: bool = True
     checkpointing: bool = False
     autocast: bool | None = None
     seed: int = 0

@@ -31,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from weft.memory import lean, lean_report, unlean
 from weft.rules import Rule, Rules
 from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
@@ -80,6 +81,7 @@ def train(
     with (
         interrupt.listening(),
         wide(model) if widen else nullcontext(),
+        leaned(model, recipe.lean),
         checkpointing(model, recipe.checkpointing),
         kept_config(model),
     ):
@@ -223,6 +225,19 @@ def wide(model: nn.Module) -> Iterator[None]:
         for parameter, dtype in narrow.items():
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def leaned(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The memory saver on within the block; as it was before, after it."""
+    before = bool(lean_report(model).lean)
+    if wanted:
+        lean(model)
+    try:
+        yield
+    finally:
+        if not before:
+            unlean(model)
 
 
 @contextmanager
