@@ -4,6 +4,7 @@ shard.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from weft.io.adapters import save_adapter
+from weft.io.base import Base, base_of
 from weft.methods import METHODS, Method
 from weft.rules import Rules
 from weft.terms.adapters import find_adapter
@@ -64,6 +66,10 @@ def check(method: Method, directory: Path) -> None:
     path = directory / method.name
     save_adapter(sharded, path, format="weft")
     saved = load_file(path / "weft_adapter.safetensors")
+    written = json.loads((path / "weft_adapter.json").read_text())["base"]
+    assert Base.from_json(written).samples == base_of(alone, find_adapter(alone).terms).samples, (
+        "fingerprint of a shard"
+    )
     own = _own(alone)
     assert own.keys() <= saved.keys(), "tensors are missing from the file"
     for name, tensor in own.items():
