@@ -27,6 +27,7 @@ from weft.terms import (
     LowRank,
     Magnitude,
     NormalFloat,
+    RandomCombination,
     Replacement,
     Shifted,
     Sparse,
@@ -237,7 +238,7 @@ def example(kind: str, seed: int = 0) -> Term:
 
 def _spectral(generator: Generator) -> Term:
     s = torch.rand(RANK, generator=generator) + 0.5
-    return Spectral.from_factors(_side(OUT, RANK, generator), s, _side(RANK, IN, generator))
+    return Spectral.from_factors(_side(OUT, RANK, generator), s, _side(RANK, IN, generator), scale=0.5)
 
 
 def _sparse(generator: Generator) -> Term:
@@ -274,6 +275,12 @@ def _replacement(generator: Generator) -> Term:
     return Replacement(IN, OUT, NormalFloat.from_matrix(_side(OUT, IN, generator)), _low_rank(generator))
 
 
+def _random_combination(generator: Generator) -> Term:
+    term = RandomCombination(IN, OUT, RANK, 5, 7, scale=0.5)
+    term.c, term.d = (nn.Parameter(_side(5, generator)) for _ in "cd")
+    return term
+
+
 EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
@@ -283,6 +290,7 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Shifted.kind: _shifted,
     Magnitude.kind: _magnitude,
     Replacement.kind: _replacement,
+    RandomCombination.kind: _random_combination,
     NormalFloat.kind: lambda generator: NormalFloat.from_matrix(_side(OUT, IN, generator)),
     Int8.kind: lambda generator: Int8.from_matrix(_side(OUT, IN, generator)),
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weft.kernels.lean_linear import Factor, Weight, linear
 from weft.kernels.recompute import recompute, source_of
 from weft.memory.logits import Logits
-from weft.terms import Dense, Int8, LowRank, NormalFloat, Shifted, Spectral, SumLinear, Term
+from weft.terms import Dense, Factored, Int8, LowRank, NormalFloat, Shifted, Spectral, SumLinear, Term
 
 __all__ = [
     "LeanForward",
@@ -162,8 +162,13 @@ def _(term: LowRank) -> list[Factor] | None:
 
 
 @factors_of.register
-def _(term: Spectral) -> list[Factor]:
-    return [Factor(term.U, term.s.unsqueeze(1) * term.V, 1.0)]
+def _(term: Factored) -> list[Factor] | None:
+    return None if term.dropout and term.training else [Factor(*term.factors(), term.scale)]
+
+
+@factors_of.register
+def _(term: Spectral) -> list[Factor] | None:
+    return None if term.dropout and term.training else [Factor(term.U, term.s.unsqueeze(1) * term.V, term.scale)]
 
 
 @factors_of.register

@@ -12,21 +12,26 @@ from weft.methods import (
     asvd,
     corda,
     dora,
+    effort,
     eva,
     full,
     fwsvd,
+    kasa,
     kfac_svd,
+    loldu,
     lora,
     lora_ga,
     lora_sb,
     lora_xs,
     lq_lora,
+    nola,
     olora,
     pissa,
     soma,
     sorsa,
     svd,
     svd_llm,
+    svfit,
     welore,
 )
 from weft.methods.base import Factors, Method, Site
@@ -56,6 +61,11 @@ METHODS: dict[str, Method] = {
         lq_lora,
         soma,
         sorsa,
+        effort,
+        kasa,
+        loldu,
+        svfit,
+        nola,
     )
 }
 

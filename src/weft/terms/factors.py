@@ -14,7 +14,7 @@ from weft.terms.low_rank import LowRank
 from weft.terms.shifted import Shifted
 from weft.terms.spectral import Spectral
 
-__all__ = ["exact_factors", "sum_factors"]
+__all__ = ["exact_factors", "gated_factors", "sum_factors"]
 
 Factors = tuple[Tensor, Tensor]
 
@@ -35,7 +35,7 @@ def _(term: LowRank) -> Factors | None:
 
 @exact_factors.register
 def _(term: Spectral) -> Factors | None:
-    return term.U.detach().float() * term.s.detach().float(), term.V.detach().float()
+    return gated_factors(term.U, term.s.detach().float() * term.scale, term.V)
 
 
 @exact_factors.register
@@ -49,6 +49,12 @@ def _(term: Shifted) -> Factors | None:
     if now is None or start is None:
         return None
     return torch.cat([now[0], -start[0]], dim=1), torch.cat([now[1], start[1]])
+
+
+def gated_factors(B: Tensor, gate: Tensor, A: Tensor) -> Factors:
+    """B diag(gate) and A in fp32, detached, without the components whose gate is zero; one is left at least."""
+    kept = gate.nonzero().flatten() if gate.any() else torch.arange(1, device=gate.device)
+    return B.detach().float()[:, kept] * gate[kept], A.detach().float()[kept]
 
 
 def sum_factors(terms: Sequence[Term]) -> Factors | None:

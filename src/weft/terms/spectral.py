@@ -1,4 +1,6 @@
-"""Spectral: T = U diag(s) V, U (out, r), s (r,), V (r, in); s is a tensor of its own, to be trained or masked alone."""
+"""Spectral: T = scale * U diag(s) V, U (out, r), s (r,), V (r, in); s is a tensor of its own, to be trained or masked
+alone.
+"""
 
 from __future__ import annotations
 
@@ -14,34 +16,50 @@ __all__ = ["Spectral"]
 
 
 class Spectral(Term):
-    """T = U diag(s) V. Orthonormality of U and V is the method's business, not the term's."""
+    """T = scale * U diag(s) V. Orthonormality of U and V is the method's business, not the term's; `scale` and
+    `dropout` are as in `LowRank`.
+    """
 
     kind = "spectral"
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, *, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        self.rank = rank
+        self.rank, self.scale, self.dropout = rank, scale, dropout
         self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.s = nn.Parameter(torch.empty(rank, device=device, dtype=dtype))
         self.V = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
 
     @classmethod
-    def from_factors(cls, U: Tensor, s: Tensor, V: Tensor) -> Spectral:
+    def from_factors(cls, U: Tensor, s: Tensor, V: Tensor, *, scale: float = 1.0, dropout: float = 0.0) -> Spectral:
         """The term of given factors U (out, r), s (r,), V (r, in)."""
-        term = cls(V.shape[1], U.shape[0], s.shape[0], device="meta", dtype=U.dtype)
+        term = cls(V.shape[1], U.shape[0], s.shape[0], scale=scale, dropout=dropout, device="meta", dtype=U.dtype)
         term.U, term.s, term.V = (nn.Parameter(t.detach().contiguous()) for t in (U, s, V))
         return term
 
     def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         hidden = F.linear(x, self.V.to(x.dtype))
         # under autocast `hidden` is narrower than s: keep the product in its dtype
-        return F.linear(hidden * self.s.to(hidden.dtype), self.U.to(x.dtype))
+        hidden = hidden * (self.s if self.scale == 1.0 else self.s * self.scale).to(hidden.dtype)
+        return F.linear(hidden, self.U.to(x.dtype))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.s.dtype
-        return (self.U.to(dtype) * self.s.to(dtype)) @ self.V.to(dtype)
+        return (self.U.to(dtype) * (self.s.to(dtype) * self.scale)) @ self.V.to(dtype)
 
     def spec(self) -> Spec:
-        return super().spec() | {"rank": self.rank}
+        return (
+            super().spec()
+            | {"rank": self.rank, "scale": self.scale}
+            | ({"dropout": self.dropout} if self.dropout else {})
+        )

@@ -1,0 +1,65 @@
+"""svfit: train the r leading singular values of the weight, everything else of it frozen (Sun et al., 2024, arXiv
+2409.05926, section 3).
+
+    W = U S V;   W + U_r diag(sigma - S_r) V_r,  sigma from S_r;   r trainable numbers
+
+Trained is delta = sigma - S_r, from 0: the same steps, an exact start in any dtype, and the base (quantised, too) keeps
+its bytes. The frozen sides are r (in + out) stored numbers: they are saved, for close singular values leave them
+undetermined. `energy=0.99` takes the smallest r, at most `rank`, that holds this share of the squared singular values;
+the paper's "99 % of the information" is not defined. `relative=True` trains sigma / S_r instead, so that one learning
+rate suits values of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.errors import WeftError
+from weft.linalg.spectrum import rank_for_energy
+from weft.linalg.svd import truncated_svd
+from weft.methods.adapter import no_gradient
+from weft.methods.base import Method, Site
+from weft.terms import Spectral, Term
+
+__all__ = ["METHOD", "attach", "check_share", "diagonal_count", "trained_diagonal"]
+
+
+def attach(site: Site, *, energy: float | None, relative: bool) -> dict[str, Term]:
+    """A diagonal of zeros between the weight's own principal sides."""
+    check_share("energy", energy)
+    U, s, V = truncated_svd(site.weight())
+    rank = site.rank if energy is None else max(1, min(site.rank, rank_for_energy(s, energy)))
+    U, s, V = U[:, :rank], s[:rank], V[:rank]
+    return {"": trained_diagonal(site, U * s if relative else U, torch.zeros(rank), V)}
+
+
+def trained_diagonal(site: Site, U: Tensor, s: Tensor, V: Tensor) -> Term:
+    """The term U diag(s) V of which s alone is trained."""
+    term = Spectral.from_factors(*(factor.to(site.device, site.dtype) for factor in (U, s, V)))
+    return no_gradient(term, "U", "V")
+
+
+def check_share(name: str, share: float | None) -> None:
+    """Raises WeftError for a share that is none."""
+    if share is not None and not 0 < share <= 1:
+        raise WeftError(f"The option {name} is a share of the whole, above 0 and at most 1; {share} is not.")
+
+
+def diagonal_count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
+    """r."""
+    return rank
+
+
+METHOD = Method(
+    name="svfit",
+    kind="adapt",
+    summary="The leading singular values of the weight trained alone, between their frozen singular vectors.",
+    paper="Sun et al., 2024, arXiv 2409.05926",
+    attach=attach,
+    count=diagonal_count,
+    defaults={"energy": None, "relative": False},
+)
