@@ -8,7 +8,7 @@ Learning rates lie on the lattice centre * step^k; from the published centre the
 better, so the chosen rate beats both its neighbours (at most --tries runs an optimizer; a rate at the edge is marked).
 Then GaLore with the warm-started subspace runs against the exact SVD at one rate, with several seeds: the difference is
 to be smaller than the spread over seeds. Data: Python's own sources unless --text is given; loss on held-out ones.
-Writes benchmarks/results/pretrain_table_<device>_<size>.json.
+Writes benchmarks/results/pretrain_table_<device>_<size>_<steps>.json.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float
     subspace = {"rank": rank, "refresh": refresh}
     return {
         "AdamW": (1e-3, {"optimizer": "adamw"}),
+        # the control: GaLore's two rates (embeddings and head at lr, matrices at a quarter of it) without a projection
+        "AdamW, GaLore's rates": (1e-2, {"optimizer": "galore", "rank": rank, "projection": "identity"}),
         WARM: (1e-2, {"optimizer": "galore", **subspace}),
         EXACT: (1e-2, {"optimizer": "galore", **subspace, "projection": "svd"}),
         "Fira": (1e-2, {"optimizer": "fira", **subspace}),
@@ -149,7 +151,7 @@ def main() -> None:
     compared = seeds_of(rows[EXACT]["lr"], args.seeds, run) if {WARM, EXACT} <= rows.keys() else None
     show(rows, compared)
     args.output.mkdir(exist_ok=True)
-    path = args.output / f"pretrain_table_{args.device}_{args.size}.json"
+    path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}.json"
     record = {
         **environment(args), "rank": rank, "rows": rows, "warm_against_exact": compared,
         "seconds": time.perf_counter() - began,

@@ -51,6 +51,7 @@ PROJECTIONS: dict[str, Any] = {
     "dct": DCT,
     "columns": Columns,
     "blocks": Blocks,
+    "identity": lambda rank: Whole(),  # the inner rule in full, at the preset's rates: what the subspace itself costs
 }
 
 
