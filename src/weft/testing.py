@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from weft.terms import (
     CoreLowRank,
     Dense,
+    GatedLowRank,
     Int8,
     LowRank,
     Magnitude,
@@ -30,6 +31,7 @@ from weft.terms import (
     RandomCombination,
     Replacement,
     Shifted,
+    SingularBasis,
     Sparse,
     Spectral,
     SumLinear,
@@ -254,11 +256,25 @@ def _core_low_rank(generator: Generator) -> Term:
     return CoreLowRank.from_factors(B, R, A, scale=0.5)
 
 
+def _gated_low_rank(generator: Generator) -> Term:
+    gate = torch.rand(RANK, generator=generator) + 0.5
+    return GatedLowRank.from_factors(_side(OUT, RANK, generator), _side(RANK, IN, generator), gate, scale=0.5)
+
+
 def _shifted(generator: Generator) -> Term:
     term = Shifted.from_term(_low_rank(generator))
     with torch.no_grad():
         for parameter in term.now.parameters():
             parameter.add_(_side(*parameter.shape, generator))
+    return term
+
+
+def _singular_basis(generator: Generator) -> Term:
+    size, head = min(OUT, IN), 3
+    U, V = (_side(n, size, generator) / 3 for n in (OUT, IN))
+    X, Y = (_side(size - head, RANK, generator) / 2 for _ in "XY")
+    term = SingularBasis.from_factors(U, torch.rand(size, generator=generator) + 0.5, V.mT, X, Y.mT)
+    term.scale, term.shift = (nn.Parameter(_side(head, generator)) for _ in range(2))
     return term
 
 
@@ -285,8 +301,10 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
     Spectral.kind: _spectral,
+    SingularBasis.kind: _singular_basis,
     Sparse.kind: _sparse,
     CoreLowRank.kind: _core_low_rank,
+    GatedLowRank.kind: _gated_low_rank,
     Shifted.kind: _shifted,
     Magnitude.kind: _magnitude,
     Replacement.kind: _replacement,

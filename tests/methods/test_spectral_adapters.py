@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from weft.rules.kept_subspace import KeptSubspace, orthogonality_loss, size_loss
 from weft.rules.spectral_penalty import SpectralPenalty
 from weft.terms import Dense, LowRank, Shifted, Spectral
 from weft.terms.adapters import find_adapter
-from weft.testing_adapters import adapted, task, tiny_llama, train
+from weft.terms.factors import exact_factors
+from weft.testing_adapters import PROPERTIES, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, rules, trainable
 from weft.verbs.seeding import generator
 
@@ -355,3 +357,83 @@ def test_effort_losses_hold_the_subspace_while_it_learns() -> None:
         distances.append(float(measure.penalty(model)))
         assert losses[-1] < losses[0]
     assert distances[1] < 0.5 * distances[0]
+
+
+# ---- salt
+
+
+def trained_salt(W: Tensor, rank: int = R, **options: Any) -> One:
+    """A salt adapter with every trainable number moved."""
+    model = one("salt", W, rank, **options)
+    for parameter in trainable(model).parameters.values():
+        parameter.data += 0.3 * drawn(*parameter.shape, seed=parameter.numel())
+    return model
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_salt_starts_on_the_weight_and_is_the_formula_after(shape: tuple[int, int], relu: bool) -> None:
+    W, x, head, k = drawn(*shape), drawn(7, shape[1], seed=1), 5, min(shape)
+    model = one("salt", W, head=head, relu=relu)
+    term = model.layer.terms["default"]
+    assert torch.equal(model(x), One(W)(x)) and torch.equal(model.layer.dense(), W)
+    assert trainable(model).count == 2 * head + 2 * (k - head) * R
+    assert 0.9 < float(term.X.abs().max()) / math.sqrt(6 / R) <= 1
+    model = trained_salt(W, head=head, relu=relu)
+    term = model.layer.terms["default"]
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    signs = (U * term.U).sum(0)
+    close(signs.abs(), torch.ones(k), 1e-4)
+    S = torch.zeros(k, k)
+    S[:head, :head] = torch.diag(term.scale * s[:head] + term.shift)
+    S[head:, head:] = torch.diag(s[head:]) + term.X @ term.Y
+    S = S.relu() if relu else S
+    close(model.layer.dense(), (U * signs) @ S @ (V * signs.unsqueeze(1)), 1e-4)
+    close(model(x), x @ model.layer.dense().mT)
+
+
+def test_salt_without_a_tail_scales_and_shifts_without_a_head_it_is_lora() -> None:
+    W = drawn(OUT, IN)
+    U, _, V = torch.linalg.svd(W, full_matrices=False)
+    core = U.mT @ trained_salt(W, 1, head=1.0).layer.dense() @ V.mT
+    assert (core - torch.diag(core.diagonal())).abs().max() < 1e-4
+    model = trained_salt(W, head=0)
+    term = model.layer.terms["default"]
+    close(model.layer.dense(), W + term.U @ term.X @ term.Y @ term.V)
+    assert int(torch.linalg.matrix_rank(model.layer.dense() - W, rtol=1e-5)) == R
+
+
+def test_salt_changes_the_rank_of_head_and_block() -> None:
+    W = drawn(OUT, IN)
+    model = trained_salt(W, head=3)
+    B, A = exact_factors(model.layer.terms["default"])
+    assert A.shape[0] == 3 + R == int(torch.linalg.matrix_rank(model.layer.dense() - W, rtol=1e-5))
+    close(W + B @ A, model.layer.dense())
+    assert exact_factors(trained_salt(W, head=3, relu=True).layer.terms["default"]) is None
+
+
+def test_salt_relu_loses_the_negative_entries_of_the_block() -> None:
+    model = one("salt", drawn(OUT, IN), head=3, relu=True)
+    term = model.layer.terms["default"]
+    term.X.data, term.Y.data = drawn(IN - 3, R, seed=1), drawn(R, IN - 3, seed=2)
+    product = torch.diag(term.s[3:]) + term.X @ term.Y
+    lost = term.block() + torch.diag(term.s[3:]) - product
+    assert (product < 0).float().mean() > 0.3
+    close(lost, torch.where(product < 0, -product, 0.0))
+    term.block()[0, 1:].sum().backward()
+    assert not term.X.grad[1:].any()
+
+
+def test_salt_refuses_a_head_that_is_none() -> None:
+    for head in (1.5, -0.1, IN + 1):
+        with pytest.raises(WeftError, match="a share from"):
+            one("salt", drawn(OUT, IN), head=head)
+    with pytest.raises(WeftError, match="from 1 to 2"):
+        one("salt", drawn(OUT, IN), R, head=IN - 2)
+
+
+def test_salt_with_its_relu_is_saved_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS["salt"]
+    monkeypatch.setitem(METHODS, "salt", replace(method, defaults={**method.defaults, "relu": True}))
+    for prop in ("start", "count", "learns", "merges", "saves", "compiles", "removal"):
+        PROPERTIES[prop](METHODS["salt"])

@@ -27,7 +27,9 @@ from weft.methods import (
     nola,
     olora,
     pissa,
+    salt,
     soma,
+    sora,
     sorsa,
     svd,
     svd_llm,
@@ -61,11 +63,13 @@ METHODS: dict[str, Method] = {
         lq_lora,
         soma,
         sorsa,
+        salt,
         effort,
         kasa,
         loldu,
         svfit,
         nola,
+        sora,
     )
 }
 

@@ -10,11 +10,15 @@ from weft.errors import unknown
 from weft.terms.base import Spec, Term
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
+from weft.terms.factored import Factored
+from weft.terms.gated_low_rank import GatedLowRank
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
 from weft.terms.quantized import Int8, NormalFloat
+from weft.terms.random_combination import RandomCombination
 from weft.terms.replacement import Replacement
 from weft.terms.shifted import Shifted
+from weft.terms.singular_basis import SingularBasis
 from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
 from weft.terms.sum_linear import SumLinear
@@ -24,12 +28,16 @@ __all__ = [
     "TERMS",
     "CoreLowRank",
     "Dense",
+    "Factored",
+    "GatedLowRank",
     "Int8",
     "LowRank",
     "Magnitude",
     "NormalFloat",
+    "RandomCombination",
     "Replacement",
     "Shifted",
+    "SingularBasis",
     "Sparse",
     "Spec",
     "Spectral",
@@ -42,7 +50,21 @@ __all__ = [
 
 TERMS: dict[str, type[Term]] = {
     term.kind: term
-    for term in (Dense, NormalFloat, Int8, LowRank, Spectral, Sparse, CoreLowRank, Shifted, Magnitude, Replacement)
+    for term in (
+        Dense,
+        NormalFloat,
+        Int8,
+        LowRank,
+        Spectral,
+        Sparse,
+        CoreLowRank,
+        GatedLowRank,
+        Shifted,
+        Magnitude,
+        Replacement,
+        RandomCombination,
+        SingularBasis,
+    )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
 

@@ -12,6 +12,7 @@ from weft.terms.base import Term
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.low_rank import LowRank
 from weft.terms.shifted import Shifted
+from weft.terms.singular_basis import SingularBasis
 from weft.terms.spectral import Spectral
 
 __all__ = ["exact_factors", "gated_factors", "sum_factors"]
@@ -41,6 +42,15 @@ def _(term: Spectral) -> Factors | None:
 @exact_factors.register
 def _(term: CoreLowRank) -> Factors | None:
     return term.B.detach().float() @ term.R.detach().float() * term.scale, term.A.detach().float()
+
+
+@exact_factors.register
+def _(term: SingularBasis) -> Factors | None:
+    if term.relu:
+        return None
+    U, gain, V, X, Y = (t.detach().float() for t in (term.U, term.gain(), term.V, term.X, term.Y))
+    head = term.head
+    return torch.cat([U[:, :head] * gain, U[:, head:] @ X], dim=1), torch.cat([V[:head], Y @ V[head:]])
 
 
 @exact_factors.register
