@@ -25,6 +25,7 @@ SOURCE = ROOT / "src" / "weft"
 # room -> the rooms it may import, itself and `errors` aside: the arrows of docs/design.md
 ARROWS = {
     "linalg": set(),
+    "merging": {"linalg"},
     "kernels": set(),
     "embedded": set(),
     "terms": {"linalg", "kernels"},
@@ -42,7 +43,8 @@ ARROWS["cli"] = {"verbs"}
 ARROWS["testing"] = {*ARROWS["verbs"], "verbs"}
 
 PUBLIC = [
-    *("Budget", "WeftError", "__version__", "adapt", "calibrate", "compress", "disable", "effective_rates", "evaluate"),
+    *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compress", "disable"),
+    *("effective_rates", "evaluate"),
     *("finetune", "inspect", "lean", "load_adapter", "merge", "merge_adapter", "methods", "needs", "optim"),
     *("parameter_groups", "quantize", "remove_adapter", "save_adapter", "set_adapter", "trainable"),
 ]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from weft.cli import app
 from weft.errors import WeftError
 
-VERBS = ("inspect", "compress", "finetune", "eval", "merge", "methods", "demo")
+VERBS = ("inspect", "compress", "finetune", "eval", "merge", "combine", "methods", "demo")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Every call of a verb's `run`, recorded instead of done."""
     made: list[tuple[str, dict[str, Any]]] = []
     answer = {"matrices": [], "model": "m", "parameters": 0, "stages": [], "generated": "", "report": ""}
-    for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "demo"):
+    for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "combine", "demo"):
         module = __import__(f"weft.verbs.{verb}", fromlist=["run"])
         monkeypatch.setattr(module, "run", lambda _verb=verb, **kwargs: made.append((_verb, kwargs)) or answer)
     return made
@@ -81,6 +81,17 @@ EXACT = [
         {"text": [Path("F")], "window": 512, "windows": 24},
     ),
     ("merge M -o O", "merge", {"model": "M", "out": Path("O")}),
+    (
+        "combine A B -o O --method lego --rank 16 --weight 0.5 --weight 2 --option canonical=true",
+        "combine",
+        {
+            "adapters": [Path("A"), Path("B")],
+            "method": "lego",
+            "rank": 16,
+            "weights": [0.5, 2.0],
+            "canonical": True,
+        },
+    ),
 ]
 
 
@@ -98,9 +109,9 @@ def test_arguments_reach_a_run_that_takes_them() -> None:
     """Each command passes exactly what its verb's `run` accepts."""
     import inspect as signatures
 
-    from weft.cli import compress, demo, evaluate, finetune, inspect, merge
+    from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge
 
-    for command in (compress, demo, evaluate, finetune, inspect, merge):
+    for command in (combine, compress, demo, evaluate, finetune, inspect, merge):
         name = command.__name__.rsplit(".", 1)[1]
         run = __import__(f"weft.verbs.{name}", fromlist=["run"]).run
         taken = signatures.signature(run).parameters
@@ -129,6 +140,9 @@ MISTAKES = [
     ("compress pico -o O --calibration missing.txt", "missing.txt"),
     ("finetune pico -o O --method lor", "the nearest are: lora"),
     ("finetune pico -o O --steps 0", "--steps is 0: give at least 1"),
+    ("combine A B -o O", "A holds no adapter"),
+    ("combine A B -o O --method leg", "the nearest are: lego"),
+    ("combine A B -o O --option centre=1", "has no option 'centre'; its options: none"),
     ("eval ./missing", "There is no directory './missing'"),
     ("eval pico --windows 0", "--windows is 0: give at least 1"),
     ("eval pico --window 1", "give at least 2"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import typer
 
 import weft
-from weft.cli import compress, demo, evaluate, finetune, inspect, merge, methods, pretrain
+from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, methods, pretrain
 from weft.cli.answer import answering
 
 __all__ = ["app", "main"]
@@ -29,6 +29,7 @@ app.command("finetune")(answering(finetune.command, resumes=True))
 app.command("pretrain")(answering(pretrain.command, resumes=True))
 app.command("eval")(answering(evaluate.command))
 app.command("merge")(answering(merge.command))
+app.command("combine")(answering(combine.command))
 app.command("methods")(answering(methods.command))
 app.command("demo")(answering(demo.command, resumes=True))
 

@@ -20,7 +20,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from weft.errors import WeftError, nearest
 from weft.io import peft
 from weft.io.base import Base, base_of, other_weights, sample
-from weft.terms import Term, build
+from weft.terms import LowRank, Term, build
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
 from weft.terms.layers import linear_layers
 
@@ -53,17 +53,20 @@ class LooseAdapter:
     Args:
         adapter: its terms and settings.
         base: what is known of the model that it was made on.
-        extras: its values of parameters of the model itself.
     """
 
     adapter: Adapter
     base: Base
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its low-rank terms."""
+        return max((term.rank for term in self.adapter.all_terms() if isinstance(term, LowRank)), default=0)
 
     def save(self, directory: str | os.PathLike[str], *, format: Literal["auto", "peft", "weft"] = "auto") -> None:
         """Write it, as `save_adapter` writes one that is on a model."""
         out, reason = Path(directory), _check_save(directory, self.adapter, format)
-        state = {**{key: whole(tensor) for key, tensor in _paths(self.adapter)}, **self.extras}
+        state = {key: whole(tensor) for key, tensor in _paths(self.adapter)} | self.adapter.extras
         _write(out, self.base, self.adapter, state, format, reason)
 
     def named(self, name: str) -> Adapter:
@@ -130,7 +133,7 @@ def load_adapter(
     for layer, terms in adapter.terms.items():
         for term in terms.values():
             term.to(device[layer])
-    _adopt(model, adapter, loose.extras)
+    _adopt(model, adapter)
     changed = other_weights(sample(model, adapter.terms), loose.base.samples) if loose.base.samples else None
     if changed is not None:
         warnings.warn(
@@ -142,13 +145,13 @@ def load_adapter(
 
 
 def read_adapter(
-    directory: str | os.PathLike[str], name: str | None = None, parameters: Container[str] = ()
+    directory: str | os.PathLike[str], name: str | None = None, parameters: Container[str] | None = None
 ) -> LooseAdapter:
     """The adapter of a directory in either format, on no model.
 
     Args:
         name: another name than the saved one.
-        parameters: names of the model's parameters that an adapter of PEFT may bring along.
+        parameters: names of the model's parameters, of which alone an adapter of PEFT may bring values; None for any.
 
     Raises:
         WeftError: the directory holds no adapter, a file is damaged, or a tensor is missing or unexpected.
@@ -156,8 +159,7 @@ def read_adapter(
     path = check_directory(directory)
     if (path / CONFIG).is_file():
         return _read(path, name)
-    adapter, extras, base = peft.read(path, name or "default", parameters)
-    return LooseAdapter(adapter, base, extras)
+    return LooseAdapter(*peft.read(path, name or "default", parameters))
 
 
 def check_directory(directory: str | os.PathLike[str]) -> Path:
@@ -180,9 +182,9 @@ def _check_save(directory: str | os.PathLike[str], adapter: Adapter, format: str
     return reason
 
 
-def _adopt(model: nn.Module, adapter: Adapter, extras: Mapping[str, Tensor]) -> None:
+def _adopt(model: nn.Module, adapter: Adapter) -> None:
     """Put the adapter on beside those in use, with its own values of the model's parameters that it trains."""
-    for key, value in extras.items():
+    for key, value in adapter.extras.items():
         parameter = dict(model.named_parameters()).get(key)
         if parameter is None or parameter.shape != value.shape:
             raise WeftError(
@@ -318,7 +320,7 @@ def _read(path: Path, name: str | None) -> LooseAdapter:
         adapter = Adapter(name or config["name"], config["method"], {}, config["settings"], config["rates"])
         base = Base.from_json(config["base"])
         state |= {tied: state[home] for tied, home in config["tied"].items()}
-        extras = {key: state.pop(key) for key in config["extras"]}
+        adapter.extras = {key: state.pop(key) for key in config["extras"]}
         for layer, roles in config["layers"].items():
             terms = {_key(adapter, role): _term(f"{layer}.{role}", entry, state) for role, entry in roles.items()}
             adapter.terms[layer] = terms
@@ -328,7 +330,7 @@ def _read(path: Path, name: str | None) -> LooseAdapter:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join((str(error) if isinstance(error, WeftError) else repr(error)).split())
         raise WeftError(f"The adapter in {path} cannot be read: {reason}; fetch it again, whole.") from error
-    return LooseAdapter(adapter, base, extras)
+    return LooseAdapter(adapter, base)
 
 
 def _check_format(path: Path, config: Mapping[str, Any]) -> None:

@@ -81,11 +81,11 @@ def plain_state(path: Path, layers: Iterable[str]) -> dict[str, Tensor]:
     }
 
 
-def read(path: Path, name: str, parameters: Container[str] = ()) -> tuple[Adapter, dict[str, Tensor], Base]:
-    """The adapter of PEFT's files, its values of parameters of the model (biases, modules_to_save), and its base.
+def read(path: Path, name: str, parameters: Container[str] | None = None) -> tuple[Adapter, Base]:
+    """The adapter of PEFT's files, with its values of parameters of the model (biases, modules_to_save), and its base.
 
     Args:
-        parameters: the names of the model's parameters; others are refused.
+        parameters: the names of the model's parameters, of which alone there may be values; None for any.
 
     Raises:
         WeftError: another kind of adapter, one that belongs to a base which PEFT changes on loading, or tensors that
@@ -101,7 +101,8 @@ def read(path: Path, name: str, parameters: Container[str] = ()) -> tuple[Adapte
     adapter = Adapter(name, "dora" if config.get("use_dora") else "lora", {}, {"rank": config["r"], "peft": True})
     for layer, found in parts.items():
         adapter.terms[layer] = {name: _term(layer, found, config, path)}
-    return adapter, extras, _base(config)
+    adapter.extras = extras
+    return adapter, _base(config)
 
 
 def _factors(terms: list[Term]) -> tuple[Tensor, Tensor]:
@@ -180,7 +181,7 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _parts(
-    state: Mapping[str, Tensor], parameters: Container[str], path: Path
+    state: Mapping[str, Tensor], parameters: Container[str] | None, path: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """layer -> {"lora_A.weight", "lora_B.weight", ...}, and tensors of the model itself."""
     parts: dict[str, dict[str, Tensor]] = {}
@@ -191,7 +192,7 @@ def _parts(
         own = bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if match:
             parts.setdefault(match["layer"], {})[match["part"]] = tensor
-        elif own in parameters:
+        elif parameters is None or own in parameters:
             extras[own] = tensor
         else:
             raise WeftError(f"{path} holds the tensor {key}, which weft has no place for; nothing was loaded.")
