@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weft.kernels.lean_linear import Factor, Weight, linear
 from weft.kernels.recompute import recompute, source_of
 from weft.memory.logits import Logits
-from weft.terms import Dense, Factored, Int8, LowRank, NormalFloat, Shifted, Spectral, SumLinear, Term
+from weft.terms import Dense, Factored, GatedLowRank, Int8, LowRank, NormalFloat, Shifted, Spectral, SumLinear, Term
 
 __all__ = [
     "LeanForward",
@@ -169,6 +169,11 @@ def _(term: Factored) -> list[Factor] | None:
 @factors_of.register
 def _(term: Spectral) -> list[Factor] | None:
     return None if term.dropout and term.training else [Factor(term.U, term.s.unsqueeze(1) * term.V, term.scale)]
+
+
+@factors_of.register
+def _(term: GatedLowRank) -> list[Factor]:
+    return [Factor(term.B, term.now.unsqueeze(1) * term.A, term.scale)]
 
 
 @factors_of.register

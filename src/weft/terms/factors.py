@@ -7,10 +7,12 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from weft.terms.base import Term
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.low_rank import LowRank
+from weft.terms.shard_sum import ShardSum
 from weft.terms.shifted import Shifted
 from weft.terms.singular_basis import SingularBasis
 from weft.terms.spectral import Spectral
@@ -54,6 +56,12 @@ def _(term: SingularBasis) -> Factors | None:
 
 
 @exact_factors.register
+def _(term: ShardSum) -> Factors | None:
+    B, A = term.factors(torch.float32)
+    return B.detach(), A
+
+
+@exact_factors.register
 def _(term: Shifted) -> Factors | None:
     now, start = exact_factors(term.now), exact_factors(term.start)
     if now is None or start is None:
@@ -63,6 +71,8 @@ def _(term: Shifted) -> Factors | None:
 
 def gated_factors(B: Tensor, gate: Tensor, A: Tensor) -> Factors:
     """B diag(gate) and A in fp32, detached, without the components whose gate is zero; one is left at least."""
+    if isinstance(gate, DTensor):  # a shard knows its own gates only
+        return B.detach().float() * gate, A.detach().float()
     kept = gate.nonzero().flatten() if gate.any() else torch.arange(1, device=gate.device)
     return B.detach().float()[:, kept] * gate[kept], A.detach().float()[kept]
 

@@ -1,0 +1,198 @@
+"""The invariants of the adapter methods that are a rule during training, against closed forms and slow loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weft
+from weft.errors import WeftError
+from weft.io.adapters import load_adapter, save_adapter
+from weft.methods import METHODS, sora
+from weft.rules import Rules
+from weft.terms import Spectral
+from weft.terms.adapters import find_adapter
+from weft.terms.factors import exact_factors
+from weft.testing_adapters import adapted, task, tiny_llama, train
+from weft.verbs.adapt import adapt, make_optimizer, rules, trainable
+
+OUT, IN, R = 24, 20, 4
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    a, b = a.detach().double(), b.detach().double()
+    torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max().clamp(min=1e-30)), rtol=0)
+
+
+class One(nn.Module):
+    """A model of one linear layer."""
+
+    def __init__(self, W: Tensor | None = None) -> None:
+        super().__init__()
+        W = drawn(OUT, IN) if W is None else W
+        self.layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
+        self.layer.weight = nn.Parameter(W.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+def one(method: str, **options: Any) -> tuple[One, Any]:
+    """A model of one adapted layer, and its term."""
+    model = adapt(One(), method, R, **options)
+    return model, model.layer.terms["default"]
+
+
+def started(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Rules:
+    """The model's rules, bound and started."""
+    rule = Rules(rules(model))
+    if optimizer is not None:
+        rule.bind(optimizer)
+    rule.start(model)
+    return rule
+
+
+def step(model: nn.Module, rule: Rules, optimizer: torch.optim.Optimizer, number: int, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    rule.before_step(model, number)
+    optimizer.step()
+    rule.after_step(model, number)
+
+
+def peft_logits(model: nn.Module, directory: Path) -> Tensor:
+    """What PEFT computes with the exported adapter."""
+    peft = pytest.importorskip("peft")
+    save_adapter(model, directory / "adapter", format="peft")
+    with torch.no_grad():
+        loaded = peft.PeftModel.from_pretrained(tiny_llama(), directory / "adapter").eval()
+        found: Tensor = loaded(task()[0]["input_ids"]).logits
+    return found
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model.eval()(task()[0]["input_ids"]).logits
+    return found
+
+
+# ---- sora
+
+
+def test_sora_with_gates_of_one_is_lora() -> None:
+    (gated, term), (plain, lora) = one("sora", ones=True, alpha=8.0), one("lora", alpha=8.0)
+    assert isinstance(term, Spectral)
+    lora.A.data = term.V.data
+    term.U.data = lora.B.data = drawn(OUT, R, seed=1)
+    x = drawn(5, IN, seed=2)
+    close(gated(x), plain(x), 1e-6)
+
+
+def test_sora_step_without_gradient_is_the_soft_threshold() -> None:
+    model, term = one("sora", xi=0.3)
+    g = term.s.detach().clone()
+    started(model).after_step(model, 1)
+    assert torch.equal(term.s, g.sign() * (g.abs() - 0.3).clamp(min=0)) and not torch.equal(term.s, g)
+
+
+def test_sora_thresholds_at_the_ends() -> None:
+    model = adapted(METHODS["sora"], xi=10.0)
+    train(model, 2)
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    free, plain = adapted(METHODS["sora"], xi=0.0), adapted(METHODS["sora"], xi=0.0)
+    train(free, 3)
+    train(plain, 3, rule=Rules([]))
+    pairs = zip(trainable(free).parameters.values(), trainable(plain).parameters.values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_sora_closed_component_has_gradient_at_its_gate_alone() -> None:
+    model, term = one("sora")
+    with torch.no_grad():
+        term.U.copy_(drawn(OUT, R, seed=1))
+        term.s[1] = 0
+    model(drawn(5, IN, seed=2)).square().sum().backward()
+    assert not term.V.grad[1].any() and not term.U.grad[:, 1].any() and term.s.grad[1] != 0
+    assert term.V.grad[0].any() and term.U.grad[:, 0].any()
+
+
+def test_sora_closed_component_revives_when_its_step_exceeds_the_threshold() -> None:
+    model, term = one("sora", xi=1e-3)
+    term.U.data = drawn(OUT, R, seed=1)
+    term.s.data[1] = 0
+    x = drawn(5, IN, seed=2)
+    for lr, alive in ((5e-4, False), (2e-3, True)):
+        optimizer = make_optimizer(model, lr)
+        step(model, started(model, optimizer), optimizer, 1, model(x).square().sum())
+        assert bool(term.s[1]) is alive
+
+
+def test_sora_prunes_to_the_same_function(tmp_path: Path) -> None:
+    model = adapted(METHODS["sora"], xi=0.3, alpha=8.0)
+    train(model, 3)
+    before = logits(model)
+    kept = sora.prune(model)
+    terms = {layer: terms["default"] for layer, terms in find_adapter(model).terms.items()}
+    assert 0 < sum(kept.values()) < 7 * 4 and all(terms[layer].rank == max(n, 1) for layer, n in kept.items())
+    count = sum(max(n, 1) * (terms[layer].in_features + terms[layer].out_features + 1) for layer, n in kept.items())
+    assert trainable(model).count == count
+    close(logits(model), before, 1e-6)
+    close(peft_logits(model, tmp_path), before)
+    save_adapter(model, tmp_path / "own", format="weft")
+    assert torch.equal(logits(load_adapter(tiny_llama(), tmp_path / "own")), logits(model))
+    with pytest.raises(WeftError, match="only 'sora'"):
+        sora.prune(adapt(tiny_llama(), "lora", 2))
+
+
+def test_sora_exports_open_components_only() -> None:
+    _, term = one("sora")
+    term.U.data = drawn(OUT, R, seed=1)
+    term.s.data[:] = torch.tensor([1.0, 0.0, -2.0, 0.0])
+    B, A = exact_factors(term)
+    assert A.shape == (2, IN)
+    close(B @ A, term.dense(), 1e-6)
+    term.s.data.zero_()
+    B, A = exact_factors(term)
+    assert A.shape == (1, IN) and not (B @ A).any()
+
+
+def test_sora_fixed_point_is_the_lasso() -> None:
+    """With an orthonormal design, proximal SGD ends on the soft-thresholded least squares (threshold: the rate times
+    xi)."""
+    Q = torch.linalg.qr(drawn(OUT, R))[0]
+    model = adapt(One(torch.zeros(OUT, R)), "sora", R, xi=0.3, by_rate=True)
+    term = model.layer.terms["default"]
+    term.requires_grad_(False)
+    term.U.data, term.V.data, term.s.data = Q, torch.eye(R), torch.zeros(R)
+    term.s.requires_grad_(True)
+    truth = torch.tensor([2.0, -1.0, 0.2, 0.0])
+    target = (Q * truth).mT
+    optimizer = torch.optim.SGD([term.s], lr=0.2)
+    rule = started(model, optimizer)
+    for number in range(1, 100):
+        step(model, rule, optimizer, number, (model(torch.eye(R)) - target).square().sum() / 2)
+    close(term.s, truth.sign() * (truth.abs() - 0.3).clamp(min=0), 1e-4)
+    assert (term.s == 0).tolist() == [False, False, True, True]
+
+
+def test_sora_penalty_is_the_mean_over_all_gates() -> None:
+    model = adapted(METHODS["sora"], penalty=10.0)
+    gates = torch.cat([term.s.detach() for term in find_adapter(model).all_terms()])
+    close(started(model).penalty(model), 10 * gates.abs().mean(), 1e-6)
+    assert Rules(rules(adapted(METHODS["sora"]))).penalty(model) is None
+
+
+def test_sora_decays_no_gate() -> None:
+    model = adapted(METHODS["sora"])
+    groups = {id(p): g["weight_decay"] for g in weft.parameter_groups(model, 1e-3, 0.1) for p in g["params"]}
+    for term in find_adapter(model).all_terms():
+        assert (groups[id(term.s)], groups[id(term.U)]) == (0.0, 0.1)
