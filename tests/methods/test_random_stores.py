@@ -1,0 +1,274 @@
+"""Methods whose numbers are shared or recomputed: the invariants of their papers, against slow loops and other
+libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import weft
+from weft.errors import WeftError
+from weft.io.adapters import load_adapter, save_adapter
+from weft.linalg import counter
+from weft.methods import METHODS
+from weft.terms import RandomCombination, random_combination
+from weft.terms.adapters import find_adapter
+from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
+from weft.verbs.adapt import adapt, trainable
+
+IDS = task()[0]["input_ids"]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a.double(), b.double(), atol=tolerance * float(b.abs().max().clamp(min=1e-30)), rtol=0)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    out: Tensor = model.eval()(IDS).logits
+    return out
+
+
+def deep_llama(layers: int = 3) -> nn.Module:
+    """Several blocks, so that something can be shared between them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.2,
+        )
+        model: nn.Module = LlamaForCausalLM(config)
+        return model.eval()
+
+
+def in_peft(make: Any, path: Path) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded: nn.Module = peft.PeftModel.from_pretrained(make(), path)
+    return loaded
+
+
+# ---- numbers that are computed
+
+
+def slow_number(seed: int, row: int, column: int) -> float:
+    """The definition, on Python's integers."""
+    mask = 0xFFFFFFFF
+
+    def hashed(x: int) -> int:
+        x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & mask
+        x = ((x ^ (x >> 12)) * 0x297A2D39) & mask
+        return x ^ (x >> 15)
+
+    low, high = seed & mask, seed >> 32 & mask
+    down = hashed(hashed((row + high) & mask) ^ low)
+    word = ((down ^ hashed((column + (low ^ 0x9E3779B9)) & mask)) * 0x2C1B3C6D) & mask
+    word = ((word ^ (word >> 15)) * 0x297A2D39) & mask
+    top = word >> 8
+    return (top - (1 << 24) if top >> 23 else top) / 2**23
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**20))
+def test_numbers_are_those_of_their_definition(seed: int, row: int) -> None:
+    block = counter.symmetric(seed, 9, (row, row + 2))
+    assert block.dtype == torch.float32 and block.abs().max() <= 1
+    assert block.tolist() == [[slow_number(seed, row + i, j) for j in range(9)] for i in range(2)]
+    assert torch.equal(counter.symmetric(seed, 9, (row + 1, row + 2)), block[1:]), "a part is not that of the whole"
+    assert torch.equal(counter.uniform(seed, 9, (row, row + 2)) * 2 - 1, block)
+
+
+@pytest.mark.parametrize("seed", [0, 1, counter.subseed(5, 1)])
+def test_numbers_look_random(seed: int) -> None:
+    u = counter.symmetric(seed, 50_000, (0, 16)).double()
+    n = u.numel()
+    assert abs(float(u.mean())) < 5 / math.sqrt(3 * n) and abs(float(u.var() * 3) - 1) < 0.01
+    correlation = torch.corrcoef(torch.cat([u, counter.symmetric(seed + 1, 50_000, (0, 4)).double()])) * math.sqrt(5e4)
+    assert correlation.fill_diagonal_(0).abs().max() < 6
+    flat = u.flatten()
+    assert max(abs(float((flat[:-lag] * flat[lag:]).mean()) * 3 * math.sqrt(n)) for lag in (1, 2, 16, 256)) < 6
+    counts = torch.histc(u.float(), 256, -1, 1)
+    assert float(((counts - n / 256) ** 2 / (n / 256)).sum()) < 255 + 6 * math.sqrt(510)
+    g = counter.normal(seed, 200_000).double()
+    assert abs(float(g.mean())) < 0.012 and abs(float(g.std()) - 1) < 0.01 and abs(float((g**4).mean()) - 3) < 0.1
+    assert set(counter.signs(seed, 100).tolist()) == {-1.0, 1.0}
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 11))
+def test_permutations_are_permutations(seed: int, bits: int) -> None:
+    order = counter.permutation(seed, bits)
+    assert torch.equal(order.sort().values, torch.arange(1 << bits))
+
+
+def test_permutations_mix() -> None:
+    order = counter.permutation(3, 14).double()
+    place = torch.arange(1 << 14).double()
+    for a, b in ((order, place), (order[1:], order[:-1])):
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 5 / 128
+    assert not torch.equal(order, counter.permutation(4, 14).double())
+
+
+# ---- nola
+
+
+def stored_basis(term: RandomCombination) -> tuple[Tensor, Tensor]:
+    """P (k, r, in) and Q (k, out, r) as whole tensors."""
+    k, r = term.num_basis, term.rank
+    P, Q = (
+        counter.symmetric(counter.subseed(term.seed, part), size, (0, k)) / math.sqrt(k)
+        for part, size in ((0, r * term.in_features), (1, term.out_features * r))
+    )
+    return P.view(k, r, term.in_features), Q.view(k, term.out_features, r)
+
+
+def some_nola(num_basis: int = 6, *, out: int = 12, width: int = 8, rank: int = 3, seed: int = 5) -> RandomCombination:
+    term = RandomCombination(width, out, rank, num_basis, seed, scale=0.5)
+    term.c, term.d = nn.Parameter(drawn(num_basis, seed=1)), nn.Parameter(drawn(num_basis, seed=2))
+    return term
+
+
+def test_nola_starts_at_the_base_and_d_moves_first() -> None:
+    model = adapted(METHODS["nola"], num_basis=16)
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    model(**task()[0]).loss.backward()
+    for term in find_adapter(model).all_terms():
+        assert isinstance(term, RandomCombination)
+        assert not term.c.grad.any() and term.d.grad.any()
+
+
+def test_nola_backward_equals_autograd_through_a_stored_basis() -> None:
+    term, x, g = some_nola(), drawn(5, 8, seed=3), drawn(5, 12, seed=4)
+    (term(x) * g).sum().backward()
+    P, Q = stored_basis(term)
+    c, d = (p.detach().clone().requires_grad_() for p in (term.c, term.d))
+    A = term.start() + torch.einsum("k,kri->ri", c, P)
+    B = torch.einsum("k,kor->or", d, Q)
+    y = 0.5 * x @ A.T @ B.T
+    (y * g).sum().backward()
+    close(term(x).detach(), y.detach(), 1e-6)
+    close(term.c.grad, c.grad, 1e-6)
+    close(term.d.grad, d.grad, 1e-6)
+
+
+def test_nola_is_the_same_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def value_and_gradient() -> list[Tensor]:
+        term = some_nola(num_basis=50)
+        term(drawn(5, 8)).square().sum().backward()
+        return [term.dense().detach(), term.c.grad, term.d.grad]
+
+    whole = value_and_gradient()
+    assert all(torch.equal(a, b) for a, b in zip(whole, value_and_gradient(), strict=True))
+    monkeypatch.setattr(random_combination, "_CHUNK", 100)
+    for a, b in zip(value_and_gradient(), whole, strict=True):
+        close(a, b, 1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any one operation made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("num_basis", [200, 2000])
+def test_nola_memory_does_not_grow_with_k(num_basis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_combination, "_CHUNK", 4096)
+    term, kept = some_nola(num_basis), []
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        term(drawn(5, 8)).square().sum().backward()
+    assert largest.numbers <= max(4096, num_basis)
+    assert sum(t.numel() for t in {id(t): t for t in kept}.values()) < 400, "the basis is kept for backward"
+
+
+def test_nola_reaches_any_factor_and_projects_below() -> None:
+    term = some_nola(num_basis=24)  # = r * in
+    P, _ = stored_basis(term)
+    wanted = drawn(3, 8, seed=9)
+    basis = P.flatten(1).mT.double()
+    solution = torch.linalg.lstsq(basis, (wanted - term.start()).flatten().double()).solution
+    term.c = nn.Parameter(solution.float())
+    close(term.factors()[1].detach(), wanted, 1e-4)
+    big = some_nola(num_basis=300, width=100, rank=10)
+    P, _ = stored_basis(big)
+    basis, wanted = P.flatten(1).mT.double(), drawn(1000, seed=4).double()
+    residual = wanted - basis @ torch.linalg.lstsq(basis, wanted).solution
+    assert abs(float(residual.norm() / wanted.norm()) / math.sqrt(1 - 300 / 1000) - 1) < 0.05
+
+
+@pytest.mark.parametrize("k", [16, 256])
+def test_nola_spread_does_not_depend_on_k(k: int) -> None:
+    several = [float(random_combination.combine(drawn(k, seed=s), s, (20, 30)).var()) for s in range(200)]
+    assert abs(math.sqrt(sum(several) / 200) * math.sqrt(3) - 1) < 0.06
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_nola_counts_do_not_depend_on_rank(rank: int) -> None:
+    model = adapt(tiny_llama(), "nola", rank, num_basis=10)
+    assert trainable(model).count == 7 * 2 * 10
+
+
+def test_nola_saves_coefficients_and_a_seed(tmp_path: Path) -> None:
+    model = adapted(METHODS["nola"], num_basis=10)
+    train(model, 2)
+    save_adapter(model, tmp_path / "a", format="weft")
+    state = load_file(tmp_path / "a" / "weft_adapter.safetensors")
+    assert all(key.endswith((".main.c", ".main.d")) and t.shape == (10,) for key, t in state.items())
+    assert torch.equal(logits(load_adapter(tiny_llama(), tmp_path / "a")), logits(model))
+    config = json.loads((tmp_path / "a" / "weft_adapter.json").read_text())
+    next(iter(config["layers"].values()))["main"]["spec"]["check"][0] += 1e-3
+    (tmp_path / "a" / "weft_adapter.json").write_text(json.dumps(config))
+    with pytest.raises(WeftError, match="its random numbers are not those of this weft"):
+        load_adapter(tiny_llama(), tmp_path / "a")
+
+
+def test_nola_in_peft_gives_our_logits(tmp_path: Path) -> None:
+    model = adapted(METHODS["nola"], num_basis=32, alpha=6.0)
+    train(model, 5, lr=5e-2)
+    save_adapter(model, tmp_path / "a", format="peft")
+    assert (logits(model) - logits(tiny_llama())).abs().max() > 1e-3
+    close(logits(in_peft(tiny_llama, tmp_path / "a")), logits(model))
+
+
+def test_nola_refuses_no_basis() -> None:
+    with pytest.raises(WeftError, match="at least one random matrix"):
+        adapt(tiny_llama(), "nola", RANK, num_basis=0)
+
+
+def test_nola_lean_keeps_gradients() -> None:
+    gradients = []
+    for lean in (False, True):
+        model = adapted(METHODS["nola"], num_basis=8)
+        if lean:
+            weft.lean(model)
+        model.train()(**task()[0]).loss.backward()
+        gradients.append({name: p.grad for name, p in trainable(model).parameters.items()})
+    for name, grad in gradients[0].items():
+        close(gradients[1][name], grad, 1e-4)
