@@ -21,6 +21,8 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from weft.terms import (
+    BlockAffine,
+    Columns,
     CoreLowRank,
     Dense,
     GatedLowRank,
@@ -29,7 +31,10 @@ from weft.terms import (
     Magnitude,
     NormalFloat,
     RandomCombination,
+    RandomProducts,
+    RandomStore,
     Replacement,
+    ShardSum,
     Shifted,
     SingularBasis,
     Sparse,
@@ -247,6 +252,10 @@ def _sparse(generator: Generator) -> Term:
     return Sparse.from_mask(_side(OUT, IN, generator), torch.rand(OUT, IN, generator=generator) < 0.3)
 
 
+def _columns(generator: Generator) -> Term:
+    return Columns.from_columns(_side(OUT, RANK, generator), torch.tensor([6, 1, 4]), IN, scale=0.5)
+
+
 def _low_rank(generator: Generator) -> LowRank:
     return LowRank.from_factors(_side(OUT, RANK, generator), _side(RANK, IN, generator), scale=0.5)
 
@@ -278,6 +287,18 @@ def _singular_basis(generator: Generator) -> Term:
     return term
 
 
+def _shard_sum(generator: Generator) -> Term:
+    term = ShardSum(IN, OUT, RANK, OUT // 2)
+    term.D = nn.Parameter(_side(RANK, OUT // 2, generator))
+    return term
+
+
+def _block_affine(generator: Generator) -> Term:
+    term = BlockAffine(IN, OUT, 4, {"base": Dense.from_matrix(_side(OUT, IN, generator)).requires_grad_(False)})
+    term.D = nn.Parameter(_side(OUT // 4, 4, 4, generator) / 2)
+    return term
+
+
 def _magnitude(generator: Generator) -> Term:
     base = {"base": Dense.from_matrix(_side(OUT, IN, generator)).requires_grad_(False)}
     term = Magnitude.from_update(_low_rank(generator), base)
@@ -297,18 +318,28 @@ def _random_combination(generator: Generator) -> Term:
     return term
 
 
+def _random_products(generator: Generator) -> Term:
+    term = RandomProducts(IN, OUT, RandomStore(7, RANK, 3, OUT + 1, IN + 2), scale=0.5)
+    term.Lambda, term.Gamma = (nn.Parameter(_side(*p.shape, generator)) for p in (term.Lambda, term.Gamma))
+    return term
+
+
 EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
     Spectral.kind: _spectral,
     SingularBasis.kind: _singular_basis,
+    ShardSum.kind: _shard_sum,
+    BlockAffine.kind: _block_affine,
     Sparse.kind: _sparse,
+    Columns.kind: _columns,
     CoreLowRank.kind: _core_low_rank,
     GatedLowRank.kind: _gated_low_rank,
     Shifted.kind: _shifted,
     Magnitude.kind: _magnitude,
     Replacement.kind: _replacement,
     RandomCombination.kind: _random_combination,
+    RandomProducts.kind: _random_products,
     NormalFloat.kind: lambda generator: NormalFloat.from_matrix(_side(OUT, IN, generator)),
     Int8.kind: lambda generator: Int8.from_matrix(_side(OUT, IN, generator)),
 }

@@ -9,7 +9,10 @@ from typing import Any
 from weft.errors import unknown
 from weft.methods import (
     afm,
+    allora,
     asvd,
+    base,
+    bone,
     corda,
     dora,
     effort,
@@ -24,8 +27,10 @@ from weft.methods import (
     lora_sb,
     lora_xs,
     lq_lora,
+    method,
     nola,
     olora,
+    paca,
     pissa,
     salt,
     soma,
@@ -34,6 +39,7 @@ from weft.methods import (
     svd,
     svd_llm,
     svfit,
+    term,
     welore,
 )
 from weft.methods.base import Factors, Method, Site
@@ -63,6 +69,7 @@ METHODS: dict[str, Method] = {
         lq_lora,
         soma,
         sorsa,
+        bone,
         salt,
         effort,
         kasa,
@@ -70,6 +77,14 @@ METHODS: dict[str, Method] = {
         svfit,
         nola,
         sora,
+        paca,
+        allora,
+        term,
+        base,
+        method,
+        term,
+        base,
+        method,
     )
 }
 

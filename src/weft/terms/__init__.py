@@ -8,6 +8,8 @@ import torch
 
 from weft.errors import unknown
 from weft.terms.base import Spec, Term
+from weft.terms.block_affine import BlockAffine
+from weft.terms.columns import Columns
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.factored import Factored
@@ -17,6 +19,7 @@ from weft.terms.magnitude import Magnitude
 from weft.terms.quantized import Int8, NormalFloat
 from weft.terms.random_combination import RandomCombination
 from weft.terms.replacement import Replacement
+from weft.terms.shard_sum import ShardSum
 from weft.terms.shifted import Shifted
 from weft.terms.singular_basis import SingularBasis
 from weft.terms.sparse import Sparse
@@ -26,6 +29,8 @@ from weft.terms.wrapper import Wrapper
 
 __all__ = [
     "TERMS",
+    "BlockAffine",
+    "Columns",
     "CoreLowRank",
     "Dense",
     "Factored",
@@ -36,6 +41,7 @@ __all__ = [
     "NormalFloat",
     "RandomCombination",
     "Replacement",
+    "ShardSum",
     "Shifted",
     "SingularBasis",
     "Sparse",
@@ -64,6 +70,9 @@ TERMS: dict[str, type[Term]] = {
         Replacement,
         RandomCombination,
         SingularBasis,
+        Columns,
+        ShardSum,
+        BlockAffine,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
