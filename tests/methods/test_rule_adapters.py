@@ -196,3 +196,50 @@ def test_sora_decays_no_gate() -> None:
     groups = {id(p): g["weight_decay"] for g in weft.parameter_groups(model, 1e-3, 0.1) for p in g["params"]}
     for term in find_adapter(model).all_terms():
         assert (groups[id(term.s)], groups[id(term.U)]) == (0.0, 0.1)
+
+
+# ---- allora
+
+
+def moved(method: str, make: Any, steps: int, lr: float, **options: Any) -> tuple[Any, Tensor]:
+    """The term, and its B, after some steps of an optimizer on a regression from the same A."""
+    model, term = one(method, **options)
+    term.A.data = drawn(R, IN, seed=1)
+    optimizer = make(trainable(model).parameters.values(), lr=lr)
+    rule = started(model, optimizer)
+    x, y = drawn(16, IN, seed=2), drawn(16, OUT, seed=3)
+    for number in range(1, steps + 1):
+        step(model, rule, optimizer, number, (model(x) - y).square().mean())
+    return term, term.B.detach()
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_allora_first_step_of_B_is_eta_times_that_of_lora(make: Any) -> None:
+    """On the step, hence for Adam too; A does not move, for its gradient is zero."""
+    (_, B), (_, plain) = moved("allora", make, 1, 1e-2, eta=3.0), moved("lora", make, 1, 1e-2)
+    close(B, 3 * plain, 1e-6)
+
+
+def test_allora_steps_follow_the_current_norms() -> None:
+    """Two steps of SGD by hand."""
+    term, B = moved("allora", torch.optim.SGD, 2, 0.5)
+    x, y, W = drawn(16, IN, seed=2), drawn(16, OUT, seed=3), drawn(OUT, IN)
+    A, b = drawn(R, IN, seed=1), torch.zeros(OUT, R)
+    for _ in range(2):
+        G = 2 * (x @ (W + b @ A).mT - y).mT @ x / (16 * OUT)
+        c = [(w.norm(dim=1) + 0.25).rsqrt().unsqueeze(1) for w in (A, b)]
+        A, b = A - 0.5 * c[0] * (b.mT @ G), b - 0.5 * c[1] * (G @ A.mT)
+    close(B, b)
+    close(term.A, A)
+
+
+@pytest.mark.parametrize("eta", [0.0, -1.0, float("inf"), float("nan")])
+def test_allora_refuses_rates_without_a_limit(eta: float) -> None:
+    with pytest.raises(WeftError, match="positive, finite"):
+        adapt(One(), "allora", R, eta=eta)
+
+
+def test_allora_is_a_lora_to_peft(tmp_path: Path) -> None:
+    model = adapted(METHODS["allora"])
+    train(model, 3)
+    close(peft_logits(model, tmp_path), logits(model))

@@ -85,6 +85,7 @@ METHODS: dict[str, Method] = {
         term,
         base,
         method,
+        allora,
     )
 }
 
