@@ -85,7 +85,6 @@ METHODS: dict[str, Method] = {
         term,
         base,
         method,
-        allora,
     )
 }
 
