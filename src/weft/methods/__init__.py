@@ -11,7 +11,6 @@ from weft.methods import (
     afm,
     allora,
     asvd,
-    base,
     bone,
     corda,
     dora,
@@ -27,7 +26,6 @@ from weft.methods import (
     lora_sb,
     lora_xs,
     lq_lora,
-    method,
     nola,
     olora,
     paca,
@@ -39,7 +37,6 @@ from weft.methods import (
     svd,
     svd_llm,
     svfit,
-    term,
     welore,
 )
 from weft.methods.base import Factors, Method, Site
@@ -79,12 +76,6 @@ METHODS: dict[str, Method] = {
         sora,
         paca,
         allora,
-        term,
-        base,
-        method,
-        term,
-        base,
-        method,
     )
 }
 
