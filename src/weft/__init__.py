@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from weft.verbs.inspect import inspect as inspect
     from weft.verbs.merge import merge as merge
     from weft.verbs.methods import run
+    from weft.verbs.mix import mix as mix
     from weft.verbs.quantize import quantize as quantize
 
     methods = run
@@ -58,6 +59,7 @@ _EXPORTS = {
     "merge": "weft.verbs.merge",
     "merge_adapter": "weft.verbs.adapt",
     "methods": "weft",  # the room itself: calling it lists what lies in it
+    "mix": "weft.verbs.mix",
     "needs": "weft.verbs.compress",
     "optim": "weft",
     "parameter_groups": "weft.verbs.adapt",

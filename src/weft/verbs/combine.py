@@ -34,7 +34,7 @@ from weft.verbs.progress import say
 from weft.verbs.record import begin
 from weft.verbs.seeding import check_seed, generator
 
-__all__ = ["combine", "run"]
+__all__ = ["combine", "common_base", "common_pairs", "run"]
 
 RANKED = ("svd", "lego")
 """The methods that have a choice of rank."""
@@ -73,8 +73,8 @@ def combine(
     if out is not None:
         check_output(out, {})
     loose = [read_adapter(path) for path in adapters]
-    base = _common_base(adapters, loose)
-    pairs = _pairs(adapters, loose, amounts)
+    base = common_base(adapters, loose)
+    pairs = common_pairs(adapters, loose, amounts)
     chosen = _rank(pairs, rank, method)
     terms: dict[str, dict[str, Term]] = {}
     for layer, found in pairs.items():
@@ -145,7 +145,7 @@ def _weights(adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float
     return amounts
 
 
-def _common_base(paths: Sequence[str | os.PathLike[str]], loose: Sequence[LooseAdapter]) -> Base:
+def common_base(paths: Sequence[str | os.PathLike[str]], loose: Sequence[LooseAdapter]) -> Base:
     """What all adapters tell of their base together. Raises WeftError where they tell of different ones."""
     whole = loose[0].base
     for path, other in zip(paths[1:], (one.base for one in loose[1:]), strict=True):
@@ -169,30 +169,37 @@ def _common_base(paths: Sequence[str | os.PathLike[str]], loose: Sequence[LooseA
     return whole
 
 
-def _pairs(
+def _factors(path: str | os.PathLike[str], loose: LooseAdapter) -> dict[str, Pair]:
+    """layer -> B (out, r), A (r, in) of the adapter's delta, in fp64 on the CPU. Raises WeftError where it has none."""
+    reason = why_not_peft(loose.adapter)
+    pairs: dict[str, Pair] = {}
+    for layer, terms in loose.adapter.terms.items():
+        found = sum_factors(list(terms.values()))
+        if reason or found is None:
+            kinds = ", ".join(dict.fromkeys(term.kind for term in terms.values()))
+            reason = reason or f"its delta on {layer} ({kinds}) is no product of two thin matrices"
+            raise WeftError(
+                f"{path} is a {loose.adapter.method} adapter and cannot be combined: {reason}; merge it into the "
+                "model (weft merge) instead."
+            )
+        pairs[layer] = found[0].double(), found[1].double()
+    return pairs
+
+
+def common_pairs(
     paths: Sequence[str | os.PathLike[str]], loose: Sequence[LooseAdapter], weights: Sequence[float]
 ) -> dict[str, list[Pair]]:
-    """layer -> the factors of each adapter that has it, in fp64 on the CPU, weights and scales folded into B."""
+    """layer -> the factors of each adapter that has it, weights folded into B."""
     pairs: dict[str, list[Pair]] = {}
     for path, one, weight in zip(paths, loose, weights, strict=True):
-        reason = why_not_peft(one.adapter)
-        for layer, terms in one.adapter.terms.items():
-            found = sum_factors(list(terms.values()))
-            if reason or found is None:
-                kinds = ", ".join(dict.fromkeys(term.kind for term in terms.values()))
-                reason = reason or f"its delta on {layer} ({kinds}) is no product of two thin matrices"
-                raise WeftError(
-                    f"{path} is a {one.adapter.method} adapter and cannot be combined: {reason}; merge it into the "
-                    "model (weft merge) instead."
-                )
-            B, A = weight * found[0].double(), found[1].double()
+        for layer, (B, A) in _factors(path, one).items():
             others = pairs.setdefault(layer, [])
             if others and (len(others[0][0]), others[0][1].shape[1]) != (len(B), A.shape[1]):
                 raise WeftError(
                     f"The adapters {paths[0]} and {path} were made on different bases: {layer} is "
                     f"{len(others[0][0])} x {others[0][1].shape[1]} in one and {len(B)} x {A.shape[1]} in the other."
                 )
-            others.append((B, A))
+            others.append((weight * B, A))
     return pairs
 
 
