@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 import weft
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
-from weft.methods import METHODS, sora
+from weft.methods import METHODS, dylora, sora
 from weft.rules import Rules
 from weft.terms import Spectral
 from weft.terms.adapters import find_adapter
@@ -243,3 +245,106 @@ def test_allora_is_a_lora_to_peft(tmp_path: Path) -> None:
     model = adapted(METHODS["allora"])
     train(model, 3)
     close(peft_logits(model, tmp_path), logits(model))
+
+
+# ---- dylora
+
+
+def opened(model: nn.Module) -> list[int]:
+    """The open components of each term in the step to come."""
+    return [int((term.draw != 0).sum()) for term in find_adapter(model).all_terms()]
+
+
+def test_dylora_forward_at_every_rank() -> None:
+    """alpha / r outside and sqrt(r / b) on each factor, as in the released code, is alpha / b."""
+    model, term = one("dylora", alpha=8.0)
+    term.B.data = drawn(OUT, R, seed=1)
+    rule, x, seen = started(model), drawn(5, IN, seed=2), set()
+    W = model.layer.terms["base"].dense()
+    for number in range(1, 30):
+        (b,) = opened(model)
+        seen.add(b)
+        root = (R / b) ** 0.5
+        delta = 8.0 / R * (root * term.B[:, :b]) @ (root * term.A[:b])
+        close(model.train()(x), x @ (W + delta).mT)
+        close(model.eval()(x), x @ (W + 8.0 / R * term.B @ term.A).mT)
+        rule.after_step(model, number)
+    assert seen == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_dylora_which_components_learn(frozen: bool) -> None:
+    model, term = one("dylora", frozen=frozen)
+    term.B.data = drawn(OUT, R, seed=1)
+    rule, optimizer = started(model), torch.optim.SGD(trainable(model).parameters.values(), lr=1e-3)
+    for number in range(1, 12):
+        (b,) = opened(model)
+        before = [p.detach().clone() for p in (term.A, term.B.mT)]
+        step(model.train(), rule, optimizer, number, model(drawn(5, IN, seed=number)).square().sum())
+        changed = [(p.detach() != old).any(1).tolist() for p, old in zip((term.A, term.B.mT), before, strict=True)]
+        expected = [n == b if frozen else n <= b for n in range(1, R + 1)]
+        assert changed == [expected, expected]
+
+
+def test_dylora_draws_one_rank_for_all_layers_by_seed_and_step() -> None:
+    model, twin = adapted(METHODS["dylora"]), adapted(METHODS["dylora"])
+    rule, again = started(model), started(twin)
+    drawn_ranks = []
+    for number in range(1, 20):
+        assert len(set(opened(model))) == 1 and opened(model) == opened(twin)
+        drawn_ranks.append(opened(model)[0])
+        rule.before_step(model, number)
+        assert opened(model)[0] == drawn_ranks[-1]
+        rule.after_step(model, number)
+        again.after_step(twin, number)
+    other = adapt(tiny_llama(), "dylora", R, seed=4)
+    rule, others = started(other), []
+    for number in range(1, 20):
+        others.append(opened(other)[0])
+        rule.after_step(other, number)
+    assert others != drawn_ranks
+
+
+def test_dylora_ranks_are_uniform() -> None:
+    model, _ = one("dylora")
+    rule, counts = started(model), torch.zeros(R)
+    for number in range(2000):
+        counts[opened(model)[0] - 1] += 1
+        rule.after_step(model, number + 1)
+    chi_square = float(((counts - 500) ** 2 / 500).sum())
+    assert chi_square < 16.27  # 0.1 % of 3 degrees of freedom
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_dylora_truncated_is_a_lora_of_that_rank(rank: int, tmp_path: Path) -> None:
+    model = adapted(METHODS["dylora"], alpha=8.0)
+    train(model, 8)
+    whole = logits(model)
+    dylora.truncate(model, rank)
+    cut = adapt(tiny_llama(), "lora", rank, alpha=8.0)
+    for layer, terms in find_adapter(model).terms.items():
+        lora = find_adapter(cut).terms[layer]["default"]
+        lora.A.data, lora.B.data = terms["default"].A[:rank], terms["default"].B[:, :rank]
+    close(logits(model), logits(cut))
+    close(peft_logits(model, tmp_path), logits(cut))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == rank
+    close(logits(dylora.truncate(model, R)), whole, 1e-6)
+    with pytest.raises(WeftError, match="from 1 to 4"):
+        dylora.truncate(model, 5)
+    with pytest.raises(WeftError, match="only 'dylora'"):
+        dylora.truncate(cut, 1)
+
+
+def test_dylora_learns_nested_components() -> None:
+    """On a regression the error falls with the rank, though one pair of factors serves all scales alpha / b, and rank 1
+    is near its best."""
+    U, _, V = torch.linalg.svd(drawn(OUT, IN, seed=3), full_matrices=False)
+    target = (U[:, :R] * torch.tensor([8.0, 4.0, 2.0, 1.0])) @ V[:R]
+    model = adapt(One(torch.zeros(OUT, IN)), "dylora", R, frozen=False, alpha=float(R))
+    optimizer = torch.optim.Adam(trainable(model).parameters.values(), lr=1e-2)
+    rule = started(model, optimizer)
+    for number in range(1, 600):
+        step(model.train(), rule, optimizer, number, (model(torch.eye(IN)) - target.mT).square().sum())
+    cut = [(dylora.truncate(model, rank).layer.dense() - target).detach().square().sum() for rank in (1, 2, 3, 4)]
+    assert all(a > b for a, b in pairwise(cut)) and 21 < float(cut[0]) < 40

@@ -14,6 +14,7 @@ from weft.methods import (
     bone,
     corda,
     dora,
+    dylora,
     effort,
     eva,
     full,
@@ -76,6 +77,7 @@ METHODS: dict[str, Method] = {
         sora,
         paca,
         allora,
+        dylora,
     )
 }
 

@@ -71,10 +71,10 @@ def _(term: Shifted) -> Factors | None:
 
 def gated_factors(B: Tensor, gate: Tensor, A: Tensor) -> Factors:
     """B diag(gate) and A in fp32, detached, without the components whose gate is zero; one is left at least."""
-    if isinstance(gate, DTensor):  # a shard knows its own gates only
-        return B.detach().float() * gate, A.detach().float()
+    # components cannot be chosen of shards
+    B, gate, A = (t.full_tensor() if isinstance(t, DTensor) else t for t in (B.detach(), gate, A.detach()))
     kept = gate.nonzero().flatten() if gate.any() else torch.arange(1, device=gate.device)
-    return B.detach().float()[:, kept] * gate[kept], A.detach().float()[kept]
+    return B.float()[:, kept] * gate[kept], A.float()[kept]
 
 
 def sum_factors(terms: Sequence[Term]) -> Factors | None:
