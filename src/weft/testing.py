@@ -27,8 +27,10 @@ from weft.terms import (
     Dense,
     GatedLowRank,
     Int8,
+    Kronecker,
     LowRank,
     Magnitude,
+    MovingSparse,
     NormalFloat,
     RandomCombination,
     RandomProducts,
@@ -256,6 +258,18 @@ def _columns(generator: Generator) -> Term:
     return Columns.from_columns(_side(OUT, RANK, generator), torch.tensor([6, 1, 4]), IN, scale=0.5)
 
 
+def _moving_sparse(generator: Generator) -> Term:
+    chosen = torch.randperm(OUT * IN, generator=generator)[:30]
+    term = MovingSparse(IN, OUT, 20, settled=10)
+    for values, places, own in (
+        (term.values, term.positions, chosen[:20]),
+        (term.settled, term.settled_positions, chosen[20:]),
+    ):
+        values.data.copy_(torch.randn(len(own), generator=generator))
+        places.copy_(own.sort().values)
+    return term
+
+
 def _low_rank(generator: Generator) -> LowRank:
     return LowRank.from_factors(_side(OUT, RANK, generator), _side(RANK, IN, generator), scale=0.5)
 
@@ -299,6 +313,10 @@ def _block_affine(generator: Generator) -> Term:
     return term
 
 
+def _kronecker(generator: Generator) -> Term:
+    return Kronecker.from_factors(_side(2, 3, 2, generator), _side(2, OUT // 3, IN // 2, generator))
+
+
 def _magnitude(generator: Generator) -> Term:
     base = {"base": Dense.from_matrix(_side(OUT, IN, generator)).requires_grad_(False)}
     term = Magnitude.from_update(_low_rank(generator), base)
@@ -331,7 +349,9 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     SingularBasis.kind: _singular_basis,
     ShardSum.kind: _shard_sum,
     BlockAffine.kind: _block_affine,
+    Kronecker.kind: _kronecker,
     Sparse.kind: _sparse,
+    MovingSparse.kind: _moving_sparse,
     Columns.kind: _columns,
     CoreLowRank.kind: _core_low_rank,
     GatedLowRank.kind: _gated_low_rank,

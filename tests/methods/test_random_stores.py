@@ -4,8 +4,10 @@ libraries.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.linalg import counter
 from weft.methods import METHODS
-from weft.terms import RandomCombination, random_combination
+from weft.terms import RandomCombination, RandomProducts, RandomStore, random_combination
 from weft.terms.adapters import find_adapter
 from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, trainable
@@ -272,3 +274,158 @@ def test_nola_lean_keeps_gradients() -> None:
         gradients.append({name: p.grad for name, p in trainable(model).parameters.items()})
     for name, grad in gradients[0].items():
         close(gradients[1][name], grad, 1e-4)
+
+
+# ---- randlora
+
+
+def some_randlora(out: int, width: int, rank: int = 3, *, seed: int = 5, law: str = "uniform") -> RandomProducts:
+    short, long = sorted((out, width))
+    store = RandomStore(seed, rank, -(-short // rank) + 2, long + 3, short + 4, law)
+    term = RandomProducts(width, out, store, scale=0.5)
+    term.Lambda = nn.Parameter(drawn(*term.Lambda.shape, seed=1))
+    term.Gamma = nn.Parameter(drawn(*term.Gamma.shape, seed=2))
+    return term
+
+
+def grouped(term: RandomProducts) -> Tensor:
+    """The formula, one product at a time, from the store itself."""
+    B, A = term.store.on(torch.device("cpu"))
+    B = B.view(term.store.long, term.store.products, term.store.rank)[: term.long]
+    total = torch.zeros(term.long, term.short)
+    for n in range(term.products):
+        total = total + B[:, n] @ torch.diag(term.Lambda[:, n]) @ A[:, : term.short] @ torch.diag(term.Gamma[n])
+    return 0.5 * (total if term.in_features == term.short else total.T)
+
+
+SHAPES = [(14, 8), (8, 14), (8, 8)]
+
+
+@pytest.mark.parametrize(("out", "width"), SHAPES)
+def test_randlora_is_its_sum_of_products(out: int, width: int) -> None:
+    term, x, g = some_randlora(out, width), drawn(5, width, seed=3).requires_grad_(), drawn(5, out, seed=4)
+    close(term.dense().detach(), grouped(term).detach(), 1e-6)
+    parameters = (x, term.Lambda, term.Gamma)
+    expected = torch.autograd.grad((x @ grouped(term).T * g).sum(), parameters)
+    found = torch.autograd.grad((term(x) * g).sum(), parameters)
+    close(term(x).detach(), (x @ grouped(term).T).detach(), 1e-6)
+    for mine, slow in zip(found, expected, strict=True):
+        close(mine, slow, 1e-5)
+
+
+@pytest.mark.parametrize(("out", "width", "rank"), [(32, 48, 5), (80, 32, 5), (16, 16, 16)])
+def test_randlora_has_full_rank(out: int, width: int, rank: int) -> None:
+    assert torch.linalg.matrix_rank(some_randlora(out, width, rank).dense().double()) == min(out, width)
+
+
+def test_randlora_degenerate_scalings() -> None:
+    one = some_randlora(20, 12)
+    with torch.no_grad():
+        one.Lambda[:, 1:] = 0
+    assert torch.linalg.matrix_rank(one.dense().double(), rtol=1e-5) == 3
+    constant = some_randlora(20, 12)
+    constant.Gamma = nn.Parameter(torch.full_like(constant.Gamma, 0.5))
+    assert torch.linalg.matrix_rank(constant.dense().double(), rtol=1e-5) == 3
+    vera = some_randlora(20, 12, 12)  # N = 1: B diag(lambda) A diag(gamma)
+    B, A = vera.bases(torch.device("cpu"))
+    close(vera.dense().detach(), (0.5 * (B * vera.Lambda[:, 0]) @ A * vera.Gamma[0]).detach(), 1e-6)
+
+
+def test_randlora_starts_at_the_base_and_lambda_moves_first() -> None:
+    model = adapted(METHODS["randlora"])
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    model(**task()[0]).loss.backward()
+    for term in find_adapter(model).all_terms():
+        assert isinstance(term, RandomProducts)
+        assert not term.Gamma.grad.any() and term.Lambda.grad.any()
+        assert term.Gamma.unique().tolist() == [1 / max(term.Gamma.shape)]
+        assert math.isclose(term.scale, 2 / math.sqrt(term.products))
+
+
+@pytest.mark.parametrize("rank", [2, 5, 16])
+def test_randlora_counts(rank: int) -> None:
+    model = adapt(tiny_llama(), "randlora", rank)
+    products = math.ceil(16 / rank)
+    assert trainable(model).count == 7 * products * (rank + 16)
+
+
+def test_randlora_keeps_one_store_and_saves_none(tmp_path: Path) -> None:
+    model = adapt(deep_llama(), "randlora", RANK)
+    stores = {id(term.store): term.store for term in find_adapter(model).all_terms()}
+    (store,) = stores.values()
+    train(model, 2)
+    assert (store.long, store.short, store.products) == (32, 16, 4) and store.nbytes == 4 * (32 * 16 + 4 * 16)
+    save_adapter(model, tmp_path / "a")
+    state = load_file(tmp_path / "a" / "weft_adapter.safetensors")
+    assert all(key.endswith((".Lambda", ".Gamma")) for key in state)
+    other = load_adapter(deep_llama(), tmp_path / "a")
+    assert torch.equal(logits(other), logits(model))
+    assert len({id(term.store) for term in find_adapter(other).all_terms()}) == 1
+    twin = copy.deepcopy(other)
+    assert len({id(term.store) for term in find_adapter(twin).all_terms()}) == 1
+    assert len(pickle.dumps(store)) < 1000, "a pickle holds the matrices"
+
+
+def test_randlora_saved_whole(tmp_path: Path) -> None:
+    model = adapt(deep_llama(), "randlora", RANK)
+    train(model, 2)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert len({id(m.store) for m in again.modules() if isinstance(m, RandomProducts)}) == 1
+
+
+@pytest.mark.parametrize("law", ["uniform", "sparse", "very_sparse"])
+def test_the_laws_of_a_store(law: str) -> None:
+    store = RandomStore(3, 8, 50, 400, 100, law)
+    B, A = store.on(torch.device("cpu"))
+    for matrix in (B, A):
+        assert abs(float(matrix.double().std()) - 1) < 1e-6
+    if law == "uniform":
+        assert abs(float(B.max()) - math.sqrt(3)) < 0.01
+        return
+    share = 1 / 3 if law == "sparse" else 1 / math.sqrt(100)
+    assert len(B.unique()) == 3 and abs(float((B != 0).double().mean()) / share - 1) < 0.03
+    assert abs(float((B > 0).double().mean()) * 2 / share - 1) < 0.05
+    with pytest.raises(WeftError, match="law of a random store"):
+        RandomStore(3, 8, 50, 400, 100, "gaussian")
+
+
+def test_randlora_keeps_x_alone_for_backward() -> None:
+    term, kept = some_randlora(40, 24), []
+    x = drawn(5, 24).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        term(x)
+    own = {t.data_ptr() for t in (x, term.Lambda, term.Gamma, *term.bases(x.device))}
+    assert kept and all(t.data_ptr() in own for t in kept), "a scaled copy of A, or a slice of B, is kept"
+
+
+def test_randlora_refuses_two_ranks() -> None:
+    model = tiny_llama()
+    layers = [f"model.layers.0.self_attn.{m}" for m in ("q_proj", "v_proj")]
+    with pytest.raises(WeftError, match="give all layers one rank"):
+        adapt(model, "randlora", 4, ranks={layers[0]: 4, layers[1]: 2}, targets=["q_proj", "v_proj"])
+
+
+def test_randlora_agrees_with_peft_after_pairing() -> None:
+    """PEFT's own tensors: its flattening pairs column (n, k) of B with another row of A; undone, nothing differs."""
+    peft = pytest.importorskip("peft")
+    config = peft.RandLoraConfig(r=RANK, randlora_alpha=8, target_modules="all-linear", projection_prng_key=3)
+    theirs = peft.get_peft_model(tiny_llama(), config)
+    ours = adapt(tiny_llama(), "randlora", RANK, alpha=16.0)  # N = 4: 8 / r = 16 / (r sqrt(N))
+    core = theirs.base_model
+    products = 16 // RANK  # PEFT's store is for 32 x 32, the largest out and the largest in
+    A, B = core.randlora_A["default"].float()[:, 0], core.randlora_B["default"].float()[:, :products]
+    for layer, terms in find_adapter(ours).terms.items():
+        term, module = terms["default"], core.model.get_submodule(layer)
+        with torch.no_grad():
+            module.randlora_lambda["default"].copy_(drawn(*term.Lambda.shape, seed=len(layer)))
+            module.randlora_gamma["default"].copy_(drawn(*term.Gamma.shape, seed=1) / 16)
+            term.Lambda.copy_(module.randlora_lambda["default"])
+            term.Gamma.copy_(module.randlora_gamma["default"])
+    paired = B.flatten(1).view(-1, RANK, products).transpose(1, 2).flatten(1)
+    store = find_adapter(ours).all_terms()[0].store
+    store._kept = {torch.device("cpu"): (paired.contiguous(), A)}
+    close(logits(ours), logits(theirs))
+    store._kept = {torch.device("cpu"): (B.flatten(1), A)}
+    assert (logits(ours) - logits(theirs)).abs().max() > 0.1 * logits(theirs).abs().max()

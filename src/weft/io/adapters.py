@@ -38,6 +38,7 @@ from weft.io.base import Base, base_of, other_weights, sample
 from weft.terms import LowRank, Term, build
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
 from weft.terms.layers import linear_layers
+from weft.terms.random_products import share_stores
 
 __all__ = ["FORMAT", "LooseAdapter", "check_directory", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -327,6 +328,7 @@ def _read(path: Path, name: str | None) -> LooseAdapter:
         if state:
             raise WeftError(f"it holds the tensor {min(state)}, of which its {CONFIG} knows nothing")
         _tie(adapter, config["tied"])
+        share_stores(adapter.all_terms())
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join((str(error) if isinstance(error, WeftError) else repr(error)).split())
         raise WeftError(f"The adapter in {path} cannot be read: {reason}; fetch it again, whole.") from error

@@ -26,6 +26,7 @@ from weft.errors import WeftError
 from weft.io.headers import check_tensors, keep_mixed_precision
 from weft.terms import Spec, SumLinear, build_sum
 from weft.terms.layers import is_linear, replace, weight_of
+from weft.terms.random_products import share_stores
 
 __all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "unmark"]
 
@@ -102,6 +103,7 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
             keep_mixed_precision(model, list(placed), stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        share_stores([model])
         _forget_quantizer(model)
         _adopt(model, self.quantization_config)
 

@@ -21,6 +21,7 @@ from weft.methods import (
     fwsvd,
     kasa,
     kfac_svd,
+    lift,
     loldu,
     lora,
     lora_ga,
@@ -31,7 +32,10 @@ from weft.methods import (
     olora,
     paca,
     pissa,
+    randlora,
+    random_mask,
     salt,
+    soka,
     soma,
     sora,
     sorsa,
@@ -67,6 +71,7 @@ METHODS: dict[str, Method] = {
         lq_lora,
         soma,
         sorsa,
+        soka,
         bone,
         salt,
         effort,
@@ -78,6 +83,9 @@ METHODS: dict[str, Method] = {
         paca,
         allora,
         dylora,
+        randlora,
+        random_mask,
+        lift,
     )
 }
 

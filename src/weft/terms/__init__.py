@@ -14,10 +14,14 @@ from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.factored import Factored
 from weft.terms.gated_low_rank import GatedLowRank
+from weft.terms.kronecker import Kronecker
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
+from weft.terms.moving_sparse import MovingSparse
 from weft.terms.quantized import Int8, NormalFloat
 from weft.terms.random_combination import RandomCombination
+from weft.terms.random_products import RandomProducts
+from weft.terms.random_store import RandomStore
 from weft.terms.replacement import Replacement
 from weft.terms.shard_sum import ShardSum
 from weft.terms.shifted import Shifted
@@ -36,10 +40,14 @@ __all__ = [
     "Factored",
     "GatedLowRank",
     "Int8",
+    "Kronecker",
     "LowRank",
     "Magnitude",
+    "MovingSparse",
     "NormalFloat",
     "RandomCombination",
+    "RandomProducts",
+    "RandomStore",
     "Replacement",
     "ShardSum",
     "Shifted",
@@ -73,6 +81,9 @@ TERMS: dict[str, type[Term]] = {
         Columns,
         ShardSum,
         BlockAffine,
+        Kronecker,
+        RandomProducts,
+        MovingSparse,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
