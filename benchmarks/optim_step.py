@@ -12,6 +12,7 @@ Writes benchmarks/results/optim_step_<device>_<size>.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import platform
@@ -59,16 +60,24 @@ def ours(name: str, **options: Any) -> Maker:
     return lambda model, rank, refresh: wo.OPTIMIZERS[name](model, rank=rank, refresh=refresh, **options)
 
 
+def frugal(model: nn.Module, rank: int, refresh: int, **options: Any) -> Any:
+    return wo.frugal(model, 0.25, refresh=refresh, **options)
+
+
 OPTIMIZERS: dict[str, tuple[Maker, str | None]] = {
     "AdamW (torch, fused)": (adamw, None),
     "galore-torch": (galore_torch, None),
     "weft galore": (ours("galore"), "galore-torch"),
     "weft galore, exact SVD": (ours("galore", projection="svd"), "galore-torch"),
+    "weft galore, compiled": (ours("galore", compiled=True), "galore-torch"),
     "weft galore_8bit": (ours("galore_8bit"), None),
     "weft fira": (ours("fira"), None),
-    "weft frugal": (lambda model, rank, refresh: wo.frugal(model, 0.25, refresh=refresh), None),
+    "weft fira, compiled": (ours("fira", compiled=True), None),
+    "weft frugal": (frugal, None),
+    "weft frugal, compiled": (functools.partial(frugal, compiled=True), None),
     "apollo-torch": (apollo_torch, None),
     "weft apollo": (ours("apollo"), "apollo-torch"),
+    "weft apollo, compiled": (ours("apollo", compiled=True), "apollo-torch"),
     "weft apollo_mini": (lambda model, rank, refresh: wo.apollo_mini(model, refresh=refresh), None),
     "weft dct_adamw": (lambda model, rank, refresh: wo.dct_adamw(model, rank), None),
 }

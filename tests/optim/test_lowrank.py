@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -116,6 +118,31 @@ def test_resume_is_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     for a, b in zip(optimizer.state.values(), second.state.values(), strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_compiled_step_is_the_plain_one_in_one_graph_that_serves_every_step(name: str, monkeypatch: Any) -> None:
+    plain, compiled = Tiny(dtype=torch.float64), Tiny(dtype=torch.float64)
+    expected = make(name, plain)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    optimizer = make(name, compiled, compiled=True)
+    torch.compiler.reset()
+    run(plain, expected, range(20))
+    run(compiled, optimizer, range(8))  # the second shape of a kind, the first limited step and the first refresh
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(compiled, optimizer, range(8, 20))
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+    assert pickle.loads(pickle.dumps(optimizer)).compiled
+
+
+def test_identity_is_the_inner_rule_in_full() -> None:
+    ours, theirs = Tiny(dtype=torch.float64), Tiny(dtype=torch.float64)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8}
+    run(ours, wo.galore(ours, 4, 1e-2, projection="identity", scale=1.0, inner=AdamW()), range(10))
+    run(theirs, torch.optim.AdamW(theirs.parameters(), weight_decay=0.0, **settings), range(10))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("master", [False, True])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.optim.base import Frame, Inner, Projection, Refresh, Residual, Scalar, State
+from weft.optim.base import Frame, Inner, Projection, Refresh, Residual, Rows, Scalar, State
 from weft.optim.batch import Batch, Member, Recipe, member_of, part
 from weft.optim.distributed import local
 from weft.optim.inner import Adam
@@ -54,6 +54,8 @@ class LowRank(torch.optim.Optimizer):
         nonfinite: NaN or infinite gradients: None does not look (a refresh still raises), "skip" leaves the whole step
             out, "raise" raises. Looking costs one number sent to the host a step.
         seed: of random projections and stochastic rounding.
+        compiled: run the arithmetic of a step through torch.compile, which fuses what lies between the products: the
+            same numbers to rounding, after some seconds of compilation. Refreshes stay as they are.
 
     Raises WeftError for a group that does not fit its recipe, a repeated parameter, or a state_dict of another recipe.
     """
@@ -76,6 +78,7 @@ class LowRank(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         nonfinite: Literal["skip", "raise"] | None = None,
         seed: int = 0,
+        compiled: bool = False,
     ) -> None:
         self._default = Recipe(
             projection or Subspace(128), inner or Adam(), residual, limiter, _refresh(refresh), moments, scale, side,
@@ -86,7 +89,8 @@ class LowRank(torch.optim.Optimizer):
         self._batches: list[Batch] = []
         self._places: dict[Tensor, tuple[Batch, int]] = {}
         self._built: list[Tensor] | None = None
-        self.nonfinite, self.seed = nonfinite, seed
+        self.nonfinite, self.seed, self.compiled = nonfinite, seed, compiled
+        self._arithmetic = _arithmetic(compiled)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -222,7 +226,8 @@ class LowRank(torch.optim.Optimizer):
                     batch.apply(ids, N, c * batch.recipe.scale, state, lr, decay, seed, rows)
             else:
                 frame = batch.projection.frame(state, batch.seeds(ids, state, self.seed), X)
-                batch.apply(ids, *_update(batch, X, frame, state, t), state, lr, decay, seed)
+                update = self._arithmetic(batch.recipe, batch.rows, X, frame, dict(state), t)
+                batch.apply(ids, *update, state, lr, decay, seed)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -250,12 +255,13 @@ class LowRank(torch.optim.Optimizer):
         self._built = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_default", "_recipes", "_members", "nonfinite", "seed")
+        own = ("_default", "_recipes", "_members", "nonfinite", "seed", "compiled")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._batches, self._places, self._built = [], {}, None
+        self._arithmetic = _arithmetic(self.compiled)
 
 
 def _refresh(rule: int | Refresh) -> Refresh:
@@ -312,17 +318,29 @@ def _ages(state: State, device: torch.device) -> Scalar:
     return state["step"].double().to(device)[:, None, None]
 
 
-def _update(batch: Batch, X: Tensor, frame: Frame, state: State, t: Scalar) -> tuple[Tensor, Scalar]:
+def _arithmetic(compiled: bool) -> Callable[..., tuple[Tensor, Scalar]]:
+    """`_update`, as it is or compiled: then t is a tensor, for a new number would be a new graph."""
+    if not compiled:
+        return _update
+    run = torch.compile(_update)
+
+    def update(recipe: Recipe, rows: Rows, X: Tensor, frame: Frame, state: State, t: Scalar) -> tuple[Tensor, Scalar]:
+        age = torch.tensor(t, dtype=torch.float64, device=X.device) if isinstance(t, float) else t
+        return run(recipe, rows, X, frame, state, age)
+
+    return update
+
+
+def _update(recipe: Recipe, rows: Rows, X: Tensor, frame: Frame, state: State, t: Scalar) -> tuple[Tensor, Scalar]:
     """U (k, n, s) of the contract, scale c up(N) + limited f E, as a tensor and a factor of it."""
-    recipe = batch.recipe
     R = frame.down(X)
-    N, c = recipe.inner.update(R, state, t, batch.rows)
+    N, c = recipe.inner.update(R, state, t, rows)
     if recipe.residual is None:
-        by_column = isinstance(c, Tensor) and c.shape[-1] > 1
+        by_column = isinstance(c, Tensor) and c.dim() > 0 and c.shape[-1] > 1
         return (frame.up(N * c, X), recipe.scale) if by_column else (frame.up(N, X), c * recipe.scale)
-    E, f = recipe.residual.term(X, R, N, frame, batch.rows)
+    E, f = recipe.residual.term(X, R, N, frame, rows)
     if recipe.limiter is not None:
-        f = f * recipe.limiter.factor(E, f, state, batch.rows)
+        f = f * recipe.limiter.factor(E, f, state, rows)
     if recipe.residual.corrected:
         f = f * c
     if recipe.scale == 0:

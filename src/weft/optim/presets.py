@@ -65,6 +65,7 @@ class Options(TypedDict, total=False):
     state_dtype: torch.dtype | None
     nonfinite: Literal["skip", "raise"] | None
     seed: int
+    compiled: bool
     exclude: Sequence[str]
 
 
