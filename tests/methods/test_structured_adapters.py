@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import weft
 from weft.errors import WeftError
 from weft.io.adapters import save_adapter
-from weft.methods import METHODS
-from weft.terms import BlockAffine, ShardSum
+from weft.linalg.kronecker import balanced_divisor, kronecker_sum, kronecker_svd, rearrange
+from weft.methods import METHODS, soka
+from weft.terms import BlockAffine, Kronecker, ShardSum, Shifted
 from weft.terms.adapters import find_adapter
 from weft.terms.factors import exact_factors
 from weft.testing_adapters import PROPERTIES, adapted, task, tiny_llama, train
@@ -194,3 +195,107 @@ def test_bone_refuses_blocks_that_do_not_fit() -> None:
         one("bone", W, 21)
     with pytest.raises(WeftError, match="nearest are: mini"):
         one("bone", W, variant="miny")
+
+
+# ---- soka
+
+SPLITS = [((6, 5), (4, 4)), ((4, 3), (6, 7)), ((3, 8), (5, 2)), ((1, 4), (9, 5))]  # of U and of V
+
+
+@pytest.mark.parametrize(("left", "right"), SPLITS)
+def test_a_sum_of_kronecker_products_is_found_again(left: tuple[int, int], right: tuple[int, int]) -> None:
+    U, V = drawn(3, *left), drawn(3, *right, seed=1)
+    W = sum(torch.kron(u, v) for u, v in zip(U, V, strict=True))
+    close(kronecker_sum(U, V), W)
+    A, s, B = kronecker_svd(W, left)
+    assert int((s > 1e-5 * s[0]).sum()) == 3
+    close(kronecker_sum(s[:3].view(-1, 1, 1) * A[:3], B[:3]), W)
+    # U[i, j] V[k, l] stands at row i m2 + k and column j n2 + l
+    R = rearrange(W, left)
+    i, j, k, m = left[0] - 1, 1, right[0] - 2, 1
+    assert R[i * left[1] + j, k * right[1] + m] == W[i * right[0] + k, j * right[1] + m]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_kronecker_svd_is_optimal(count: int) -> None:
+    W = drawn(OUT, IN)
+    U, s, V = kronecker_svd(W, (6, 5))
+    cut = kronecker_sum(s[:count].view(-1, 1, 1) * U[:count], V[:count])
+    close((W - cut).square().sum(), s[count:].square().sum(), 1e-4)
+    for factors in (U, V):
+        close(factors.flatten(1) @ factors.flatten(1).mT, torch.eye(len(s)))
+    if count == 1:  # alternating least squares finds no nearer product
+        u, v = drawn(6, 5, seed=2), drawn(4, 4, seed=3)
+        blocks = W.view(6, 4, 5, 4)
+        for _ in range(200):
+            v = torch.einsum("ikjl,ij->kl", blocks, u) / u.square().sum()
+            u = torch.einsum("ikjl,kl->ij", blocks, v) / v.square().sum()
+        close(torch.kron(u, v), cut, 1e-3)
+
+
+def test_kronecker_svd_of_columns_and_rows_is_the_svd() -> None:
+    W = drawn(OUT, IN)
+    U, s, V = kronecker_svd(W, (OUT, 1))
+    close(s, torch.linalg.svdvals(W))
+    close((U[:, :, 0].mT * s) @ V[:, 0], W)
+
+
+@pytest.mark.parametrize(("left", "right"), SPLITS)
+def test_the_fast_product_is_the_slow_one(left: tuple[int, int], right: tuple[int, int]) -> None:
+    U, V = drawn(3, *left), drawn(3, *right, seed=1)
+    term = Kronecker.from_factors(U, V)
+    x = drawn(2, 7, left[1] * right[1], seed=2)
+    close(term(x), x @ sum(torch.kron(u, v) for u, v in zip(U, V, strict=True)).mT)
+
+
+@pytest.mark.parametrize("options", [{}, {"block": (6, 4)}])
+def test_soka_starts_on_the_principal_products(options: dict[str, Any]) -> None:
+    W, x = drawn(OUT, IN), drawn(7, IN, seed=1)
+    model = one("soka", W, energy=None, elbow=False, **options)
+    term = model.layer.terms["default"]
+    assert isinstance(term, Shifted) and isinstance(term.now, Kronecker)
+    assert torch.equal(model(x), One(W)(x))
+    m1, n1 = soka.blocks(OUT, IN, options.get("block"))
+    assert (m1, n1) == ((4, 5) if options else (4, 4))
+    assert trainable(model).count == R * (m1 * n1 + OUT * IN // (m1 * n1))
+    s = kronecker_svd(W, (m1, n1))[1]
+    close((W - term.now.dense()).square().sum(), s[R:].square().sum(), 1e-4)
+    for factors in (term.now.U, term.now.V):
+        close(factors.flatten(1) @ factors.flatten(1).mT, torch.diag(s[:R]))
+    assert int(torch.linalg.matrix_rank(term.now.dense()[:, :IN], rtol=1e-5)) > R
+    term.now.U.data += 0.1
+    close(model(x), x @ model.layer.dense().mT)
+
+
+def spread_out(values: list[float]) -> Tensor:
+    """A 16 x 16 weight of these Kronecker singular values."""
+    Q, P = (torch.linalg.qr(drawn(16, 16, seed=seed))[0] for seed in (0, 1))
+    s = torch.tensor(values + [0.0] * (16 - len(values)))
+    return kronecker_sum((s.unsqueeze(1) * Q).view(16, 4, 4), P.view(16, 4, 4))
+
+
+def test_soka_keeps_what_the_spectrum_asks_for() -> None:
+    W = spread_out([3.0, 2.0, 1.0, 0.5])  # 9 + 4 + 1 + 0.25 of 14.25
+    for energy, count in ((0.5, 1), (0.9, 2), (0.98, 3), (0.999, 4)):
+        model = one("soka", W, 8, energy=energy, elbow=False)
+        assert model.layer.terms["default"].now.count == count
+        assert trainable(model).count == count * 32
+    assert one("soka", W, 2, energy=0.999).layer.terms["default"].now.count == 2  # the cap
+    steep = [8.0, 7.0, 6.0] + [0.1 * 0.97**i for i in range(13)]
+    assert one("soka", spread_out(steep), 16, energy=1.0).layer.terms["default"].now.count == 3
+    for smooth in ([2.0**-i for i in range(16)], [1.0] * 16, [2.0, 1.0], []):
+        assert soka.elbow_of(torch.tensor(smooth)) == len(smooth)
+    assert one("soka", torch.zeros(16, 16)).layer.terms["default"].now.count == 1
+
+
+def test_soka_refuses_what_does_not_fit() -> None:
+    with pytest.raises(WeftError, match="do not divide"):
+        one("soka", drawn(OUT, IN), block=(7, 4))
+    with pytest.raises(WeftError, match="share"):
+        one("soka", drawn(OUT, IN), energy=90.0)
+    with pytest.raises(WeftError, match="from 1 to 16"):
+        one("soka", drawn(OUT, IN), 17)
+
+
+def test_balanced_divisors() -> None:
+    assert [balanced_divisor(n) for n in (4096, 11008, 7, 1, 12)] == [64, 86, 1, 1, 3]

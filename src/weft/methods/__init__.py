@@ -12,6 +12,7 @@ from weft.methods import (
     allora,
     asvd,
     bone,
+    ce_ssl,
     corda,
     dora,
     dylora,
@@ -86,6 +87,7 @@ METHODS: dict[str, Method] = {
         randlora,
         random_mask,
         lift,
+        ce_ssl,
     )
 }
 
