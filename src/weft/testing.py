@@ -32,6 +32,7 @@ from weft.terms import (
     Magnitude,
     MovingSparse,
     NormalFloat,
+    PooledLowRank,
     RandomCombination,
     RandomProducts,
     RandomStore,
@@ -342,6 +343,13 @@ def _random_products(generator: Generator) -> Term:
     return term
 
 
+def _pooled_low_rank(generator: Generator) -> Term:
+    term = PooledLowRank(IN, OUT, RANK, 9, 2, scale=0.5)
+    term.pool_A, term.pool_B = (nn.Parameter(_side(*p.shape, generator)) for p in (term.pool_A, term.pool_B))
+    term.index_A, term.index_B = (torch.randperm(9, generator=generator)[: RANK * 2] for _ in "AB")
+    return term
+
+
 EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
@@ -358,6 +366,7 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Shifted.kind: _shifted,
     Magnitude.kind: _magnitude,
     Replacement.kind: _replacement,
+    PooledLowRank.kind: _pooled_low_rank,
     RandomCombination.kind: _random_combination,
     RandomProducts.kind: _random_products,
     NormalFloat.kind: lambda generator: NormalFloat.from_matrix(_side(OUT, IN, generator)),

@@ -29,6 +29,7 @@ from weft.methods import (
     lora_sb,
     lora_xs,
     lq_lora,
+    mos,
     nola,
     olora,
     paca,
@@ -88,6 +89,7 @@ METHODS: dict[str, Method] = {
         random_mask,
         lift,
         ce_ssl,
+        mos,
     )
 }
 

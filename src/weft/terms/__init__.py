@@ -18,6 +18,7 @@ from weft.terms.kronecker import Kronecker
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
 from weft.terms.moving_sparse import MovingSparse
+from weft.terms.pooled_low_rank import PooledLowRank
 from weft.terms.quantized import Int8, NormalFloat
 from weft.terms.random_combination import RandomCombination
 from weft.terms.random_products import RandomProducts
@@ -45,6 +46,7 @@ __all__ = [
     "Magnitude",
     "MovingSparse",
     "NormalFloat",
+    "PooledLowRank",
     "RandomCombination",
     "RandomProducts",
     "RandomStore",
@@ -84,6 +86,7 @@ TERMS: dict[str, type[Term]] = {
         Kronecker,
         RandomProducts,
         MovingSparse,
+        PooledLowRank,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
