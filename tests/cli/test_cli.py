@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from weft.cli import app
 from weft.errors import WeftError
 
-VERBS = ("inspect", "compress", "finetune", "eval", "merge", "combine", "methods", "demo")
+VERBS = ("inspect", "compress", "finetune", "eval", "merge", "combine", "quantize", "methods", "demo")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Every call of a verb's `run`, recorded instead of done."""
     made: list[tuple[str, dict[str, Any]]] = []
     answer = {"matrices": [], "model": "m", "parameters": 0, "stages": [], "generated": "", "report": ""}
-    for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "combine", "demo"):
+    for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "combine", "quantize", "demo"):
         module = __import__(f"weft.verbs.{verb}", fromlist=["run"])
         monkeypatch.setattr(module, "run", lambda _verb=verb, **kwargs: made.append((_verb, kwargs)) or answer)
     return made
@@ -92,6 +92,11 @@ EXACT = [
             "canonical": True,
         },
     ),
+    (
+        "quantize M -o O --bits 4 --targets q_proj --targets k_proj",
+        "quantize",
+        {"model": "M", "out": Path("O"), "bits": 4.0, "scheme": None, "targets": ["q_proj", "k_proj"], "rank": 64},
+    ),
 ]
 
 
@@ -109,14 +114,14 @@ def test_arguments_reach_a_run_that_takes_them() -> None:
     """Each command passes exactly what its verb's `run` accepts."""
     import inspect as signatures
 
-    from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge
+    from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, quantize
 
-    for command in (combine, compress, demo, evaluate, finetune, inspect, merge):
+    for command in (combine, compress, demo, evaluate, finetune, inspect, merge, quantize):
         name = command.__name__.rsplit(".", 1)[1]
         run = __import__(f"weft.verbs.{name}", fromlist=["run"]).run
         taken = signatures.signature(run).parameters
         given = set(signatures.signature(command.command).parameters) - {"json", "option"}
-        if name == "merge":
+        if name in ("merge", "quantize"):
             given -= {"seed"}
         open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         assert open_ended or given <= set(taken), name
@@ -143,6 +148,11 @@ MISTAKES = [
     ("combine A B -o O", "A holds no adapter"),
     ("combine A B -o O --method leg", "the nearest are: lego"),
     ("combine A B -o O --option centre=1", "has no option 'centre'; its options: none"),
+    ("quantize pico -o O --bits 5", "5 bits are not possible; give 2, 3, 4 or 8"),
+    ("quantize pico -o O --scheme nf5", "the nearest are: nf"),
+    ("quantize pico -o O --scheme int8 --bits 4", "--scheme int8 has its own number of bits, not 4"),
+    ("quantize ./missing -o O", "There is no directory './missing'"),
+    ("quantize pico -o O --targets r_proj", "matches no linear layer; the nearest names are"),
     ("eval ./missing", "There is no directory './missing'"),
     ("eval pico --windows 0", "--windows is 0: give at least 1"),
     ("eval pico --window 1", "give at least 2"),
@@ -168,7 +178,7 @@ def test_a_mistake_is_one_sentence(
 
 def test_an_output_that_holds_something_is_refused(weft: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
-    for verb in ("compress", "finetune", "merge"):
+    for verb in ("compress", "finetune", "merge", "quantize"):
         result = weft(verb, "pico", "-o", tmp_path)
         assert result.exit_code == 2 and "exists and is not empty" in result.stderr
     assert weft("demo", "-o", tmp_path).exit_code == 2

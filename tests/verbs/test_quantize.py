@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from weft.errors import WeftError
 from weft.kernels.normal_float import NF4, Format
@@ -15,7 +16,7 @@ from weft.terms import Int8, NormalFloat, SumLinear
 from weft.terms.adapters import disable
 from weft.terms.layers import linear_layers, weight_of
 from weft.verbs.adapt import adapt, remove_adapter, trainable
-from weft.verbs.quantize import SCHEMES, choose_formats, quantize
+from weft.verbs.quantize import SCHEMES, choose_formats, quantize, run
 
 SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32, "vocab_size": 53}
 
@@ -150,3 +151,31 @@ def test_mistakes_leave_the_model_alone(arguments, message):
 def test_an_adapter_that_is_on_is_named():
     with pytest.raises(WeftError, match=r"adapters on this model \(default\); quantise first"):
         quantize(adapt(llama(), "lora", rank=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "kinds"),
+    [
+        ({}, (4, 6), {"normal_float"}),
+        ({"bits": 2.0}, (2, 4), {"normal_float"}),
+        ({"scheme": "int8", "targets": ["q_proj"]}, (8, 10), {"int8"}),
+        ({"scheme": "lq-lora", "rank": 3, "bits": 3.5}, (2, 6), {"normal_float", "low_rank"}),
+    ],
+)
+def test_a_directory_in_codes_is_opened_again(options, bits, kinds, tiny_directory, tmp_path):
+    done = run(str(tiny_directory), tmp_path / "small", **options)
+    assert done["bytes"] < done["bytes_before"] and bits[0] <= done["bits_per_weight"] <= bits[1]
+    assert done["matrices"] == (2 if "targets" in options else 14)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    sums = [m for m in model.modules() if isinstance(m, SumLinear)]
+    assert {term.kind for layer in sums for term in layer.terms.values()} == kinds and len(sums) == done["matrices"]
+    expected = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    given = {"scheme": f"nf{options.get('bits', 4):g}", **options}
+    mean = {key: given[key] for key in ("bits", "rank") if given["scheme"] == "lq-lora"}
+    quantize(expected, given["scheme"], given.get("targets", "all-linear"), **mean)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-6, rtol=1e-5)
+    assert json.loads((tmp_path / "small" / "run.json").read_text())["command"] == "quantize"
+    adapt(model, "lora", 2)  # QLoRA
+    assert trainable(model).count > 0

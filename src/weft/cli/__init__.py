@@ -10,7 +10,7 @@ from __future__ import annotations
 import typer
 
 import weft
-from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, methods, pretrain
+from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, methods, pretrain, quantize
 from weft.cli.answer import answering
 
 __all__ = ["app", "main"]
@@ -30,6 +30,7 @@ app.command("pretrain")(answering(pretrain.command, resumes=True))
 app.command("eval")(answering(evaluate.command))
 app.command("merge")(answering(merge.command))
 app.command("combine")(answering(combine.command))
+app.command("quantize")(answering(quantize.command))
 app.command("methods")(answering(methods.command))
 app.command("demo")(answering(demo.command, resumes=True))
 

@@ -1,15 +1,22 @@
-"""weft.quantize: put codes of few bits in the place of a model's dense weights; QLoRA is this, then `weft.adapt`."""
+"""weft.quantize: put codes of few bits in the place of a model's dense weights; QLoRA is this, then `weft.adapt`.
+
+weft quantize MODEL -o OUT --bits 4          the same on a directory, which transformers opens after `import weft`
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.allocate.integer_program import choose
 from weft.errors import WeftError, unknown
+from weft.io.quantizer import mark
+from weft.io.save import save_model
 from weft.kernels.normal_float import NF4, Format
 from weft.methods.adapter import scale_of
 from weft.methods.base import Moments
@@ -18,8 +25,12 @@ from weft.terms import Dense, Int8, LowRank, NormalFloat, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
 from weft.terms.layers import bias_of, is_conv1d, replace
 from weft.verbs.adapt import resolve_targets
+from weft.verbs.evaluate import model_size
+from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device
+from weft.verbs.output import check_output, open_output
+from weft.verbs.record import begin
 
-__all__ = ["SCHEMES", "choose_formats", "quantize"]
+__all__ = ["SCHEMES", "choose_formats", "quantize", "run"]
 
 SCHEMES: dict[str, Callable[[Tensor], Term]] = {
     "int8": Int8.from_matrix,
@@ -72,6 +83,72 @@ def quantize(
         codes = {key: SCHEMES[scheme](matrix) for key, matrix in _dense_terms(module).items()}
         _put(model, layer, module, codes)
     return model
+
+
+def run(
+    model: str,
+    out: str | Path,
+    *,
+    scheme: str | None = None,
+    bits: float | None = None,
+    targets: Sequence[str] | None = None,
+    rank: int = 64,
+    alpha: float | None = None,
+    max_shard_size: str | int = "5GB",
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """`weft quantize`: read a model, write it in codes, with `run.json` and a model card.
+
+    Args:
+        scheme: as in `quantize`; None for the NormalFloat of `bits`.
+        bits: 2, 3, 4 or 8; for "lq-lora" the mean, a fraction too. None for 4, and for "lq-lora" NF4 everywhere.
+        dtype: of what stays dense; None for the one it is stored in.
+
+    Raises:
+        WeftError: any argument that cannot work, before the model is loaded where it can be told.
+    """
+    arguments = {key: value for key, value in locals().items() if key != "device"}
+    chosen = _scheme(scheme, bits)
+    check_output(out, arguments)
+    target = resolve_device(device)
+    load_config(model, trust_remote_code=trust_remote_code)
+    record = begin("quantize", arguments, device=target)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    source = load_model(model, device=target, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    before = model_size(source)
+    # a part of the weight from now on, so not under the name that an adapter gets by default
+    mean = {"bits": bits, "rank": rank, "alpha": alpha, "name": "low_rank"} if chosen == "lq-lora" else {}
+    with open_output(out, arguments) as place:
+        quantize(source, chosen, targets or "all-linear", **mean)  # type: ignore[arg-type]
+        mark(source, chosen)
+        metrics = {**_sizes(source), "bytes_before": before[1], "bytes": model_size(source)[1]}
+        save_model(source, tokenizer, place.path, run=record.write(place.path, metrics), max_shard_size=max_shard_size)
+    return {"output": str(out), **metrics}
+
+
+def _scheme(scheme: str | None, bits: float | None) -> str:
+    """The scheme that is meant, checked."""
+    if scheme == "lq-lora":
+        return scheme
+    if scheme is not None and scheme not in SCHEMES:
+        raise unknown("scheme of quantisation", scheme, [*SCHEMES, "lq-lora"])
+    widths = {name.lstrip("inft"): name for name in SCHEMES if name.startswith("nf")}
+    if scheme is None and bits is not None and f"{bits:g}" not in widths:
+        raise WeftError(f"{bits:g} bits are not possible; give 2, 3, 4 or 8, or a mean with --scheme lq-lora.")
+    if scheme is not None and bits is not None and not scheme.endswith(f"{bits:g}"):
+        raise WeftError(f"--scheme {scheme} has its own number of bits, not {bits:g}; give one of the two.")
+    return scheme or ("nf4" if bits is None else widths[f"{bits:g}"])
+
+
+def _sizes(model: nn.Module) -> dict[str, Any]:
+    """How many matrices are in code, and what a weight of theirs takes, the low-rank terms apart."""
+    sums = [m for m in model.modules() if isinstance(m, SumLinear)]
+    codes = [term for layer in sums for term in layer._terms() if isinstance(term, Int8 | NormalFloat)]
+    weights = sum(term.in_features * term.out_features for term in codes)
+    bits = 8 * sum(term.nbytes for term in codes)
+    return {"matrices": len(codes), "bits_per_weight": bits / max(weights, 1)}
 
 
 def choose_formats(
