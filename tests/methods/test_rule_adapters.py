@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import weft
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
-from weft.methods import METHODS, dylora, sora
+from weft.methods import METHODS, ce_ssl, dylora, sora
 from weft.rules import Rules
 from weft.terms import Spectral
 from weft.terms.adapters import find_adapter
@@ -348,3 +348,100 @@ def test_dylora_learns_nested_components() -> None:
         step(model.train(), rule, optimizer, number, (model(torch.eye(IN)) - target.mT).square().sum())
     cut = [(dylora.truncate(model, rank).layer.dense() - target).detach().square().sum() for rank in (1, 2, 3, 4)]
     assert all(a > b for a, b in pairwise(cut)) and 21 < float(cut[0]) < 40
+
+
+# ---- ce-ssl
+
+
+def ce(**options: Any) -> nn.Module:
+    return adapted(METHODS["ce-ssl"], compress_ratio=0.5, **options)
+
+
+def test_ce_ssl_score_sees_the_gradient_through_a_zero_started_adapter() -> None:
+    """(dL/dB) A of LoRA at B = 0 is G A^T A."""
+    x, A, W = drawn(9, IN, seed=1), drawn(R, IN, seed=2), drawn(OUT, IN).requires_grad_(True)
+    B = torch.zeros(OUT, R, requires_grad=True)
+    (x @ (W + B @ A).mT).sin().sum().backward()
+    seen = B.grad @ A
+    close(seen, W.grad @ A.mT @ A)
+    assert ce_ssl.score(W.grad, A) == pytest.approx(float(seen.square().mean()), rel=1e-5)
+    taylor = float((W.detach() * seen).square().mean())
+    assert ce_ssl.score(W.grad, A, W.detach()) == pytest.approx(taylor, rel=1e-5)
+
+
+@pytest.mark.parametrize("score", ["taylor", "fisher"])
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 5), (0.5, 3), (0.6, 2), (1.0, 0)])
+def test_ce_ssl_halves_the_ranks_of_the_low_scores(score: str, share: float, kept: int) -> None:
+    sizes = {"a": 1.0, "b": 100.0, "c": 10.0, "d": 10.0, "e": 0.1}
+    G, W = drawn(OUT, IN), drawn(OUT, IN, seed=1)
+    moments = {layer: {"mean_grad": size * G, "weight": W} for layer, size in sizes.items()}
+    options = METHODS["ce-ssl"].options({"compress_ratio": share, "score": score})
+    ranks = ce_ssl.spread(moments, dict.fromkeys(sizes, (OUT, IN)), 4, options)
+    order = ["b", "c", "d", "a", "e"]
+    assert ranks == {layer: 4 if layer in order[:kept] else 2 for layer in sizes}
+
+
+def test_ce_ssl_taylor_score_weighs_by_the_weight_of_the_model() -> None:
+    """Layers of one gradient are told apart by their weights alone."""
+    model = nn.ModuleDict({"large": nn.Linear(6, 5, bias=False), "small": nn.Linear(6, 5, bias=False)})
+    model["large"].weight.data, model["small"].weight.data = torch.ones(5, 6), 0.1 * torch.ones(5, 6)
+    stats = {key: {"mean_grad": drawn(5, 6)} for key in ("large", "small")}
+    adapt(model, "ce-ssl", 4, stats=stats, compress_ratio=0.5)
+    assert find_adapter(model).settings["ranks"] == {"large": 4, "small": 2}
+    with pytest.raises(WeftError, match="taylor"):
+        adapt(model, "ce-ssl", 4, name="other", stats=stats, score="sum")
+    with pytest.raises(WeftError, match="1 excluded"):
+        adapt(model, "ce-ssl", 4, name="other", stats=stats, p=1.0)
+
+
+def test_ce_ssl_mean_over_coins_is_what_evaluation_computes() -> None:
+    model = ce(p=0.3)
+    terms = find_adapter(model).all_terms()
+    for number, term in enumerate(terms):
+        term.B.data = drawn(*term.B.shape, seed=number)
+    rule, x, steps = started(model), {n: drawn(3, n) for n in (16, 32)}, 300
+    means, coins = [torch.zeros(()) for _ in terms], []
+    for number in range(1, steps + 1):
+        means = [m + t.train()(x[t.in_features]).detach() / steps for m, t in zip(means, terms, strict=True)]
+        coins.append([bool(term.draw.all()) for term in terms])
+        rule.after_step(model, number)
+    ratios = [float((m / t.eval()(x[t.in_features])).detach().mean()) for m, t in zip(means, terms, strict=True)]
+    assert abs(sum(ratios) / len(ratios) - 1) < 3 * (0.3 / 0.7 / (steps * len(ratios))) ** 0.5
+    assert any(len(set(of_step)) == 2 for of_step in coins), "the layers of a model have a coin each"
+    term, x = terms[0], x[16]
+    single = term.scale * x @ (term.B @ term.A).mT
+    close(term.eval()(x), 0.7 * single)
+    close(term.dense(), 0.7 * term.scale * term.B @ term.A)
+
+
+def test_ce_ssl_layer_that_sits_out_rests() -> None:
+    """No gradient, so that neither Adam's momentum nor decay moves it."""
+    model = ce(p=0.5)
+    optimizer = torch.optim.AdamW(trainable(model).parameters.values(), lr=1e-2, weight_decay=0.1)
+    rule, terms = started(model, optimizer), find_adapter(model).all_terms()
+    rested = 0
+    for number in range(1, 5):
+        before = [(term.A.detach().clone(), bool(term.draw.any())) for term in terms]
+        torch.manual_seed(number)
+        step(model.train(), rule, optimizer, number, model(**task()[0]).loss)
+        for term, (A, plays) in zip(terms, before, strict=True):
+            assert torch.equal(A, term.A) is not plays
+            rested += not plays
+    assert 4 < rested < 24
+
+
+def test_ce_ssl_without_coins_is_lora(tmp_path: Path) -> None:
+    model = ce(p=0.0, alpha=8.0)
+    plain = adapt(tiny_llama(), "lora", 4, ranks=find_adapter(model).settings["ranks"], alpha=8.0)
+    for layer, terms in find_adapter(model).terms.items():
+        plain_term = find_adapter(plain).terms[layer]["default"]
+        plain_term.A.data = terms["default"].A.detach().clone()
+    for each in (model, plain):
+        train(each, 3)
+    close(logits(model), logits(plain))
+    close(peft_logits(model, tmp_path), logits(plain))
+
+
+def test_ce_ssl_is_the_base_while_B_is_zero() -> None:
+    model = ce(p=0.5).train()
+    assert torch.equal(logits(model), logits(tiny_llama()))

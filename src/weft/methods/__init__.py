@@ -90,6 +90,7 @@ METHODS: dict[str, Method] = {
         lift,
         ce_ssl,
         mos,
+        ce_ssl,
     )
 }
 

@@ -55,6 +55,7 @@ class Site:
         generator: a CPU generator of this layer's own; draw in fp32.
         dtype: of the trainable tensors.
         shared: what the method's `share` made for the whole model.
+        bias: the layer's bias (out,), or None.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Site:
     generator: torch.Generator
     dtype: torch.dtype = torch.float32
     shared: Any = None
+    bias: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,7 +128,8 @@ class Method:
         limit: (out, in, options) -> the largest rank that makes sense.
         share: (shapes by layer, rank, generator, options) -> what all layers share (a random store, a pool), handed to
             each `attach` in its site.
-        spread: (moments by layer, shapes by layer, rank, options) -> rank by layer; 0 leaves a layer out.
+        spread: (moments by layer, shapes by layer, rank, options) -> rank by layer; 0 leaves a layer out. Among a
+            layer's moments is its "weight" (out, in), made when asked for.
         rates: (options) -> factor of the learning rate by parameter name within a term.
         extras: (layer names, parameter names, options) -> parameters of the model itself to be trained along.
         deviates: how the function differs at the start; "" where it does not.

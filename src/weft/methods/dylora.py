@@ -1,5 +1,5 @@
 """dylora: every step cuts all adapters to one random rank, so that the trained adapter can be cut to any (Valipour et
-al., 2022, arXiv 2210.07558, section 3).
+al., 2022, arXiv 2210.07558).
 
     b ~ U{1, ..., r} once a step;   y = W x + (alpha / b) B[:, :b] A[:b] x;   r (in + out) trainable numbers
     frozen: only component b learns in that step; otherwise the first b do
@@ -40,8 +40,8 @@ def attach(site: Site, *, alpha: float | None, frozen: bool) -> dict[str, Term]:
 def truncate(model: nn.Module, rank: int, name: str | None = None) -> nn.Module:
     """Use an adapter (None: the only one) at this rank from now on, in evaluation, merging and saving.
 
-    The same model is returned. The components beyond are closed, not lost: a later call may open them again. PEFT's files hold the first `rank`
-    ones, as a LoRA of that rank.
+    The same model is returned. The components beyond are closed, not lost: a later call may open them again. PEFT's
+    files hold the first `rank` ones, as a LoRA of that rank.
 
     Raises:
         WeftError: no such adapter, one of another method, or a rank that it does not have.

@@ -1,5 +1,5 @@
 """sora: a gate on every rank-one component, trained by proximal steps that switch components off exactly (Ding et al.,
-2023, arXiv 2311.11696, sections 3.1 and 3.2).
+2023, arXiv 2311.11696).
 
     y = W x + s B (g * (A x)),  A Kaiming, B = 0, g ~ N(0, 1);   g <- sign(g) max(|g| - xi, 0) after each step
     r (in + out + 1) trainable numbers, of which a component with g = 0 is dropped on export: kept (in + out)

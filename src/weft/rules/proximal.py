@@ -19,7 +19,7 @@ __all__ = ["Proximal", "released_threshold", "soft_threshold"]
 
 class Proximal(Rule):
     """g <- sign(g) max(|g| - xi, 0) after the optimizer's step, the proximal step of xi |g|_1 (Ding et al., 2023, arXiv
-    2311.11696, equation 7), for the vectors `s` of the adapter's trained Spectral terms.
+    2311.11696), for the vectors `s` of the adapter's trained Spectral terms.
 
     Args:
         adapter: its name.

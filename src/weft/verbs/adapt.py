@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from weft.errors import WeftError, nearest
 from weft.io.quantizer import remark
@@ -23,8 +23,19 @@ from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import LowRank, SumLinear, Term
-from weft.terms.adapters import Adapter, activate, adapters_of, attach, base_terms, detach, disable, merge, unwrapped
-from weft.terms.layers import linear_layers, weight_of
+from weft.terms.adapters import (
+    Adapter,
+    activate,
+    adapters_of,
+    attach,
+    base_terms,
+    detach,
+    disable,
+    merge,
+    sum_dense,
+    unwrapped,
+)
+from weft.terms.layers import bias_of, linear_layers, weight_of
 from weft.verbs.seeding import generator
 
 __all__ = [
@@ -107,7 +118,8 @@ def adapt(
     moments = _moments(model, chosen, layers, stats, batches)
     if chosen.spread is not None and ranks is None:
         shapes = {layer: weight_shape(model.get_submodule(layer)) for layer in layers}
-        layers = {layer: r for layer, r in chosen.spread(moments, shapes, rank, options).items() if r}
+        known = {layer: _Known(model, layer, moments[layer]) for layer in layers}
+        layers = {layer: r for layer, r in chosen.spread(known, shapes, rank, options).items() if r}
         if not layers:
             raise WeftError(
                 f"The method {chosen.name!r} leaves every layer without an adapter; check its options and targets=."
@@ -321,6 +333,19 @@ def _moments(
     return stats
 
 
+class _Known(dict[str, Tensor]):
+    """A layer's moments, and its "weight" (out, in) in fp32, made when asked for."""
+
+    def __init__(self, model: nn.Module, layer: str, moments: Moments) -> None:
+        super().__init__(moments)
+        self.model, self.layer = model, layer
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "weight":
+            raise KeyError(name)
+        return sum_dense(base_terms(self.model, self.layer).values())
+
+
 def _terms(
     model: nn.Module,
     method: Method,
@@ -341,7 +366,8 @@ def _terms(
     made: dict[str, dict[str, Term]] = {}
     for layer, r in layers.items():
         base = base_terms(model, layer)
-        site = Site(layer, base, r, rank, moments[layer], generator(seed, method.name, layer), dtype, shared)
+        bias = bias_of(model.get_submodule(layer))
+        site = Site(layer, base, r, rank, moments[layer], generator(seed, method.name, layer), dtype, shared, bias)
         roles = method.attach(site, **options)
         made[layer] = {f"{name}_{role}" if role else name: term for role, term in roles.items()}
     return made
