@@ -43,7 +43,7 @@ ARROWS["cli"] = {"verbs"}
 ARROWS["testing"] = {*ARROWS["verbs"], "verbs"}
 
 PUBLIC = [
-    *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compress", "disable"),
+    *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compensate", "compress", "disable"),
     *("effective_rates", "evaluate"),
     *("finetune", "inspect", "lean", "load_adapter", "merge", "merge_adapter", "methods", "mix", "needs", "optim"),
     *("parameter_groups", "quantize", "remove_adapter", "save_adapter", "set_adapter", "trainable"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from weft.verbs.adapt import set_adapter as set_adapter
     from weft.verbs.adapt import trainable as trainable
     from weft.verbs.combine import combine as combine
+    from weft.verbs.compensate import compensate as compensate
     from weft.verbs.compress import calibrate as calibrate
     from weft.verbs.compress import compress as compress
     from weft.verbs.compress import needs as needs
@@ -48,6 +49,7 @@ _EXPORTS = {
     "adapt": "weft.verbs.adapt",
     "calibrate": "weft.verbs.compress",
     "combine": "weft.verbs.combine",
+    "compensate": "weft.verbs.compensate",
     "compress": "weft.verbs.compress",
     "disable": "weft.verbs.adapt",
     "effective_rates": "weft.verbs.adapt",
