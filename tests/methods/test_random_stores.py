@@ -25,8 +25,8 @@ import weft
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.linalg import counter
-from weft.methods import METHODS
-from weft.terms import RandomCombination, RandomProducts, RandomStore, random_combination
+from weft.methods import METHODS, mos
+from weft.terms import PooledLowRank, RandomCombination, RandomProducts, RandomStore, random_combination
 from weft.terms.adapters import find_adapter
 from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, trainable
@@ -429,3 +429,163 @@ def test_randlora_agrees_with_peft_after_pairing() -> None:
     close(logits(ours), logits(theirs))
     store._kept = {torch.device("cpu"): (B.flatten(1), A)}
     assert (logits(ours) - logits(theirs)).abs().max() > 0.1 * logits(theirs).abs().max()
+
+
+# ---- mos
+
+MOS = {"equivalent_rank": 2, "private_rank": 1, "shards": 2, "alpha": 16, "dropout": 0.0}
+
+
+def llama_shapes(layers: int, hidden: int, mlp: int) -> dict[str, tuple[int, int]]:
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (hidden, hidden))
+    sizes = attention | {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
+    return {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in sizes.items()}
+
+
+@pytest.mark.parametrize(("e", "count"), [(2, 4_997_120), (8, 19_988_480)])
+def test_mos_counts_those_of_lora_at_the_equivalent_rank(e: int, count: int) -> None:
+    shapes, method = llama_shapes(32, 4096, 11008), METHODS["mos"]
+    assert method.count_shared is not None
+    assert method.count_shared(shapes, 4 * e, method.options({"equivalent_rank": e})) == count
+    assert method.count_shared(shapes, 4 * e, method.options({})) == count, "r / 4 is the default"
+    model = adapt(deep_llama(), "mos", 4, **MOS)
+    lora = adapt(deep_llama(), "lora", 2)
+    assert trainable(model).count == trainable(lora).count
+
+
+def test_mos_draws_as_the_paper_says() -> None:
+    shapes = llama_shapes(5, 16, 24)
+    options = METHODS["mos"].options({"equivalent_rank": 3, "private_rank": 1, "shards": 4})
+    pools = mos.share(shapes, 6, torch.Generator().manual_seed(1), options)
+    again = mos.share(shapes, 6, torch.Generator().manual_seed(1), options)
+    assert len({id(pool) for pool in pools.values()}) == 7, "one pool for each kind of layer"
+    for name in ("q_proj", "down_proj"):
+        members = [layer for layer in shapes if layer.endswith(name)]
+        pool = pools[members[0]]
+        out, width = shapes[members[0]]
+        assert pool.A.shape == (3 * 5 * 4, width // 4) and pool.B.shape == (3 * 5 * 4, out // 4)
+        assert pool.A.abs().max() <= 1 / math.sqrt(width) < 1.1 * pool.A.abs().max() and not pool.B.any()
+        public = 2 * 5 * 4
+        owned: list[int] = []
+        for layer in members:
+            index_A, index_B = pools[layer].indices[layer]
+            assert len(index_A) == len(index_B) == 6 * 4
+            for index in (index_A, index_B):
+                drawn_rows, own = index[:20], index[20:]
+                assert len(drawn_rows.unique()) == 20 and drawn_rows.max() < public
+                assert own.min() >= public
+            assert torch.equal(index_A[20:], index_B[20:]), "private pairs are torn"
+            assert not torch.equal(index_A, index_B), "the public pairs are not dissociated"
+            owned += index_A[20:].tolist()
+            assert all(torch.equal(a, b) for a, b in zip(pools[layer].indices[layer], again[layer].indices[layer]))
+        assert sorted(owned) == list(range(public, 3 * 5 * 4)), "private pieces are not each owned by one block"
+
+
+def test_mos_assembles_pieces_bit_for_bit() -> None:
+    model = adapt(deep_llama(), "mos", 4, **MOS)
+    train(model, 1)
+    for term in find_adapter(model).all_terms():
+        assert isinstance(term, PooledLowRank)
+        B, A = term.factors()
+        assert A.shape == (4, term.in_features) and B.shape == (term.out_features, 4)
+        wide, tall = term.in_features // 2, term.out_features // 2
+        for j in range(4):
+            for t in range(2):
+                assert torch.equal(A[j, t * wide : (t + 1) * wide], term.pool_A[term.index_A[j * 2 + t]])
+                assert torch.equal(B[t * tall : (t + 1) * tall, j], term.pool_B[term.index_B[j * 2 + t]])
+
+
+def test_mos_with_everything_private_is_lora() -> None:
+    model = adapt(tiny_llama(), "mos", 4, equivalent_rank=4, private_rank=4, shards=1, alpha=6, dropout=0.0)
+    lora = adapt(tiny_llama(), "lora", 4, alpha=6.0)
+    for layer, terms in find_adapter(model).terms.items():
+        term, other = terms["default"], find_adapter(lora).terms[layer]["default"]
+        with torch.no_grad():
+            term.pool_B.copy_(drawn(*term.pool_B.shape, seed=1) / 10)
+            other.A.copy_(term.pool_A)
+            other.B.copy_(term.pool_B.T)
+    close(logits(model), logits(lora), 1e-6)
+    for each in (model, lora):
+        each(**task()[0]).loss.backward()
+    for layer, terms in find_adapter(model).terms.items():
+        term, other = terms["default"], find_adapter(lora).terms[layer]["default"]
+        close(term.pool_A.grad, other.A.grad, 1e-5)
+        close(term.pool_B.grad, other.B.grad.T, 1e-5)
+
+
+def test_mos_gradient_of_a_piece_sums_over_its_uses() -> None:
+    model = adapt(deep_llama(), "mos", 3, equivalent_rank=3, private_rank=1, shards=2, dropout=0.0)
+    train(model, 1)
+    model.zero_grad()
+    model(**task()[0]).loss.backward()
+    term = find_adapter(model).terms["model.layers.0.self_attn.q_proj"]["default"]
+    layers = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    used = torch.cat([find_adapter(model).terms[layer]["default"].index_A for layer in layers])
+    unused = [row for row in range(len(term.pool_A)) if row not in used]
+    assert unused and not term.pool_A.grad[unused].any(), "a piece that nobody drew has a gradient"
+    uses = used.bincount(minlength=len(term.pool_A))
+    assert (uses > 1).any() and term.pool_A.grad[uses > 0].any(1).all()
+    terms = [find_adapter(model.double()).terms[layer]["default"] for layer in layers]
+    x, g = drawn(5, 16).double(), drawn(3, 5, 16, seed=1).double()
+
+    def loss() -> Tensor:
+        return sum(((t(x) * g[i]).sum() for i, t in enumerate(terms)), start=torch.zeros(()))
+
+    row, step = int(uses.argmax()), 1e-4
+    gradient, ends = torch.autograd.grad(loss(), term.pool_A)[0][row, 0], []
+    for change in (step, -2 * step):
+        with torch.no_grad():
+            term.pool_A[row, 0] += change
+            ends.append(loss())
+    close((ends[0] - ends[1]) / (2 * step), gradient, 1e-4)
+
+
+def test_mos_shares_after_loading(tmp_path: Path) -> None:
+    model = adapt(deep_llama(), "mos", 4, **MOS)
+    assert torch.equal(logits(model), logits(deep_llama()))
+    train(model, 2)
+    save_adapter(model, tmp_path / "a")
+    state = load_file(tmp_path / "a" / "weft_adapter.safetensors")
+    assert sum("pool" in key for key in state) == 7 * 2, "pools are written once a kind"
+    other = load_adapter(deep_llama(), tmp_path / "a")
+    assert torch.equal(logits(other), logits(model))
+    assert trainable(other).count == trainable(model).count
+    first, second = (find_adapter(other).terms[f"model.layers.{i}.mlp.up_proj"]["default"] for i in (0, 1))
+    assert first.pool_A is second.pool_A
+    close(logits(in_peft(deep_llama, tmp_path / "a")), logits(model))
+
+
+def test_mos_kinds() -> None:
+    shapes = {"h.0.attn.c_proj": (8, 8), "h.1.attn.c_proj": (8, 8), "h.0.mlp.c_proj": (8, 32), "fc1": (8, 8)}
+    assert [len(layers) for layers in mos.kinds(shapes).values()] == [2, 1, 1]
+    assert len(mos.kinds({"m.0.experts.1.up": (4, 4), "m.1.experts.0.up": (4, 4)})) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shards": 3}, "cannot be cut into 3 equal pieces"),
+        ({"equivalent_rank": 1, "private_rank": 1}, "give equivalent_rank=2 or more"),
+        ({"private_rank": 5}, "private_rank from 0"),
+    ],
+)
+def test_mos_refuses(options: dict[str, Any], words: str) -> None:
+    model = deep_llama()
+    with pytest.raises(WeftError, match=words):
+        adapt(model, "mos", 4, **options)
+    assert not weft.terms.adapters.adapters_of(model)
+    adapt(model, "mos", 4, equivalent_rank=2)
+    with pytest.raises(WeftError, match="give all layers one rank"):
+        adapt(model, "mos", 4, name="other", ranks={"model.layers.0.mlp.up_proj": 2})
+
+
+def test_copies_of_a_pool_learn_as_one() -> None:
+    """What FSDP2 of each block makes of a shared pool: copies, which the rule keeps equal."""
+    together, apart = (adapt(deep_llama(), "mos", 4, **MOS) for _ in range(2))
+    for term in find_adapter(apart).all_terms():
+        term.pool_A, term.pool_B = (nn.Parameter(p.detach().clone()) for p in (term.pool_A, term.pool_B))
+    for model in (together, apart):
+        train(model, 3)
+    for one, copy_of_it in zip(find_adapter(together).all_terms(), find_adapter(apart).all_terms(), strict=True):
+        close(copy_of_it.pool_A.detach(), one.pool_A.detach(), 1e-4)
+        close(copy_of_it.pool_B.detach(), one.pool_B.detach(), 1e-4)

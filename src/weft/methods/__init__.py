@@ -13,6 +13,7 @@ from weft.methods import (
     asvd,
     bone,
     ce_ssl,
+    compacter,
     corda,
     dora,
     dylora,
@@ -37,6 +38,7 @@ from weft.methods import (
     randlora,
     random_mask,
     salt,
+    sft,
     soka,
     soma,
     sora,
@@ -73,6 +75,7 @@ METHODS: dict[str, Method] = {
         lq_lora,
         soma,
         sorsa,
+        compacter,
         soka,
         bone,
         salt,
@@ -90,7 +93,7 @@ METHODS: dict[str, Method] = {
         lift,
         ce_ssl,
         mos,
-        ce_ssl,
+        sft,
     )
 }
 

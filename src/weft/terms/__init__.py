@@ -9,6 +9,7 @@ import torch
 from weft.errors import unknown
 from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
+from weft.terms.bottleneck import Bottleneck
 from weft.terms.columns import Columns
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
@@ -35,6 +36,7 @@ from weft.terms.wrapper import Wrapper
 __all__ = [
     "TERMS",
     "BlockAffine",
+    "Bottleneck",
     "Columns",
     "CoreLowRank",
     "Dense",
@@ -87,6 +89,7 @@ TERMS: dict[str, type[Term]] = {
         RandomProducts,
         MovingSparse,
         PooledLowRank,
+        Bottleneck,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""

@@ -1,5 +1,5 @@
-"""RandomStore: frozen random matrices that every layer of a model takes slices of; kept once, computed from a seed, never
-saved (RandLoRA).
+"""RandomStore: frozen random matrices that every layer of a model takes slices of, computed from a seed, kept once and
+never saved (RandLoRA).
 """
 
 from __future__ import annotations
