@@ -322,11 +322,12 @@ def _arithmetic(compiled: bool) -> Callable[..., tuple[Tensor, Scalar]]:
     """`_update`, as it is or compiled: then t is a tensor, for a new number would be a new graph."""
     if not compiled:
         return _update
-    run = torch.compile(_update)
+    run = torch.compile(_update, dynamic=False)  # kernels of fixed sizes are faster, and a model has few shapes
 
     def update(recipe: Recipe, rows: Rows, X: Tensor, frame: Frame, state: State, t: Scalar) -> tuple[Tensor, Scalar]:
         age = torch.tensor(t, dtype=torch.float64, device=X.device) if isinstance(t, float) else t
-        return run(recipe, rows, X, frame, state, age)
+        with torch._dynamo.config.patch(recompile_limit=64):  # a graph a shape; the default is 8
+            return run(recipe, rows, X, frame, state, age)
 
     return update
 
