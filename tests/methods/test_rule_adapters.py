@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -445,3 +446,169 @@ def test_ce_ssl_without_coins_is_lora(tmp_path: Path) -> None:
 def test_ce_ssl_is_the_base_while_B_is_zero() -> None:
     model = ce(p=0.5).train()
     assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+# ---- increlora
+
+
+GROWING = {"warmup": 0, "interval": 1, "ramp": 0}
+
+
+def growing(**options: Any) -> nn.Module:
+    return adapted(METHODS["increlora"], **{**GROWING, **options})
+
+
+def live(model: nn.Module) -> list[int]:
+    return list(find_adapter(model).settings.get("live", dict.fromkeys(find_adapter(model).terms, 1)).values())
+
+
+def test_increlora_starts_at_the_base_up_to_its_reserve() -> None:
+    _, term = one("increlora", alpha=16.0)
+    assert term.s.tolist()[:4] == [0, pytest.approx(1e-5), pytest.approx(1e-5), 0] and term.rank == 4 * R
+    norms = (term.U.norm(dim=0) * term.V.norm(dim=1)).max()
+    assert 0 < float(term.dense().norm().detach()) <= 2 * 16 / R * 1e-5 * float(norms.detach()) < 1e-4
+
+
+def test_increlora_score_is_that_of_the_dense_gradient() -> None:
+    model, term = one("increlora", alpha=8.0)
+    term.s.data = drawn(term.rank)
+    rule = started(model.train())
+    x, y = drawn(2, 5, IN, seed=1), drawn(2, 5, OUT, seed=2)
+    delta = term.dense().detach().requires_grad_(True)
+    (x @ (model.layer.terms["base"].dense() + delta).mT - y).square().mean().backward()
+    expected = (delta.detach() * delta.grad).abs().sum() / (OUT * IN) ** 0.5
+    (model(x) - y).square().mean().backward()
+    (growth,) = rule.rules
+    close(growth.hooks[0].take(growth.mean), expected)
+    model.eval()(x).sum().backward()
+    assert growth.hooks[0].total is None
+    growth.mean, growth.doubt = torch.tensor([2.0]), torch.tensor([1.0])
+    growth.hooks[0].add(torch.tensor(6.0))
+    growth._measure()
+    close(growth.mean, torch.tensor([0.85 * 2 + 0.15 * 6]))
+    close(growth.doubt, torch.tensor([0.85 * 1 + 0.15 * (6 - 2.6)]))
+
+
+def test_increlora_grows_the_highest_scores_to_the_total() -> None:
+    """7 layers from 1 to 4 on average: 21 components, 3 layers by 2 at a time, in ceil(21 / 6) = 4 events."""
+    model = growing(top_h=3)
+    (growth,) = (rule := started(model, make_optimizer(model, 1e-3))).rules
+    totals = []
+    for number in range(1, 7):
+        scores = torch.tensor([3.0, 9, 1, 9, 2, 9, 9]) + number
+        growth._measure = lambda scores=scores: (growth.mean.copy_(scores), growth.doubt.fill_(1))
+        before = live(model)
+        rule.before_step(model, number)
+        rule.after_step(model, number)
+        grown = [i for i, (a, b) in enumerate(zip(before, live(model), strict=True)) if b > a]
+        assert grown == ([1, 3, 5] if number < 5 and number < 4 else [1, 3] if number == 4 else []), number
+        totals.append(sum(live(model)))
+    assert totals == [13, 19, 25, 28, 28, 28]
+    assert not any(hook.on for hook in growth.hooks)
+    for term, count in zip(find_adapter(model).all_terms(), live(model), strict=True):
+        assert not term.s[count:].any(), "what was in reserve is closed at the end"
+
+
+def test_increlora_growth_changes_no_output() -> None:
+    model = growing(interval=4, warmup=1)
+    train(model, 3)
+    (growth,) = (rule := started(model, make_optimizer(model, 1e-3))).rules
+    before, counts = logits(model), live(model)
+    rule.before_step(model, 4)
+    rule.after_step(model, 4)
+    assert sum(live(model)) == sum(counts) + 4 and growth.missing
+    close(logits(model), before)
+
+
+def test_increlora_moments_and_ages_follow_the_components() -> None:
+    model = growing(interval=3)
+    optimizer = make_optimizer(model, 1e-2)
+    rule = started(model, optimizer)
+    for number in range(1, 6):
+        step(model.train(), rule, optimizer, number, model(**task()[number % 4]).loss)
+        if number == 2:
+            old = copy.deepcopy({i: optimizer.state[t.U] for i, t in enumerate(find_adapter(model).all_terms())})
+        if number == 3:  # growth changes what is there, not the state of what stays
+            assert sum(live(model)) == 11
+            for i, term in enumerate(find_adapter(model).all_terms()):
+                state, stays = optimizer.state[term.U], old[i]["index"].numel()
+                assert state["index"].numel() == live(model)[i] + 2 and (state["age"][:stays] == 3).all()
+                assert not state["exp_avg"][:, stays:].any() and not state["age"][stays:].any()
+                assert optimizer.state[term.s]["index"].numel() == live(model)[i]
+    for term, count in zip(find_adapter(model).all_terms(), live(model), strict=True):
+        ages = optimizer.state[term.U]["age"].tolist()
+        assert ages == ([5, 5, 5, 2, 2] if count == 3 else [5, 5, 5])
+
+
+def test_increlora_trains_what_is_there_alone() -> None:
+    """Also with a decay, and with an optimizer that knows nothing of components."""
+    model = growing(warmup=100)
+    terms = find_adapter(model).all_terms()
+    before = [[p.detach().clone() for p in (t.U.mT, t.V, t.s)] for t in terms]
+    for optimizer in (make_optimizer(model, 1e-2, 0.1), torch.optim.SGD(trainable(model).parameters.values(), 1e-2)):
+        rule = started(model, optimizer)
+        for number in range(1, 4):
+            step(model.train(), rule, optimizer, number, model(**task()[number]).loss)
+        for term, old in zip(terms, before, strict=True):
+            pairs = zip((term.U.mT, term.V, term.s), old, strict=True)
+            moved = [(p.detach() != q).reshape(term.rank, -1).any(1) for p, q in pairs]
+            assert moved[0].tolist() == moved[1].tolist() == [True] * 3 + [False] * (term.rank - 3)
+            assert moved[2].tolist() == [True] + [False] * (term.rank - 1)
+
+
+def test_increlora_ramps_what_is_new() -> None:
+    model, term = one("increlora", ramp=4, coefficient=0.0)
+    term.s.data[:2] = 1.0
+    (growth,) = (rule := started(model)).rules
+    growth.born[0, 1], growth.lived[0, 1] = 10, 10
+    growth.live = [2]
+    for number, share in ((11, 0.25), (12, 0.5), (14, 1.0), (20, 1.0)):
+        before = [p.detach().clone() for p in (term.U.mT, term.V, term.s)]
+        for parameter in (term.U, term.V, term.s):
+            parameter.grad = torch.ones_like(parameter)
+        step_size = torch.optim.SGD([term.U, term.V, term.s], lr=0.1)
+        rule.before_step(model, number)
+        step_size.step()
+        rule.after_step(model, number)
+        for now, old in zip((term.U.mT, term.V, term.s), before, strict=True):
+            change = (old - now).detach().reshape(term.rank, -1)[:, 0]
+            torch.testing.assert_close(change[:2], torch.tensor([0.1, 0.1 * share]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_increlora_resumes_amid_its_growth(early: bool) -> None:
+    """Bit for bit, whether the optimizer's state is loaded before the rule starts (the Trainer does so) or after."""
+    straight, halfway, resumed = (growing(interval=2, ramp=3) for _ in range(3))
+    train(straight, 6)
+    _, (optimizer_state, rule_state) = train(halfway, 3)
+    resumed.load_state_dict(halfway.state_dict())
+    optimizer, rule = make_optimizer(resumed, 5e-3), Rules(rules(resumed))
+    rule.bind(optimizer)
+    if early:
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    rule.start(resumed)
+    if not early:
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    rule.load_state_dict(copy.deepcopy(rule_state))
+    for number in range(4, 7):
+        torch.manual_seed(number)
+        step(resumed.train(), rule, optimizer, number, resumed(**task()[number % 4]).loss)
+    assert live(straight) == live(resumed) and sum(live(straight)) > 7
+    ours, theirs = straight.state_dict(), resumed.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_increlora_exports_its_live_components(tmp_path: Path) -> None:
+    model = growing(alpha=8.0)
+    train(model, 10)
+    assert sum(live(model)) == 28 and len(set(live(model))) > 1
+    close(peft_logits(model, tmp_path), logits(model))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == max(live(model))
+    save_adapter(model, tmp_path / "own", format="weft")
+    assert live(load_adapter(tiny_llama(), tmp_path / "own")) == live(model)
+
+
+def test_increlora_refuses_to_start_above_the_rank() -> None:
+    with pytest.raises(WeftError, match="start="):
+        adapt(One(), "increlora", R, start=5)

@@ -21,6 +21,7 @@ from weft.methods import (
     eva,
     full,
     fwsvd,
+    increlora,
     kasa,
     kfac_svd,
     lift,
@@ -94,6 +95,7 @@ METHODS: dict[str, Method] = {
         ce_ssl,
         mos,
         sft,
+        increlora,
     )
 }
 

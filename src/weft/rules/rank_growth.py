@@ -1,0 +1,198 @@
+"""RankGrowth: an adapter whose layers gain components while it trains, where the loss is most sensitive (IncreLoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from weft.optim.entries import EntryAdamW
+from weft.rules.base import Rule, State
+from weft.rules.hooks import watch
+from weft.rules.orthonormal import orthonormal_pull
+from weft.rules.sensitivity import Sensitivity
+from weft.rules.sharded import sharded_like, whole
+from weft.terms import Spectral
+from weft.terms.adapters import find_adapter, unwrapped
+
+__all__ = ["RESERVE", "Growth", "RankGrowth"]
+
+RESERVE = 1e-5
+"""The fixed coefficient of a component that is trained in advance."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """When and by how much.
+
+    Args:
+        start: live components of a layer at first.
+        increment: components that a chosen layer gains, and that are trained in advance; None for half the rank.
+        top_h: layers chosen at once.
+        warmup, interval: growth after step t where t > warmup and t is a multiple of interval.
+        ramp: steps over which what is new is brought to the full learning rate.
+        smoothing: of the sensitivity and of its uncertainty.
+        coefficient: of the orthonormality of the components.
+    """
+
+    start: int
+    increment: int | None
+    top_h: int
+    warmup: int
+    interval: int
+    ramp: int
+    smoothing: float
+    coefficient: float
+
+    def gain(self, rank: int) -> int:
+        """The increment; the paper's are 1, 2, 3 and 4 for ranks 2, 4, 6 and 8."""
+        return max(rank // 2, 1) if self.increment is None else self.increment
+
+
+class RankGrowth(Rule):
+    """Grows Spectral terms of preallocated size: a layer's components are live (all three factors trained), in reserve
+    (s fixed at 1e-5, the sides trained), or not yet there (s = 0, nothing trained).
+
+        I = sum |dW o dL/d(dW)| / sqrt(out in),  I_bar <- b I_bar + (1 - b) I,  U <- b U + (1 - b) |I - I_bar|
+        score = I_bar U; the `top_h` layers with the highest gain `increment` components, up to the sum of all ranks
+
+    With an `EntryAdamW` each component has moments and an age of its own, and those that are not there have none.
+    Scores are averaged over the processes.
+    """
+
+    def __init__(self, adapter: str, growth: Growth) -> None:
+        self.adapter, self.growth = adapter, growth
+        self.optimizer: EntryAdamW | None = None
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer if isinstance(optimizer, EntryAdamW) else None
+
+    def start(self, model: nn.Module) -> None:
+        found = find_adapter(model, self.adapter)
+        self.settings, self.layers = found.settings, list(found.terms)
+        self.terms = [term for term in found.all_terms() if isinstance(term, Spectral)]
+        self.gain = self.growth.gain(found.settings["rank"])
+        self.hooks = [Sensitivity(self.adapter) for _ in self.terms]
+        for layer, hook in zip(self.layers, self.hooks, strict=True):
+            watch(unwrapped(model).get_submodule(layer), hook)
+        self.live = [self.settings.get("live", {}).get(layer, self.growth.start) for layer in self.layers]
+        never = torch.full((len(self.terms), max(term.rank for term in self.terms)), -self.growth.ramp)
+        self.born, self.lived = never, never.clone()  # the steps since which sides, and s, are trained
+        device = self.terms[0].s.device
+        self.mean, self.doubt = (torch.zeros(len(self.terms), device=device) for _ in range(2))
+        self._choose(anew=False)
+
+    @property
+    def missing(self) -> int:
+        """Components still to be given out."""
+        return sum(self.settings["ranks"].values()) - sum(self.live)
+
+    def reserve(self, i: int) -> int:
+        """Components of layer i that are trained in advance."""
+        return min(self.gain, self.terms[i].rank - self.live[i]) if self.missing else 0
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module, step: int) -> None:
+        self._aside: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for i, term in enumerate(self.terms):
+            known = self.live[i] + self.reserve(i)
+            self._pull(term.U, known, columns=True)
+            self._pull(term.V, known, columns=False)
+            if term.s.grad is not None:
+                live = (torch.arange(term.rank, device=term.s.device) < self.live[i]).to(term.s.dtype)
+                term.s.grad.mul_(sharded_like(live, term.s))
+            sides, gates = (self._share(since[i, : term.rank], step, term.s) for since in (self.born, self.lived))
+            for parameter, share in ((term.U, sides), (term.V, sides.unsqueeze(1)), (term.s, gates)):
+                if bool((share < 1).any()):
+                    self._aside.append((parameter, parameter.detach().clone(), share))
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        for parameter, before, share in self._aside:
+            weight = sharded_like(share.expand(parameter.shape).contiguous(), parameter)
+            parameter.copy_(torch.lerp(before, parameter, weight))
+        self._aside = []
+        if not self.missing:
+            return
+        self._measure()
+        if step > self.growth.warmup and step % self.growth.interval == 0:
+            self._grow(step)
+
+    def state_dict(self) -> State:
+        return {
+            "live": torch.tensor(self.live),
+            "born": self.born,
+            "lived": self.lived,
+            "mean": self.mean,
+            "doubt": self.doubt,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int | float]) -> None:
+        tensors = {name: torch.as_tensor(value) for name, value in state.items()}
+        self.live = tensors["live"].tolist()
+        self.born, self.lived = tensors["born"].clone(), tensors["lived"].clone()
+        self.mean, self.doubt = (tensors[name].to(self.mean.device, copy=True) for name in ("mean", "doubt"))
+        self._remember()
+
+    def _share(self, since: Tensor, step: int, like: Tensor) -> Tensor:
+        """Of the step that each component takes."""
+        return ((step - since) / max(self.growth.ramp, 1)).clamp(0, 1).to(like.device, like.dtype)
+
+    def _pull(self, parameter: nn.Parameter, known: int, *, columns: bool) -> None:
+        if parameter.grad is None or not self.growth.coefficient:
+            return
+        side = whole(parameter).mT if columns else whole(parameter)
+        pull = torch.zeros_like(side)
+        pull[:known] = orthonormal_pull(side[:known]) * (self.growth.coefficient / (2 * len(self.terms)))
+        parameter.grad.add_(sharded_like((pull.mT if columns else pull).contiguous(), parameter))
+
+    def _measure(self) -> None:
+        now = torch.stack([hook.take(self.mean).to(self.mean.device) for hook in self.hooks])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(now)
+            now /= dist.get_world_size()
+        self.mean.lerp_(now, 1 - self.growth.smoothing)
+        self.doubt.lerp_((now - self.mean).abs(), 1 - self.growth.smoothing)
+
+    def _grow(self, step: int) -> None:
+        scores = (self.mean * self.doubt).tolist()
+        room = [i for i, term in enumerate(self.terms) if self.live[i] < term.rank]
+        for i in sorted(room, key=lambda i: (-scores[i], i))[: self.growth.top_h]:
+            old = self.live[i]
+            gain = min(self.gain, self.terms[i].rank - old, self.missing)
+            trained = old + self.reserve(i)
+            self.live[i] = old + gain
+            self.lived[i, old : old + gain] = step
+            self.born[i, trained : old + gain + self.gain] = step
+        for i, term in enumerate(self.terms):
+            self._settle(term.s, self.live[i], self.live[i] + self.reserve(i))
+        self._remember()
+        self._choose(anew=True)
+
+    def _settle(self, s: nn.Parameter, live: int, known: int) -> None:
+        """1e-5 for what is in reserve, 0 beyond."""
+        values = whole(s).clone()
+        values[live:known], values[known:] = RESERVE, 0
+        s.copy_(sharded_like(values, s))
+
+    def _remember(self) -> None:
+        self.settings["live"] = dict(zip(self.layers, self.live, strict=True))
+        for hook in self.hooks:
+            hook.on = bool(self.missing)
+
+    def _choose(self, *, anew: bool) -> None:
+        """Tell the optimizer which components there are; what a resumed one knows already stays."""
+        if self.optimizer is None:
+            return
+        for i, term in enumerate(self.terms):
+            known = torch.arange(self.live[i] + self.reserve(i))
+            for parameter, index, axis in (
+                (term.U, known, 1),
+                (term.V, known, 0),
+                (term.s, known[: self.live[i]], None),
+            ):
+                if anew or not self.optimizer.state.get(parameter):
+                    self.optimizer.choose(parameter, index, axis)
