@@ -34,6 +34,7 @@ from weft.terms import (
     MovingSparse,
     NormalFloat,
     PooledLowRank,
+    Projected,
     RandomCombination,
     RandomProducts,
     RandomStore,
@@ -365,6 +366,12 @@ def _pooled_low_rank(generator: Generator) -> Term:
     return term
 
 
+def _projected(generator: Generator) -> Term:
+    term = Projected(IN, OUT, 5, 7)
+    term.theta, term.gain = nn.Parameter(_side(5, generator)), nn.Parameter(_side(1, generator))
+    return term
+
+
 EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
@@ -383,6 +390,7 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Magnitude.kind: _magnitude,
     Replacement.kind: _replacement,
     PooledLowRank.kind: _pooled_low_rank,
+    Projected.kind: _projected,
     RandomCombination.kind: _random_combination,
     RandomProducts.kind: _random_products,
     NormalFloat.kind: lambda generator: NormalFloat.from_matrix(_side(OUT, IN, generator)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,18 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
 from weft.errors import WeftError
-from weft.io.adapters import save_adapter
+from weft.io.adapters import load_adapter, save_adapter
 from weft.linalg.kronecker import balanced_divisor, kronecker_sum, kronecker_svd, rearrange
-from weft.methods import METHODS, soka
-from weft.terms import BlockAffine, Kronecker, ShardSum, Shifted
+from weft.methods import METHODS, compacter, soka
+from weft.rules import Rules
+from weft.rules.replicated import shared_parameters
+from weft.terms import BlockAffine, Bottleneck, Dense, Kronecker, ShardSum, Shifted
 from weft.terms.adapters import find_adapter
+from weft.terms.bottleneck import HyperLinear
 from weft.terms.factors import exact_factors
-from weft.testing_adapters import PROPERTIES, adapted, task, tiny_llama, train
-from weft.verbs.adapt import adapt, trainable
+from weft.testing_adapters import PROPERTIES, adapted, task, tiny_gpt2, tiny_llama, train
+from weft.verbs.adapt import adapt, rules, trainable
 
 OUT, IN, R = 24, 20, 4
 
@@ -299,3 +311,208 @@ def test_soka_refuses_what_does_not_fit() -> None:
 
 def test_balanced_divisors() -> None:
     assert [balanced_divisor(n) for n in (4096, 11008, 7, 1, 12)] == [64, 86, 1, 1, 3]
+
+
+# ---- compacter
+
+
+def two_blocks() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=32, initializer_range=0.2, **sizes))
+        return model.eval()
+
+
+def bottleneck(n: int = 4, rank: int = 2, width: int = 8) -> Bottleneck:
+    """A term with every number drawn, around a frozen weight, for a layer with a bias."""
+    term = Bottleneck(IN, OUT, width, n, rank, True, {"base": Dense.from_matrix(drawn(OUT, IN))})
+    for i, parameter in enumerate((term.A, *term.down.parameters(), *term.up.parameters())):
+        parameter.data = 0.5 * drawn(*parameter.shape, seed=i)
+    term.offset = drawn(OUT, seed=9)
+    return term.requires_grad_(True)
+
+
+@pytest.mark.parametrize(("p", "q", "n", "rank"), [(24, 8, 4, 1), (8, 24, 4, 3), (6, 9, 3, 2), (5, 7, 1, 1)])
+def test_the_hypercomplex_product_is_the_sum_of_kronecker_products(p: int, q: int, n: int, rank: int) -> None:
+    layer = HyperLinear(p, q, n, rank)
+    A = drawn(n, n, n)
+    for i, parameter in enumerate(layer.parameters()):
+        parameter.data = drawn(*parameter.shape, seed=i)
+    W = sum(torch.kron(A[i], layer.s[i].detach() @ layer.t[i].detach()) for i in range(n))
+    x = drawn(3, 5, p, seed=7)
+    close(layer(x, A), x @ W + layer.bias)
+    close(layer.matrix(A), W, 1e-6)
+    assert int(torch.linalg.matrix_rank(W)) <= n * n * rank
+    if n == 1:
+        close(W, A.item() * layer.s[0] @ layer.t[0])
+
+
+def test_compacter_is_a_bottleneck_on_the_layers_output() -> None:
+    term, x = bottleneck(), drawn(3, 5, IN, seed=1)
+    W = term.base_dense(torch.float32)
+    h = x @ W.mT
+    z = (h + term.offset) @ term.down.matrix(term.A) + term.down.bias
+    gelu_new = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    close(term(x), h + gelu_new @ term.up.matrix(term.A) + term.up.bias)
+
+
+def test_compacter_gradients() -> None:
+    term = bottleneck().double()
+    x = drawn(2, IN, seed=1).double().requires_grad_()
+    names = ["A", "down.s", "down.t", "down.bias", "up.s", "up.t", "up.bias"]
+    values = [term.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(term, dict(zip(names, values, strict=True)), (x,))
+        return out
+
+    assert torch.autograd.gradcheck(run, (x, *values))
+
+
+def test_compacter_counts_are_the_papers() -> None:
+    count = METHODS["compacter"].count
+    options = METHODS["compacter"].options({})
+    # 816 down as the card has it, 24 + 768 + 768 up
+    assert count(768, 3072, 24, options) == 816 + 1560
+    down, up = HyperLinear(768, 24, 4, 1), HyperLinear(24, 768, 4, 1)
+    assert [sum(p.numel() for p in layer.parameters()) for layer in (down, up)] == [816, 1560]
+    assert METHODS["compacter"].count_shared({"a": (8, 8), "b": (8, 8)}, 4, options) == 64
+
+
+def test_compacter_places_one_adapter_after_each_sublayer() -> None:
+    model = adapt(two_blocks(), "compacter", 4)
+    adapter = find_adapter(model)
+    ends = [f"model.layers.{i}.{end}" for i in range(2) for end in ("self_attn.o_proj", "mlp.down_proj")]
+    assert list(adapter.terms) == ends
+    assert len({id(term.A) for term in adapter.all_terms()}) == 1
+    norms = [f"model.layers.{i}.{norm}_layernorm.weight" for i in range(2) for norm in ("input", "post_attention")]
+    assert set(adapter.extras) == {*norms, "model.norm.weight"}
+    assert trainable(model).count == 4 * 3 * (16 + 4) + 64 + 5 * 16
+    plus = adapt(two_blocks(), "compacter", 4, attention=False, norms=False)
+    assert list(find_adapter(plus).terms) == ends[1::2] and not find_adapter(plus).extras
+    assert (model(task()[0]["input_ids"]).logits - two_blocks()(task()[0]["input_ids"]).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "sublayer"),
+    [
+        ("transformer.h.0.attn.c_proj", "attention"),
+        ("transformer.h.0.mlp.c_proj", "feed-forward"),
+        ("transformer.h.0.attn.c_attn", None),
+        ("encoder.layer.0.attention.output.dense", "attention"),
+        ("encoder.layer.0.output.dense", "feed-forward"),
+        ("encoder.layer.0.intermediate.dense", None),
+        ("encoder.layer.0.attention.self.value", None),
+        ("decoder.block.0.layer.0.SelfAttention.o", "attention"),
+        ("decoder.block.0.layer.1.EncDecAttention.o", None),
+        ("decoder.block.0.layer.2.DenseReluDense.wo", "feed-forward"),
+        ("model.decoder.layers.0.self_attn.out_proj", "attention"),
+        ("model.decoder.layers.0.encoder_attn.out_proj", None),
+        ("model.decoder.layers.0.fc2", "feed-forward"),
+        ("gpt_neox.layers.0.attention.dense", "attention"),
+        ("gpt_neox.layers.0.mlp.dense_4h_to_h", "feed-forward"),
+        ("pooler.dense", None),
+    ],
+)
+def test_compacter_knows_the_ends_of_sublayers(name: str, sublayer: str | None) -> None:
+    assert compacter.sublayer_of(name) == sublayer
+
+
+def test_compacter_shared_matrices_get_the_gradients_of_all_layers() -> None:
+    """The sum over the layers, and the same after copying, saving and loading."""
+    model = adapt(two_blocks(), "compacter", 4)
+    shared = find_adapter(model).all_terms()[0].A
+    shared.data = 0.3 * drawn(4, 4, 4)
+    model(**task()[0]).loss.backward()
+    apart = copy.deepcopy(model)
+    terms = find_adapter(apart).all_terms()
+    assert len({id(term.A) for term in terms}) == 1 and terms[0].A is not shared
+    for term in terms:
+        term.A = nn.Parameter(term.A.detach().clone())
+    apart(**task()[0]).loss.backward()
+    close(shared.grad, sum(term.A.grad for term in terms), 1e-4)
+    assert [id(p) for p in shared_parameters(model)] == [id(shared)]
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    assert all(p.grad is None for p in frozen.values()) and not any("norm" in n for n in frozen)
+    assert all(p.grad is not None and p.grad.any() for n, p in trainable(model).parameters.items() if "norm" in n)
+
+
+def test_compacter_shared_matrices_are_saved_once(tmp_path: Path) -> None:
+    model = adapt(two_blocks(), "compacter", 4)
+    train(model, 2)
+    save_adapter(model, tmp_path / "adapter")
+    state = load_file(tmp_path / "adapter" / "weft_adapter.safetensors")
+    assert sum(tensor.shape == (4, 4, 4) for tensor in state.values()) == 1
+    other = load_adapter(two_blocks(), tmp_path / "adapter")
+    assert len({id(term.A) for term in find_adapter(other).all_terms()}) == 1
+    assert trainable(other).count == trainable(model).count
+    ids = task()[0]["input_ids"]
+    assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_compacter_reads_the_output_with_its_bias() -> None:
+    model = adapted(METHODS["compacter"], tiny_gpt2)
+    layer = model.get_submodule("transformer.h.0.mlp.c_proj")
+    term = layer.terms["default"]
+    assert torch.equal(term.offset, layer.bias)
+    term.A.data = 0.3 * drawn(4, 4, 4)
+    x = drawn(5, layer.in_features)
+    h = F.linear(x, term.base_dense(torch.float32), layer.bias)
+    z = F.gelu(h @ term.down.matrix(term.A) + term.down.bias, approximate="tanh")
+    close(layer(x), h + z @ term.up.matrix(term.A) + term.up.bias)
+
+
+def test_compacter_cannot_be_merged_and_nothing_changes() -> None:
+    model = adapt(two_blocks(), "compacter", 4)
+    adapt(model, "lora", 2, name="second")
+    with pytest.raises(WeftError, match="cannot be merged"):
+        weft.merge_adapter(model, "default")
+    assert all(adapter.active for adapter in (find_adapter(model, "default"), find_adapter(model, "second")))
+
+
+def test_compacter_refuses_what_does_not_fit() -> None:
+    with pytest.raises(WeftError, match="multiples of n = 4"):
+        adapt(two_blocks(), "compacter", 6)
+    with pytest.raises(WeftError, match="end a sublayer"):
+        adapt(two_blocks(), "compacter", 4, targets="q_proj")
+    layer = "model.layers.0.self_attn.q_proj"
+    assert list(find_adapter(adapt(two_blocks(), "compacter", 4, ranks={layer: 4})).terms) == [layer]
+
+
+def sharded_worker(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    model = adapt(two_blocks(), "compacter", 4)
+    mesh, shared = init_device_mesh("cpu", (2,)), set(shared_parameters(model))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=shared)
+    fully_shard(model, mesh=mesh, ignored_params=shared)
+    batch = {key: value.chunk(2)[rank] for key, value in task()[1].items()}
+    descend(model, batch)
+    state = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trainable(model).parameters.items()}
+    torch.save({name: p.detach() for name, p in state.items()}, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def descend(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    rule = Rules(rules(model))
+    rule.start(model)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        rule.before_step(model, 1)
+        torch.optim.SGD(trainable(model).parameters.values(), lr=100.0).step()  # A is small, and so is its gradient
+        model.zero_grad()
+
+
+@pytest.mark.distributed
+def test_compacter_shares_its_matrices_between_sharded_blocks(tmp_path: Path) -> None:
+    mp.spawn(sharded_worker, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone = adapt(two_blocks(), "compacter", 4)
+    start = find_adapter(alone).all_terms()[0].A.detach().clone()
+    descend(alone, task()[1])
+    for name, parameter in trainable(alone).parameters.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-3, atol=1e-6)
+    assert (find_adapter(alone).all_terms()[0].A - start).abs().max() > 1e-5

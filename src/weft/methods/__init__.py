@@ -24,6 +24,7 @@ from weft.methods import (
     increlora,
     kasa,
     kfac_svd,
+    lamda,
     lift,
     loldu,
     lora,
@@ -38,6 +39,7 @@ from weft.methods import (
     pissa,
     randlora,
     random_mask,
+    said,
     salt,
     sft,
     soka,
@@ -96,6 +98,8 @@ METHODS: dict[str, Method] = {
         mos,
         sft,
         increlora,
+        said,
+        lamda,
     )
 }
 

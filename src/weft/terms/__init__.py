@@ -20,6 +20,7 @@ from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
 from weft.terms.moving_sparse import MovingSparse
 from weft.terms.pooled_low_rank import PooledLowRank
+from weft.terms.projected import Projected
 from weft.terms.quantized import Int8, NormalFloat
 from weft.terms.random_combination import RandomCombination
 from weft.terms.random_products import RandomProducts
@@ -49,6 +50,7 @@ __all__ = [
     "MovingSparse",
     "NormalFloat",
     "PooledLowRank",
+    "Projected",
     "RandomCombination",
     "RandomProducts",
     "RandomStore",
@@ -90,6 +92,7 @@ TERMS: dict[str, type[Term]] = {
         MovingSparse,
         PooledLowRank,
         Bottleneck,
+        Projected,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
