@@ -25,8 +25,10 @@ import weft
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.linalg import counter
-from weft.methods import METHODS, mos
-from weft.terms import PooledLowRank, RandomCombination, RandomProducts, RandomStore, random_combination
+from weft.linalg.fastfood import fastfood, fwht_
+from weft.methods import METHODS, Site, mos
+from weft.rules.replicated import shared_parameters
+from weft.terms import Dense, PooledLowRank, RandomCombination, RandomProducts, RandomStore, random_combination
 from weft.terms.adapters import find_adapter
 from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, trainable
@@ -463,8 +465,10 @@ def test_mos_draws_as_the_paper_says() -> None:
         members = [layer for layer in shapes if layer.endswith(name)]
         pool = pools[members[0]]
         out, width = shapes[members[0]]
-        assert pool.A.shape == (3 * 5 * 4, width // 4) and pool.B.shape == (3 * 5 * 4, out // 4)
-        assert pool.A.abs().max() <= 1 / math.sqrt(width) < 1.1 * pool.A.abs().max() and not pool.B.any()
+        pieces = pool.pieces.on(Site("", {"base": Dense(1, 1)}, 1, 1, {}, torch.Generator()))
+        assert pieces["A"].shape == (3 * 5 * 4, width // 4) and pieces["B"].shape == (3 * 5 * 4, out // 4)
+        largest = pieces["A"].abs().max()
+        assert largest <= 1 / math.sqrt(width) < 1.1 * largest and not pieces["B"].any()
         public = 2 * 5 * 4
         owned: list[int] = []
         for layer in members:
@@ -477,7 +481,9 @@ def test_mos_draws_as_the_paper_says() -> None:
             assert torch.equal(index_A[20:], index_B[20:]), "private pairs are torn"
             assert not torch.equal(index_A, index_B), "the public pairs are not dissociated"
             owned += index_A[20:].tolist()
-            assert all(torch.equal(a, b) for a, b in zip(pools[layer].indices[layer], again[layer].indices[layer]))
+            assert all(
+                torch.equal(a, b) for a, b in zip(pools[layer].indices[layer], again[layer].indices[layer], strict=True)
+            )
         assert sorted(owned) == list(range(public, 3 * 5 * 4)), "private pieces are not each owned by one block"
 
 
@@ -579,13 +585,115 @@ def test_mos_refuses(options: dict[str, Any], words: str) -> None:
         adapt(model, "mos", 4, name="other", ranks={"model.layers.0.mlp.up_proj": 2})
 
 
-def test_copies_of_a_pool_learn_as_one() -> None:
-    """What FSDP2 of each block makes of a shared pool: copies, which the rule keeps equal."""
-    together, apart = (adapt(deep_llama(), "mos", 4, **MOS) for _ in range(2))
-    for term in find_adapter(apart).all_terms():
-        term.pool_A, term.pool_B = (nn.Parameter(p.detach().clone()) for p in (term.pool_A, term.pool_B))
-    for model in (together, apart):
-        train(model, 3)
-    for one, copy_of_it in zip(find_adapter(together).all_terms(), find_adapter(apart).all_terms(), strict=True):
-        close(copy_of_it.pool_A.detach(), one.pool_A.detach(), 1e-4)
-        close(copy_of_it.pool_B.detach(), one.pool_B.detach(), 1e-4)
+def test_mos_pools_are_known_as_shared() -> None:
+    """Those are what FSDP2 must leave whole where it wraps block by block."""
+    assert len(shared_parameters(adapt(deep_llama(), "mos", 4, **MOS))) == 14
+
+
+# ---- said
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 256])
+def test_fwht_is_the_hadamard_matrix(size: int) -> None:
+    scipy = pytest.importorskip("scipy.linalg")
+    H = torch.from_numpy(scipy.hadamard(size)).double()
+    x = drawn(size).double()
+    close(fwht_(x.clone()), H @ x, 1e-12)
+    close(fwht_(fwht_(x.clone())), size * x, 1e-12)
+
+
+def matrix(width: int, size: int, seed: int = 3) -> Tensor:
+    """P (size, width), column by column."""
+    return torch.stack([fastfood(column, seed, size) for column in torch.eye(width).double()], 1)
+
+
+def slow_matrix(width: int, size: int, seed: int = 3) -> Tensor:
+    """P from dense factors."""
+    scipy = pytest.importorskip("scipy.linalg")
+    bits = (max(width, size) - 1).bit_length()
+    length = 1 << bits
+    H = torch.from_numpy(scipy.hadamard(length)).double()
+    flips = torch.diag(counter.signs(counter.subseed(seed, 0), length).double())
+    order = torch.eye(length).double()[counter.permutation(counter.subseed(seed, 1), bits)]
+    g = counter.normal(counter.subseed(seed, 2), length).double()
+    whole = (
+        H @ torch.diag(g) @ order @ H @ flips / (math.sqrt(length * float(g.square().sum())) * math.sqrt(size / length))
+    )
+    return whole[:size, :width]
+
+
+@pytest.mark.parametrize(("width", "size"), [(5, 64), (5, 50), (64, 64), (20, 6), (1, 1)])
+def test_fastfood_is_its_matrix_and_backward_its_transpose(width: int, size: int) -> None:
+    P = matrix(width, size)
+    close(P, slow_matrix(width, size), 1e-6)
+    theta, y = drawn(width).double().requires_grad_(), drawn(size, seed=1).double()
+    (fastfood(theta, 3, size) * y).sum().backward()
+    close(theta.grad, P.T @ y, 1e-10)
+    other = drawn(width, seed=2).double()
+    close(fastfood(theta.detach() + 2 * other, 3, size), P @ theta.detach() + 2 * P @ other, 1e-10)
+    assert torch.equal(matrix(width, size), P) and (size == 1 or not torch.equal(matrix(width, size, 4), P))
+
+
+def test_fastfood_keeps_lengths_and_angles() -> None:
+    theta = drawn(50)
+    ratios = [float(fastfood(theta, seed, 3000).norm() / theta.norm()) for seed in range(60)]
+    assert abs(sum(ratios) / 60 - 1) < 0.02
+    P = matrix(20, 3000)
+    cosines = torch.corrcoef(P.T).fill_diagonal_(0)
+    assert cosines.abs().max() < 5 / math.sqrt(3000)
+
+
+def test_fastfood_of_full_width_reaches_everything() -> None:
+    """d = D and an invertible P: least squares through P has the minimum of full tuning."""
+    P = matrix(64, 64)
+    wanted = drawn(64, seed=5).double()
+    assert torch.linalg.matrix_rank(P) == 64
+    close(P @ torch.linalg.solve(P, wanted), wanted, 1e-8)
+
+
+def test_said_counts_d_and_starts_at_the_base() -> None:
+    model = adapted(METHODS["said"])
+    assert trainable(model).count == RANK * 7
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert trainable(adapt(deep_llama(), "said", 1, d=100)).count == 100
+    did = adapt(deep_llama(), "said", 1, d=100, structure_aware=False)
+    assert trainable(did).count == 100 and len(find_adapter(did).all_terms()[0].theta) == 100
+    terms = find_adapter(adapt(deep_llama(), "said", 1, d=100)).all_terms()
+    assert len({id(term.theta) for term in terms}) == 1 and len({term.seed for term in terms}) == 21
+
+
+def test_said_with_frozen_scales_is_did() -> None:
+    said, did = adapt(tiny_llama(), "said", d=27), adapt(tiny_llama(), "said", d=20, structure_aware=False)
+    for model in (said, did):
+        find_adapter(model).all_terms()[0].theta.data.copy_(drawn(20) / 10)
+    assert torch.equal(logits(said), logits(did)) and not torch.equal(logits(said), logits(tiny_llama()))
+    with torch.no_grad():
+        for term in find_adapter(said).all_terms():
+            term.gain.fill_(2.0)
+    doubled = find_adapter(did).all_terms()
+    doubled[0].theta.data.mul_(2)
+    close(logits(said), logits(did), 1e-5)
+
+
+def test_said_gradient_is_that_of_whole_weights(tmp_path: Path) -> None:
+    """dL/dtheta = sum_i lambda_i P_i^T dL/dW_i, with the gradients of full tuning; and the file is d numbers."""
+    model = adapt(deep_llama(2), "said", d=40)
+    full = deep_llama(2)
+    full(**task()[0]).loss.backward()
+    model(**task()[0]).loss.backward()
+    theta = find_adapter(model).all_terms()[0].theta
+    expected = torch.zeros(len(theta)).double()
+    for layer, terms in find_adapter(model).terms.items():
+        gradient = full.get_submodule(layer).weight.grad.flatten().double()
+        expected += matrix(len(theta), len(gradient), terms["default"].seed).T @ gradient
+    close(theta.grad, expected, 1e-4)
+    save_adapter(model, tmp_path / "a")
+    state = load_file(tmp_path / "a" / "weft_adapter.safetensors")
+    assert sum(t.numel() for t in state.values()) == 40
+    other = load_adapter(deep_llama(2), tmp_path / "a")
+    assert len({id(term.theta) for term in find_adapter(other).all_terms()}) == 1
+
+
+def test_said_refuses_a_budget_of_scales_alone() -> None:
+    with pytest.raises(WeftError, match="give d=8 or more"):
+        adapt(tiny_llama(), "said", d=7)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from weft.errors import WeftError
 from weft.methods.base import Site
 from weft.terms import LowRank, Shifted, Term
 
-__all__ = ["SCALING", "Pair", "kaiming", "lora_count", "low_rank", "no_gradient", "scale_of"]
+__all__ = ["SCALING", "Common", "Pair", "kaiming", "lora_count", "low_rank", "no_gradient", "scale_of"]
 
 Pair = tuple[Tensor, Tensor]
 """B (out, r) and A (r, in)."""
@@ -73,3 +74,26 @@ def low_rank(initialise: Callable[..., Pair], *, shifted: bool = False) -> Calla
         return {"": Shifted.from_term(term) if shifted else term}
 
     return attach
+
+
+class Common:
+    """Tensors that layers share as parameters: made with the first layer, the very same for the others.
+
+    Args:
+        tensors: by name, as they start.
+    """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self._tensors, self._made = tensors, dict[str, nn.Parameter]()
+
+    def on(self, site: Site) -> dict[str, nn.Parameter]:
+        """The parameters. Raises WeftError where the layers lie on several devices."""
+        if not self._made:
+            self._made = {name: nn.Parameter(t.to(site.device, site.dtype)) for name, t in self._tensors.items()}
+        device = next(iter(self._made.values())).device
+        if device != site.device:
+            raise WeftError(
+                f"The layers of this method share parameters, on {device}, and {site.name} lies on {site.device}; put "
+                "the model on one device, or adapt the layers of one device with targets=."
+            )
+        return self._made

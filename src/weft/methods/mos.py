@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.errors import WeftError
-from weft.methods.adapter import kaiming, scale_of
+from weft.methods.adapter import Common, kaiming, scale_of
 from weft.methods.base import Method, Site
-from weft.rules.tied import Tied
+from weft.rules.replicated import Replicated
 from weft.terms import PooledLowRank, Term
 
 __all__ = ["METHOD", "Pool", "attach", "equivalent_rank", "kinds", "share"]
@@ -33,27 +32,14 @@ __all__ = ["METHOD", "Pool", "attach", "equivalent_rank", "kinds", "share"]
 Shapes = Mapping[str, tuple[int, int]]
 
 
-@dataclass
-class Pool:
+class Pool(NamedTuple):
     """The pieces of one kind of layer, and which of them each layer takes."""
 
     name: str
-    A: Tensor  # (e L l, in / l)
-    B: Tensor  # (e L l, out / l)
+    pieces: Common  # A (e L l, in / l) and B (e L l, out / l)
     indices: dict[str, tuple[Tensor, Tensor]]  # layer -> (r l,) each, of A and of B
+    rows: int  # e L l
     rank: int
-    _placed: list[nn.Parameter] = field(default_factory=list)
-
-    def parameters(self, site: Site) -> list[nn.Parameter]:
-        """The two parameters, the same for every layer. Raises WeftError where the layers lie on several devices."""
-        if not self._placed:
-            self._placed = [nn.Parameter(t.to(site.device, site.dtype)) for t in (self.A, self.B)]
-        if self._placed[0].device != site.device:
-            raise WeftError(
-                f"The layers {self.name} share a pool and lie on {self._placed[0].device} and {site.device}; put the "
-                "model on one device."
-            )
-        return self._placed
 
 
 def share(shapes: Shapes, rank: int, generator: torch.Generator, options: Mapping[str, Any]) -> dict[str, Pool]:
@@ -66,7 +52,8 @@ def share(shapes: Shapes, rank: int, generator: torch.Generator, options: Mappin
         rows = e * len(layers) * shards
         A = kaiming(rows, in_features // shards, generator) / math.sqrt(shards)  # the fan is the whole vector's
         B = torch.zeros(rows, out_features // shards)
-        pool = Pool(name, A, B, _indices(layers, rank, e, shards, options["private_rank"], generator), rank)
+        indices = _indices(layers, rank, e, shards, options["private_rank"], generator)
+        pool = Pool(name, Common(A=A, B=B), indices, rows, rank)
         found |= dict.fromkeys(layers, pool)
     return found
 
@@ -101,13 +88,14 @@ def attach(
     out_features, in_features = site.shape
     scale = scale_of(site.rank, alpha=alpha)
     term = PooledLowRank(
-        *(in_features, out_features, site.rank, len(pool.A), shards),
+        *(in_features, out_features, site.rank, pool.rows, shards),
         pool=pool.name,
         scale=scale,
         dropout=dropout,
         device="meta",
     )
-    term.pool_A, term.pool_B = pool.parameters(site)
+    pieces = pool.pieces.on(site)
+    term.pool_A, term.pool_B = pieces["A"], pieces["B"]
     term.index_A, term.index_B = (index.to(site.device) for index in pool.indices[site.name])
     return {"": term}
 
@@ -151,8 +139,8 @@ def _count_pools(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
     return equivalent_rank(shapes, rank, options) * sum(map(sum, shapes.values()))
 
 
-def _tied(name: str) -> Callable[..., Tied]:
-    return lambda *, adapter, **options: Tied(adapter, name, by="pool")
+def _replicated(*, adapter: str, **options: Any) -> Replicated:
+    return Replicated(adapter)
 
 
 METHOD = Method(
@@ -164,6 +152,6 @@ METHOD = Method(
     share=share,
     count=_no_own,
     count_shared=_count_pools,
-    rules=(_tied("pool_A"), _tied("pool_B")),
+    rules=(_replicated,),
     defaults={"equivalent_rank": None, "private_rank": 1, "shards": 4, "alpha": 16, "dropout": 0.1},
 )
