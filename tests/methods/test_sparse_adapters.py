@@ -18,7 +18,7 @@ from weft.optim.entries import EntryAdamW
 from weft.rules import Rules
 from weft.rules.principal_mask import principal_entries
 from weft.rules.support import move, moving_terms
-from weft.terms import Columns, Dense, MovingSparse, SumLinear
+from weft.terms import Columns, Dense, MovingSparse, NormalFloat, SumLinear
 from weft.terms.adapters import find_adapter
 from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, disable, make_optimizer, merge_adapter, remove_adapter, rules
@@ -150,6 +150,17 @@ def test_paca_is_a_lora_with_frozen_selectors(tmp_path: Path) -> None:
     expected = logits(model)
     torch.testing.assert_close(logits(theirs), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
     assert torch.equal(logits(remove_adapter(model)), logits(tiny_llama()))
+
+
+# the entries that move
+
+MOVING: list[tuple[str, dict[str, Any]]] = [
+    ("lift", {"filter_rank": 1, "interval": 2}),
+    ("sft", {"interval": 4, "phase": 4}),  # a phase is under way after step 3
+    ("sft", {"interval": 3, "phase": 2, "steps": 20}),
+    ("sft", {"interval": 3, "phase": 2, "grow": "ma"}),
+]
+"""Methods and options that move entries within six steps."""
 
 
 # random-mask
@@ -324,9 +335,8 @@ def test_lift_holds_two_moments_an_entry() -> None:
         assert sum(t.numel() for t in moments) == 2 * term.nonzeros
 
 
-@pytest.mark.parametrize("name", ["lift"])
-def test_choices_and_ages_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
-    options = MOVING[name]
+@pytest.mark.parametrize(("name", "options"), MOVING)
+def test_choices_and_ages_resume_bit_for_bit(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     straight, halfway = adapted(METHODS[name], **options), adapted(METHODS[name], **options)
     _, final = train(straight, 6, lr=2e-2)
     _, state = train(halfway, 3, lr=2e-2)
@@ -341,10 +351,6 @@ def test_choices_and_ages_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(value, theirs[key]) for key, value in mine.items() if isinstance(value, Tensor))
     start = entries_of(adapted(METHODS[name], **options))
     assert any(not torch.equal(p, start[layer]) for layer, p in entries_of(straight).items()), "nothing has moved"
-
-
-MOVING: dict[str, dict[str, Any]] = {"lift": {"filter_rank": 1, "interval": 2}}
-"""Options that move entries within six steps."""
 
 
 def test_steps_below_the_spacing_of_bf16_are_kept() -> None:
@@ -377,3 +383,21 @@ def test_lift_moves_with_any_optimizer_and_with_none() -> None:
         assert not optimizer.state[term.values]["exp_avg"][~known].any()
     assert any(not torch.equal(p, before[layer]) for layer, p in entries_of(model).items())
     Rules(rules(model)).after_step(model, 3)
+
+
+# beside other things
+
+
+@pytest.mark.parametrize("name", ["paca", "lift", "sft"])
+def test_on_a_quantised_base_the_change_alone_is_trained(name: str) -> None:
+    model = tiny_llama()
+    for layer in model.model.layers[0].self_attn.named_children():
+        if isinstance(layer[1], nn.Linear):
+            base = NormalFloat.from_matrix(layer[1].weight.detach())
+            setattr(model.model.layers[0].self_attn, layer[0], SumLinear({"base": base}))
+    before = logits(model)
+    adapt(model, name, RANK)
+    assert torch.equal(logits(model), before)
+    losses, _ = train(model, 8, lr=1e-2)
+    assert min(losses[4:]) < losses[0] and not torch.equal(logits(model), before)
+    assert torch.equal(logits(remove_adapter(model)), before)

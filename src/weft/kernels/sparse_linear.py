@@ -8,14 +8,13 @@ section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Watch", "scatter_dense", "sparse_linear"]
+__all__ = ["scatter_dense", "sparse_linear"]
 
 
 def scatter_dense(values: Tensor, positions: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -24,46 +23,33 @@ def scatter_dense(values: Tensor, positions: Tensor, out_features: int, in_featu
     return flat.scatter(0, positions.long(), values).view(out_features, in_features)
 
 
-Watch = Callable[[Tensor], None]
-"""Is shown the dense gradient (out, in) of the matrix, once a backward pass."""
-
-
 def sparse_linear(
-    x: Tensor, values: Tensor, positions: Tensor, out_features: int, watch: Watch | None = None
+    x: Tensor, values: Tensor, positions: Tensor, out_features: int, probe: Tensor | None = None
 ) -> Tensor:
     """x (..., in) times the transpose of the sparse matrix of values (k,) at positions (k,): (..., out).
 
-    With a `watch`, which no compiler can look into, the product is not compiled.
+    A `probe` (out, in) stands for a zero matrix added to it: it is not read, and its gradient is the dense one.
     """
-    if watch is not None:
-        return _watched(x, values, positions, out_features, watch)
-    return _SparseLinear.apply(x, values, positions, out_features, None)  # type: ignore[no-untyped-call]
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _watched(x: Tensor, values: Tensor, positions: Tensor, out_features: int, watch: Watch) -> Tensor:
-    return _SparseLinear.apply(x, values, positions, out_features, watch)  # type: ignore[no-untyped-call]
+    return _SparseLinear.apply(x, values, positions, out_features, probe)  # type: ignore[no-untyped-call]
 
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, values: Tensor, positions: Tensor, out_features: int, watch: Watch | None) -> Tensor:
+    def forward(x: Tensor, values: Tensor, positions: Tensor, out_features: int, probe: Tensor | None) -> Tensor:
         return F.linear(x, scatter_dense(values, positions, out_features, x.shape[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, values, positions, ctx.out_features, ctx.watch = inputs
+        x, values, positions, ctx.out_features, _ = inputs
         ctx.save_for_backward(x, values, positions)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, values, positions = ctx.saved_tensors
-        grad_x = grad_values = None
+        grad_x = grad_values = full = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ scatter_dense(values, positions, ctx.out_features, x.shape[-1])
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
             full = grad.reshape(-1, grad.shape[-1]).transpose(0, 1) @ x.reshape(-1, x.shape[-1])
             grad_values = full.flatten()[positions.long()].to(values.dtype)
-            if ctx.watch is not None:
-                ctx.watch(full)
-        return grad_x, grad_values, None, None, None
+        return grad_x, grad_values, None, None, full if ctx.needs_input_grad[4] else None

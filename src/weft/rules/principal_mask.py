@@ -7,7 +7,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from weft.kernels.sparse_linear import scatter_dense
 from weft.linalg.subspace import randomized_svd
 from weft.linalg.svd import truncated_svd
 from weft.rules.base import Rule
@@ -73,5 +72,6 @@ class PrincipalMask(Rule):
 def _change(term: MovingSparse) -> Tensor:
     """The term's matrix, in fp32; also where its values are sharded."""
     values = torch.cat([whole(term.values.detach()), term.settled]).float()
-    positions = torch.cat([term.positions, term.settled_positions])
-    return scatter_dense(values, positions, term.out_features, term.in_features)
+    flat = values.new_zeros(term.out_features * term.in_features)
+    flat[torch.cat([term.positions, term.settled_positions]).long()] = values
+    return flat.view(term.out_features, term.in_features)

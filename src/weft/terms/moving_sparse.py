@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.kernels.autocast import compute_dtype
-from weft.kernels.sparse_linear import Watch, scatter_dense, sparse_linear
+from weft.kernels.sparse_linear import scatter_dense, sparse_linear
 from weft.terms.base import Spec, Term
 
 __all__ = ["MovingSparse"]
@@ -20,8 +20,7 @@ class MovingSparse(Term):
     `values` are trained; `settled` is what was learned on entries that are no longer chosen, and may grow. The two
     supports are sorted and have no entry in common. A rule moves them, see `weft.rules.support`.
 
-    `watch`, where it is set, is shown the dense gradient of the matrix in each backward pass; it is no part of the
-    term's state.
+    `probe`, where it is set, is a zero matrix (out, in) whose gradient is the dense one of T; no part of the state.
     """
 
     kind = "moving_sparse"
@@ -38,7 +37,7 @@ class MovingSparse(Term):
     ) -> None:
         super().__init__(in_features, out_features)
         self.nonzeros = nonzeros
-        self.watch: Watch | None = None
+        self.probe: Tensor | None = None
         self.values = nn.Parameter(torch.empty(nonzeros, device=device, dtype=dtype))
         places = torch.int32 if in_features * out_features < 2**31 else torch.int64
         self.register_buffer("positions", torch.empty(nonzeros, device=device, dtype=places))
@@ -60,7 +59,7 @@ class MovingSparse(Term):
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         values, positions = self._all()
-        return sparse_linear(x.to(dtype), values.to(dtype), positions, self.out_features, self.watch)
+        return sparse_linear(x.to(dtype), values.to(dtype), positions, self.out_features, self.probe)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values, positions = self._all()
