@@ -1,0 +1,229 @@
+"""LoRAM: train an adapter on a pruned copy of the model, infer with it on the whole one (2025, arXiv 2502.13533).
+
+    kept = choose(model, ratio=0.85, batches=batches)    # which MLP neurons and KV groups each block keeps
+    small = kept.prune(model)                            # in place; then align it on plain text, once, if you can
+    weft.adapt(small, "lora", rank=8, alpha=16, dropout=0.05) ... train ... weft.save_adapter(small, "small/")
+    recover("small/", kept).save("large/")               # A[:, C] = A_p, B[R] = B_p, zero elsewhere; on the original
+
+For a matrix W (out, in) with the kept rows R and columns C, the adapter has r (|R| + |C|) trainable numbers. A neuron
+is a row of gate and up with its column of down; a KV group a head of k and v with its query heads of q and columns of
+o; the residual width is never cut. Groups are ranked by sum |w g| over their entries (LLM-Pruner; with data) or drawn.
+Inference is with the ORIGINAL weights, not those of an aligned pruned copy.
+Deviations: the output head is not adapted (weft's linear layers are those of the blocks); a mask (unstructured pruning)
+leaves all shapes as they are, so its adapter needs no recovery and nothing here; columns are recovered with zeros (the
+official option of noise changes the function).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import WeftError
+from weft.io.adapters import LooseAdapter, read_adapter
+from weft.io.base import Base, base_of
+from weft.stats.calibrate import Batch, calibrate
+from weft.terms import LowRank, Term
+from weft.terms.adapters import Adapter, unwrapped
+from weft.terms.layers import block_stacks, linear_layers, replace
+from weft.verbs.combine import common_pairs
+from weft.verbs.files import write_json
+from weft.verbs.seeding import check_seed, generator
+
+__all__ = ["Kept", "choose", "recover"]
+
+NAMES = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
+"""The layers of a block, as in Llama, Mistral, Qwen and their kin."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a pruned model has of the original.
+
+    Args:
+        rows: layer -> the kept rows R, ascending; a layer that is absent keeps all.
+        columns: layer -> the kept columns C.
+        shapes: layer -> (out, in) in the original.
+        base: the original, with its fingerprint.
+    """
+
+    rows: Mapping[str, list[int]]
+    columns: Mapping[str, list[int]]
+    shapes: Mapping[str, tuple[int, int]]
+    base: Base
+
+    def prune(self, model: nn.Module) -> nn.Module:
+        """Cut the rows and columns out of a model of the original's shapes, in place; the same model is returned.
+
+        Raises:
+            WeftError: its layers are of other shapes, or no plain ones (prune first, quantise then).
+        """
+        layers = linear_layers(unwrapped(model))
+        for name, shape in self.shapes.items():
+            layer = layers.get(name)
+            if type(layer) is not nn.Linear or tuple(layer.weight.shape) != shape:
+                raise WeftError(
+                    f"The layer {name} is no plain {shape[0]} x {shape[1]} one, so it cannot be pruned; give the "
+                    "original model, before quantisation and adapters."
+                )
+        for name in [n for n in self.shapes if n in self.rows or n in self.columns]:
+            replace(unwrapped(model), name, _cut(layers[name], self.rows.get(name), self.columns.get(name)))  # type: ignore[arg-type]
+        return model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, to be kept with the adapter."""
+        write_json(Path(path), {**vars(self), "base": self.base.json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Kept:
+        """What `save` wrote. Raises WeftError where that is not there or damaged."""
+        try:
+            said: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            shapes = {name: (out, inn) for name, (out, inn) in said["shapes"].items()}
+            return cls(said["rows"], said["columns"], shapes, Base.from_json(said["base"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeftError(f"{path} does not say what was kept ({error!r}); give the file of Kept.save.") from error
+
+
+def choose(
+    model: nn.Module,
+    ratio: float = 0.85,
+    batches: Iterable[Batch] | None = None,
+    *,
+    first: int = 4,
+    last: int = 2,
+    seed: int = 0,
+) -> Kept:
+    """Which neurons and KV groups each block keeps; the model is not touched.
+
+    Args:
+        ratio: of them that is dropped in each block (0.85 in the paper's recipe for 70B); at least one of each stays.
+        batches: to rank them by sum |w g|, g the gradient of the loss; None draws them at random (LoRAM-Rand).
+        first, last: so many blocks at either end stay whole.
+        seed: of the random choice.
+
+    Raises:
+        WeftError: a ratio outside [0, 1), no block between the first and the last, or blocks without the seven layers
+            q, k, v, o, gate, up, down.
+    """
+    model = unwrapped(model)
+    if not 0 <= ratio < 1:
+        raise WeftError(f"The ratio {ratio} is what is dropped of each block; give at least 0 and less than 1.")
+    check_seed(seed)
+    blocks = _blocks(model)
+    layers = {f"{block}.{name}": model.get_submodule(f"{block}.{name}") for block in blocks for name in NAMES}
+    shapes = {name: _shape(layer) for name, layer in layers.items()}
+    cut = blocks[first : len(blocks) - last]
+    if not cut:
+        raise WeftError(f"first={first} and last={last} leave none of the {len(blocks)} blocks to prune; give less.")
+    stats = calibrate(model, list(batches), ("mean_grad",), layers=list(layers)) if batches is not None else None
+    rows: dict[str, list[int]] = {}
+    columns: dict[str, list[int]] = {}
+    for block in cut:
+        grads = None if stats is None else {n: stats[f"{block}.{n}"]["mean_grad"] for n in NAMES}
+        worth = _worth(model.get_submodule(block), grads, generator(seed, "loram", block))
+        for what, kept in _sets(model.get_submodule(block), worth, ratio).items():
+            name, side = what
+            (rows if side == 0 else columns)[f"{block}.{name}"] = kept.tolist()
+    return Kept(rows, columns, shapes, base_of(model, layers))
+
+
+@torch.no_grad()
+def recover(adapter: str | os.PathLike[str], kept: Kept) -> LooseAdapter:
+    """The adapter of the original model that does on the kept rows and columns what the pruned one's does.
+
+    Args:
+        adapter: a directory, weft's or PEFT's, of an adapter of the pruned model.
+
+    Raises:
+        WeftError: its delta is no product of thin matrices (see `weft.combine`), or it was made on other sets.
+    """
+    loose = read_adapter(adapter)
+    terms: dict[str, dict[str, Term]] = {}
+    for layer, [(B, A)] in common_pairs([adapter], [loose], [1.0]).items():
+        out_features, in_features = kept.shapes.get(layer, (len(B), A.shape[1]))
+        R, C = (
+            torch.tensor(s)
+            for s in (kept.rows.get(layer, range(out_features)), kept.columns.get(layer, range(in_features)))
+        )
+        if (len(R), len(C)) != (len(B), A.shape[1]):
+            raise WeftError(
+                f"The adapter in {adapter} is {len(B)} x {A.shape[1]} on {layer}, where {len(R)} rows and {len(C)} "
+                "columns were kept; give what was kept when its model was pruned."
+            )
+        full_B, full_A = torch.zeros(out_features, B.shape[1]), torch.zeros(A.shape[0], in_features)
+        full_B[R], full_A[:, C] = B.float(), A.float()
+        terms[layer] = {"recovered": LowRank.from_factors(full_B, full_A)}
+    own = kept.base
+    base = Base(own.name, own.task, own.transposed, loose.base.targets, own.samples)
+    made = LooseAdapter(Adapter("recovered", "lora", terms), base)
+    made.adapter.settings["rank"] = made.rank
+    return made
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The names of all blocks, in order."""
+    names = [f"{path}.{i}" for path, stack in block_stacks(model).items() for i in range(len(stack))]
+    there = linear_layers(model)
+    for block in names:
+        missing = next((name for name in NAMES if f"{block}.{name}" not in there), None)
+        if missing is not None:
+            raise WeftError(
+                f"{type(model).__name__} has no {missing} in {block}: only blocks of {', '.join(NAMES)} can be pruned."
+            )
+    return names
+
+
+def _worth(block: nn.Module, grads: Mapping[str, Tensor] | None, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The worth of each neuron (n,) and of each KV group (h,): sum |w g| over its rows and columns, or noise."""
+    neurons, groups = _shape(block.get_submodule("mlp.gate_proj"))[0], _groups(block)
+    if grads is None:
+        return torch.rand(neurons, generator=random), torch.rand(groups, generator=random)
+    taylor = {n: (block.get_submodule(n).weight.detach().float() * g.float()).abs().cpu() for n, g in grads.items()}  # type: ignore[operator, union-attr]
+    gate, up, down = (taylor[f"mlp.{n}_proj"] for n in ("gate", "up", "down"))
+    q, k, v, o = (taylor[f"self_attn.{n}_proj"] for n in "qkvo")
+    per_row = [t.sum(1).view(groups, -1).sum(1) for t in (q, k, v)]
+    return gate.sum(1) + up.sum(1) + down.sum(0), sum(per_row, start=o.sum(0).view(groups, -1).sum(1))
+
+
+def _sets(block: nn.Module, worth: tuple[Tensor, Tensor], ratio: float) -> dict[tuple[str, int], Tensor]:
+    """(layer, 0 for rows or 1 for columns) -> what is kept, ascending."""
+    neurons, groups = (w.topk(max(round((1 - ratio) * len(w)), 1)).indices.sort().values for w in worth)
+
+    def entries(layer: str, side: int) -> Tensor:  # of whole heads
+        width = _shape(block.get_submodule(f"self_attn.{layer}_proj"))[side] // len(worth[1])
+        return (groups.unsqueeze(1) * width + torch.arange(width)).flatten()
+
+    attention = {
+        (f"self_attn.{n}_proj", side): entries(n, side) for n, side in (("q", 0), ("k", 0), ("v", 0), ("o", 1))
+    }
+    return attention | {(f"mlp.{n}_proj", side): neurons for n, side in (("gate", 0), ("up", 0), ("down", 1))}
+
+
+def _groups(block: nn.Module) -> int:
+    """The number of KV heads."""
+    head: int = block.get_submodule("self_attn").head_dim  # type: ignore[assignment]
+    return _shape(block.get_submodule("self_attn.k_proj"))[0] // head
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def _cut(layer: nn.Linear, rows: list[int] | None, columns: list[int] | None) -> nn.Linear:
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if rows is not None:
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    weight = weight if columns is None else weight[:, columns]
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.clone(), requires_grad=layer.bias.requires_grad)
+    return made
