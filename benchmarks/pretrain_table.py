@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from search import tuned
 
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError
@@ -97,19 +98,6 @@ def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any
     return run
 
 
-def tuned(name: str, centre: float, factor: float, tries: int, run: Run) -> dict[str, Any]:
-    """The best of centre * factor^k, searched uphill in both directions from k = 0."""
-    found: dict[int, dict[str, Any]] = {}
-    wanted = [0, 1, -1]
-    while wanted and len(found) < tries:
-        k = wanted.pop(0)
-        found[k] = run(name, centre * factor**k, 0)
-        best = min(found, key=lambda j: (found[j]["loss"], j))
-        wanted = wanted or [j for j in (best - 1, best + 1) if j not in found]
-    bracketed = {best - 1, best + 1} <= found.keys()
-    return {**found[best], "at_the_edge": not bracketed, "tried": [found[k] for k in sorted(found)]}
-
-
 def seeds_of(lr: float, seeds: int, run: Run) -> dict[str, Any]:
     """Warm-started against exact at one rate: losses by seed, their differences, and the spread over seeds."""
     losses = {name: [run(name, lr, seed)["loss"] for seed in range(seeds)] for name in (EXACT, WARM)}
@@ -147,7 +135,7 @@ def main() -> None:
     names = [n for n in table if not args.only or any(part.lower() in n.lower() for part in args.only)]
     run, began, rows = runner(args, table), time.perf_counter(), {}
     for name in names:
-        rows[name] = tuned(name, table[name][0], args.grid, args.tries, run)
+        rows[name] = tuned(table[name][0], args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
     compared = seeds_of(rows[EXACT]["lr"], args.seeds, run) if {WARM, EXACT} <= rows.keys() else None
     show(rows, compared)
     args.output.mkdir(exist_ok=True)
