@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.methods import METHODS, ce_ssl, dylora, sora
 from weft.rules import Rules
+from weft.rules.freeze_columns import FreezeColumns
 from weft.terms import Spectral
 from weft.terms.adapters import find_adapter
 from weft.terms.factors import exact_factors
@@ -612,3 +614,93 @@ def test_increlora_exports_its_live_components(tmp_path: Path) -> None:
 def test_increlora_refuses_to_start_above_the_rank() -> None:
     with pytest.raises(WeftError, match="start="):
         adapt(One(), "increlora", R, start=5)
+
+
+# ---- lamda
+
+
+def test_lamda_starts_on_the_principal_triplets_taken_out_of_the_base() -> None:
+    model, term = one("lamda", alpha=8.0)
+    x, W = drawn(5, IN, seed=1), drawn(OUT, IN)
+    assert torch.equal(model(x), One(W)(x))
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    close(term.now.dense(), (U[:, :R] * s[:R]) @ V[:R])
+    close(term.now.B.mT @ term.now.B, torch.eye(R))
+    assert {n for n, p in term.named_parameters() if p.requires_grad} == {"now.R", "now.B"}
+    assert trainable(model).count == R * OUT + R * R
+
+
+@pytest.mark.parametrize("sharp", [torch.optim.SGD, torch.optim.AdamW])
+def test_lamda_freezes_columns_on_schedule(sharp: Any) -> None:
+    """Column j is constant from step ceil((j + 1) eta T / r) on, in spite of momentum and decay; A always is."""
+    steps, eta = 20, 0.5
+    model, term = one("lamda", steps=steps, eta=eta)
+    B, A = term.now.B, term.now.A.detach().clone()
+    options = {"momentum": 0.9} if sharp is torch.optim.SGD else {}
+    optimizer = sharp(trainable(model).parameters.values(), lr=1e-2, weight_decay=0.1, **options)
+    rule, history = started(model, optimizer), [B.detach().clone()]
+    updates = 0
+    for number in range(1, steps + 1):
+        step(model, rule, optimizer, number, model(drawn(8, IN, seed=number)).square().mean())
+        history.append(B.detach().clone())
+        updates += int((history[-1] != history[-2]).any(0).sum())
+    for column in range(R):
+        fixed = math.ceil((column + 1) * eta * steps / R)
+        for number in range(1, steps + 1):
+            same = torch.equal(history[number][:, column], history[number - 1][:, column])
+            assert same is (number > fixed), (column, number)
+    assert updates / (steps * R) == pytest.approx(eta / 2, abs=0.1)
+    assert torch.equal(term.now.A, A) and B not in optimizer.state and term.now.R in optimizer.state
+
+
+def test_lamda_schedule_is_exact_where_rounding_is_not() -> None:
+    rule = FreezeColumns("default", steps=100, eta=0.3)
+    assert [rule.frozen(i, 30) for i in (0, 1, 29, 30, 99)] == [0, 1, 29, 30, 30]
+    assert FreezeColumns("default", steps=None, eta=0.3).frozen(10**6, 8) == 0
+    with pytest.raises(WeftError, match="from 0 to 1"):
+        FreezeColumns("default", steps=10, eta=2.0)
+
+
+def test_lamda_without_a_trained_side_is_lora_xs() -> None:
+    """eta = 0: the steps of R are those of LoRA-XS between the same sides."""
+    model, term = one("lamda", steps=10, eta=0.0)
+    xs, other = one("lora-xs")
+    other.B.data, other.A.data = term.now.B.detach().clone(), term.now.A.detach().clone()
+    other.R.data.zero_()
+    for each in (model, xs):
+        optimizer = torch.optim.SGD(trainable(each).parameters.values(), lr=1e-3)
+        rule = started(each, optimizer)
+        for number in range(1, 4):
+            step(each, rule, optimizer, number, each(drawn(8, IN, seed=number)).square().sum())
+    close(term.dense(), other.dense())
+
+
+def test_lamda_keeps_2r_numbers_a_token() -> None:
+    _, term = one("lamda")
+    x = drawn(7, IN, seed=1).requires_grad_(True)
+    kept, weights = [], {p.data_ptr() for p in term.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(0 if tensor.data_ptr() in weights else tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        term(x)
+    assert sum(kept) == 7 * 2 * R
+
+
+def test_lamda_resumes_after_freezing() -> None:
+    """A run that is interrupted when all of B is frozen ends on the same bytes."""
+    straight, halfway, resumed = (adapted(METHODS["lamda"], steps=6, eta=0.5) for _ in range(3))
+    train(straight, 6)
+    _, state = train(halfway, 4)
+    resumed.load_state_dict(halfway.state_dict())
+    train(resumed, 2, start=4, state=copy.deepcopy(state))
+    ours, theirs = straight.state_dict(), resumed.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_lamda_is_a_lora_to_peft(tmp_path: Path) -> None:
+    model = adapted(METHODS["lamda"], alpha=8.0)
+    train(model, 3)
+    close(peft_logits(model, tmp_path), logits(model))
