@@ -110,7 +110,8 @@ def test_svfit_energy_chooses_the_rank_up_to_the_cap() -> None:
     Q, P = torch.linalg.qr(drawn(OUT, IN))[0], torch.linalg.qr(drawn(IN, IN, seed=1))[0]
     W = (Q * torch.tensor([3.0, 2.0, 1.0] + [0.1] * (IN - 3))) @ P  # 9 + 4 + 1 + 0.17
     for energy, rank in ((0.5, 1), (0.9, 2), (0.98, 3), (1.0, 6)):
-        assert svfit.attach(site(W, 6), energy=energy, relative=False)[""].rank == rank
+        model = one("svfit", W, 6, energy=energy)
+        assert model.layer.terms["default"].rank == trainable(model).count == rank
     with pytest.raises(WeftError, match="share"):
         one("svfit", W, energy=99.0)
 
@@ -220,6 +221,18 @@ def test_kasa_without_its_diagonal_is_lora() -> None:
     close(term(x), LowRank.from_factors(term.U, term.V, scale=2.0)(x))
     with pytest.raises(WeftError, match="from 1 to 19"):
         one("kasa", W, IN)
+
+
+def test_kasa_components_are_not_dropped_twice() -> None:
+    W = drawn(OUT, IN)
+    model = one("kasa", W)
+    with pytest.raises(WeftError, match="one at a time"):
+        adapt(model, "kasa", R, name="second")
+    weft.set_adapter(model, [])
+    adapt(model, "kasa", R, name="second")
+    adapt(model, "lora", R, name="third")
+    s = torch.linalg.svdvals(W)
+    close(torch.linalg.matrix_norm(W - model.layer.dense(), 2), s[-R])
 
 
 def test_kasa_penalty_is_the_formula() -> None:

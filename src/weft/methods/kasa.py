@@ -22,7 +22,7 @@ from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import kaiming, lora_count, scale_of
 from weft.methods.base import Method, Site
 from weft.rules.spectral_penalty import SpectralPenalty
-from weft.terms import LowRank, Spectral, Term
+from weft.terms import Removed, Spectral, Term
 
 __all__ = ["METHOD", "attach"]
 
@@ -36,8 +36,7 @@ def attach(site: Site, *, alpha: float, dropout: float, beta: float, gamma: floa
     update = Spectral.from_factors(B, d, A, scale=scale_of(site.nominal, alpha=alpha), dropout=dropout)
     # the smallest components need a full SVD, and its digits
     U, s, V = (factor.to(site.dtype) for factor in truncated_svd(site.weight(torch.float64)))
-    minor = LowRank.from_factors(-U[:, -site.rank :] * s[-site.rank :], V[-site.rank :])
-    return {"": update, "minor": minor.requires_grad_(False)}
+    return {"": update, "minor": Removed.of(U[:, -site.rank :] * s[-site.rank :], V[-site.rank :])}
 
 
 def limit(out_features: int, in_features: int, options: Mapping[str, Any]) -> int:

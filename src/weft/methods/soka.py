@@ -20,24 +20,34 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.linalg.kronecker import balanced_divisor, kronecker_svd
+from weft.linalg.kronecker import balanced_divisor, kronecker_svd, rearrange
 from weft.linalg.spectrum import rank_for_energy
-from weft.methods.base import Method, Site
+from weft.linalg.svd import singular_values
+from weft.methods.base import Method, Moments, Site
 from weft.methods.svfit import check_share
 from weft.terms import Kronecker, Shifted, Term
 
-__all__ = ["METHOD", "attach", "blocks", "elbow_of"]
+__all__ = ["METHOD", "attach", "blocks", "elbow_of", "spread"]
 
 
 def attach(site: Site, *, energy: float | None, elbow: bool, block: Sequence[int] | None) -> dict[str, Term]:
     """The principal products, taken out of the base."""
-    check_share("energy", energy)
-    U, s, V = kronecker_svd(site.weight(), blocks(*site.shape, block))
-    enough = rank_for_energy(s, energy) if energy else len(s)
-    count = max(1, min(site.rank, enough, elbow_of(s) if elbow else len(s)))
-    root = s[:count].sqrt().view(-1, 1, 1)
-    term = Kronecker.from_factors((root * U[:count]).to(site.dtype), (root * V[:count]).to(site.dtype))
-    return {"": Shifted.from_term(term)}
+    U, s, V = kronecker_svd(site.weight(), blocks(*site.shape, block), site.rank)
+    root = s.sqrt().view(-1, 1, 1)
+    return {"": Shifted.from_term(Kronecker.from_factors((root * U).to(site.dtype), (root * V).to(site.dtype)))}
+
+
+def spread(
+    moments: Mapping[str, Moments], shapes: Mapping[str, tuple[int, int]], rank: int, options: Mapping[str, Any]
+) -> dict[str, int]:
+    """How many products each weight asks for, at most `rank`."""
+    check_share("energy", options["energy"])
+    counts = {}
+    for name, shape in shapes.items():
+        s = singular_values(rearrange(moments[name]["weight"], blocks(*shape, options["block"])))
+        enough = rank_for_energy(s, options["energy"]) if options["energy"] else len(s)
+        counts[name] = max(1, min(rank, enough, elbow_of(s) if options["elbow"] else len(s)))
+    return counts
 
 
 def blocks(out_features: int, in_features: int, block: Sequence[int] | None) -> tuple[int, int]:
@@ -86,5 +96,6 @@ METHOD = Method(
     attach=attach,
     count=_count,
     limit=limit,
+    spread=spread,
     defaults={"energy": 0.9, "elbow": True, "block": None},
 )

@@ -20,21 +20,30 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.linalg.spectrum import rank_for_energy
-from weft.linalg.svd import truncated_svd
+from weft.linalg.svd import singular_values, truncated_svd
 from weft.methods.adapter import no_gradient
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Moments, Site
 from weft.terms import Spectral, Term
 
-__all__ = ["METHOD", "attach", "check_share", "diagonal_count", "trained_diagonal"]
+__all__ = ["METHOD", "attach", "check_share", "diagonal_count", "spread", "trained_diagonal"]
 
 
 def attach(site: Site, *, energy: float | None, relative: bool) -> dict[str, Term]:
     """A diagonal of zeros between the weight's own principal sides."""
+    U, s, V = truncated_svd(site.weight(), site.rank)
+    return {"": trained_diagonal(site, U * s if relative else U, torch.zeros(site.rank), V)}
+
+
+def spread(
+    moments: Mapping[str, Moments], shapes: Mapping[str, tuple[int, int]], rank: int, options: Mapping[str, Any]
+) -> dict[str, int]:
+    """At most `rank` values, as many as hold the energy where a share of it is given."""
+    energy = options["energy"]
     check_share("energy", energy)
-    U, s, V = truncated_svd(site.weight())
-    rank = site.rank if energy is None else max(1, min(site.rank, rank_for_energy(s, energy)))
-    U, s, V = U[:, :rank], s[:rank], V[:rank]
-    return {"": trained_diagonal(site, U * s if relative else U, torch.zeros(rank), V)}
+    if energy is None:
+        return dict.fromkeys(shapes, rank)
+    enough = {name: rank_for_energy(singular_values(moments[name]["weight"]), energy) for name in shapes}
+    return {name: max(1, min(rank, found)) for name, found in enough.items()}
 
 
 def trained_diagonal(site: Site, U: Tensor, s: Tensor, V: Tensor) -> Term:
@@ -61,5 +70,6 @@ METHOD = Method(
     paper="Sun et al., 2024, arXiv 2409.05926",
     attach=attach,
     count=diagonal_count,
+    spread=spread,
     defaults={"energy": None, "relative": False},
 )

@@ -25,6 +25,7 @@ from weft.terms.quantized import Int8, NormalFloat
 from weft.terms.random_combination import RandomCombination
 from weft.terms.random_products import RandomProducts
 from weft.terms.random_store import RandomStore
+from weft.terms.removed import Removed
 from weft.terms.replacement import Replacement
 from weft.terms.shard_sum import ShardSum
 from weft.terms.shifted import Shifted
@@ -54,6 +55,7 @@ __all__ = [
     "RandomCombination",
     "RandomProducts",
     "RandomStore",
+    "Removed",
     "Replacement",
     "ShardSum",
     "Shifted",
@@ -93,6 +95,7 @@ TERMS: dict[str, type[Term]] = {
         PooledLowRank,
         Bottleneck,
         Projected,
+        Removed,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""

@@ -134,7 +134,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
 
     Raises:
         WeftError: the name is taken or no identifier, a term has another shape than its layer, or the adapter
-            transforms the whole weight of a layer where another one does.
+            changes the base of a layer itself where another one does.
     """
     model = unwrapped(model)
     book = _book(model)
@@ -382,13 +382,11 @@ def _check_together(others: Iterable[Adapter], adapter: Adapter) -> None:
         both = sorted(mine & _wrapped_layers(other))
         if both:
             raise WeftError(
-                f"The adapters {other.name!r} ({other.method}) and {adapter.name!r} ({adapter.method}) both transform "
-                f"the whole weight of {both[0]}, "
+                f"The adapters {other.name!r} ({other.method}) and {adapter.name!r} ({adapter.method}) both change "
+                f"the base itself in {both[0]}, "
                 "so their changes do not add up; use one at a time (weft.set_adapter)."
             )
 
 
 def _wrapped_layers(adapter: Adapter) -> set[str]:
-    return {
-        layer for layer, terms in adapter.terms.items() if any(isinstance(term, Wrapper) for term in terms.values())
-    }
+    return {layer for layer, terms in adapter.terms.items() if any(term.alone for term in terms.values())}

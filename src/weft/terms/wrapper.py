@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ class Wrapper(Term):
     `inner` holds the wrapped terms while the adapter is in use; it is empty while the adapter is put aside or saved on
     its own.
     """
+
+    alone: ClassVar[bool] = True
 
     def __init__(self, in_features: int, out_features: int, inner: Mapping[str, Term] | None = None) -> None:
         super().__init__(in_features, out_features)
