@@ -24,8 +24,8 @@ class Term(nn.Module):
     The constructor takes exactly what `spec()` returns without `kind`, plus `device` and `dtype`, and leaves tensors
     uninitialised: `weft.terms.build(term.spec())` followed by `load_state_dict` rebuilds the term. What is trainable is
     simply what `requires_grad`. A term that is no matrix at all (an adapter with a nonlinearity after the layer) says
-    `linear = False`, and its `dense()` raises WeftError; one that changes the base itself, so that two of its sort in one
-    layer contradict each other, says `alone = True`.
+    `linear = False`, and its `dense()` raises WeftError; one that changes the base itself, so that two of its sort in
+    one layer contradict each other, says `alone = True`.
     """
 
     kind: ClassVar[str]
