@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
 from weft.errors import WeftError
@@ -704,3 +705,115 @@ def test_lamda_is_a_lora_to_peft(tmp_path: Path) -> None:
     model = adapted(METHODS["lamda"], alpha=8.0)
     train(model, 3)
     close(peft_logits(model, tmp_path), logits(model))
+
+
+# ---- lora-ggpo
+
+
+def noisy(seed: int = 1, **options: Any) -> tuple[One, Any, Rules]:
+    """A LoRA that has moved away from zero, under the noise of its rule."""
+    model, term = one("lora-ggpo", alpha=8.0, **options)
+    term.B.data = 0.1 * drawn(OUT, R, seed=seed)
+    return model, term, started(model)
+
+
+def test_ggpo_without_noise_is_lora() -> None:
+    """In training with sigma = beta = 0, and always in evaluation, bit for bit."""
+    silent, plain = adapted(METHODS["lora-ggpo"], sigma=0.0, beta=0.0), adapted(METHODS["lora"])
+    for layer, terms in find_adapter(silent).terms.items():
+        terms["default"].A.data = find_adapter(plain).terms[layer]["default"].A.detach().clone()
+    assert train(silent, 3)[0] == train(plain, 3)[0]
+    assert torch.equal(logits(silent), logits(plain))
+    model, _, _ = noisy()
+    x = drawn(5, IN, seed=2)
+    assert torch.equal(model.eval()(x), model(x)) and not torch.equal(model.train()(x), model.eval()(x))
+
+
+def test_ggpo_noise_has_the_law_of_a_perturbed_weight() -> None:
+    """Mean 0, and variance z_i^2 ||x||^2 / out, as E x has."""
+    model, _, rule = noisy(sigma=0.5)
+    x = drawn(3, IN, seed=2)
+    z = rule.rules[0].hooks[0].scale
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack([model.train()(x) - model.eval()(x) for _ in range(2000)])
+    deviation = z * x.norm(dim=1, keepdim=True) / OUT**0.5
+    assert float((draws.mean(0) / deviation * 2000**0.5).abs().max()) < 4.5
+    assert float((draws.var(0) / deviation.square() - 1).abs().mean()) < 0.05
+    by_matrix = torch.stack([x @ (z.unsqueeze(1) * torch.randn(OUT, IN) / OUT**0.5).mT for _ in range(2000)])
+    assert float((draws.var(0) / by_matrix.var(0) - 1).abs().mean()) < 0.06
+    first, second, _ = (draws / deviation).unbind(1)
+    assert abs(float((first * second).mean())) < 0.02, "tokens are drawn apart"
+
+
+def test_ggpo_noise_scale_by_rows() -> None:
+    """n from the exact row norms of s B A; q of the first-order change of s B A under a step along the gradients."""
+    model, term, rule = noisy(sigma=0.3, beta=0.2)
+    (guided,) = rule.rules
+    W = model.layer.terms["base"].dense()
+    n = (W.norm(dim=1).mean().square() + term.dense().norm(dim=1).square()).sqrt()
+    close(guided.hooks[0].scale, 0.3 * n)
+    fresh = one("lora-ggpo")[0]
+    close(started(fresh).rules[0].hooks[0].scale, 0.03 * W.norm(dim=1).mean().expand(OUT))
+    model.eval()(drawn(9, IN, seed=3)).square().mean().backward()
+    rule.before_step(model, 1)
+    h, B, A = 1e-6, term.B.detach().double(), term.A.detach().double()
+    ahead, back = ((B + sign * h * term.B.grad) @ (A + sign * h * term.A.grad) for sign in (1, -1))
+    q = (term.scale * (ahead - back) / (2 * h)).norm(dim=1)
+    close(guided.slope[0], q, 1e-4)
+    rule.after_step(model, 1)
+    close(guided.hooks[0].scale, 0.3 * n + 0.2 * q.square(), 1e-4)
+
+
+def test_ggpo_noise_is_a_constant_for_the_gradients() -> None:
+    """With a fixed upstream gradient those of A, B and x are LoRA's."""
+    model, term, _ = noisy(sigma=1.0)
+    found = []
+    for mode in (True, False):
+        x = drawn(5, IN, seed=2).requires_grad_(True)
+        model.zero_grad()
+        (model.train(mode)(x) * drawn(5, OUT, seed=3)).sum().backward()
+        found.append((term.A.grad, term.B.grad, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_ggpo_draws_no_matrix_of_noise() -> None:
+    model, _, _ = noisy()
+    x, sizes = drawn(2, IN, seed=2), []
+
+    class Drawn(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            sizes.extend([made.numel()] if "rand" in str(func) or "normal" in str(func) else [])
+            return made
+
+    with Drawn():
+        model.train()(x)
+    assert sizes == [2 * OUT]
+
+
+def test_ggpo_redraws_the_same_noise_when_recomputing() -> None:
+    """With checkpointing, in training mode and under its rule, the gradients are the same to the bit."""
+    found = []
+    for checkpointing in (False, True):
+        model = adapted(METHODS["lora-ggpo"], sigma=1.0)
+        train(model, 2)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(7)
+        model.train()(**task()[0]).loss.backward()
+        found.append([p.grad for p in trainable(model).parameters.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_ggpo_is_silent_where_its_adapter_is_put_aside() -> None:
+    model = adapted(METHODS["lora-ggpo"], sigma=1.0)
+    train(model, 1)
+    adapt(model, "lora", 2, name="other")
+    weft.set_adapter(model, "other")
+    ids = task()[0]["input_ids"]
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+    weft.set_adapter(model, "default")
+    train(model, 1)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert len(layer._forward_hooks) == 1, "training again puts no second noise on"

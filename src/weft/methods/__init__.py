@@ -29,6 +29,7 @@ from weft.methods import (
     loldu,
     lora,
     lora_ga,
+    lora_ggpo,
     lora_sb,
     lora_xs,
     lq_lora,
@@ -100,6 +101,7 @@ METHODS: dict[str, Method] = {
         increlora,
         said,
         lamda,
+        lora_ggpo,
     )
 }
 
