@@ -10,7 +10,8 @@ the end of a self-attention or a feed-forward sublayer; `attention=False` is Com
 norms of the model are trained along (`norms`). The start differs from the base by about the square of A's size, as much
 as rounding in fp32. Not mergeable: it has a nonlinearity. The published learning rate is 3e-3, large for the gradient
 passes three small factors. The adapter reads the output of the sublayer's last layer before dropout, as in the released
-T5; another adapter beside it acts on that layer alone and is not seen by the bottleneck.
+T5; another adapter beside it acts on that layer alone and is not seen by the bottleneck. FSDP2 needs to be told of the
+shared matrices, see `weft.rules.replicated`.
 """
 
 from __future__ import annotations
