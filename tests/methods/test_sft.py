@@ -110,6 +110,26 @@ def test_sft_keeps_its_budget_and_drops_back_to_the_base(grow: str) -> None:
         assert same.index_fill(0, positions, True).all(), "an entry that is not trained differs from the base"
 
 
+def test_sft_drops_what_has_moved_least() -> None:
+    model = adapted(METHODS["sft"], interval=3, phase=2, rate=0.25)
+    rule, optimizer = Rules(rules(model)), make_optimizer(model, 1e-2)
+    train_with(model, rule, optimizer, range(1, 5))
+    model(**task()[1]).loss.backward()
+    rule.before_step(model, 5)
+    optimizer.step()
+    terms = moving_terms(model, "default")
+    before = {layer: (t.positions.clone(), t.values.detach().abs()) for layer, t in terms.items()}
+    rule.after_step(model, 5)
+    dropped = 0
+    for layer, term in terms.items():
+        positions, sizes = before[layer]
+        gone = ~torch.isin(positions, term.positions)
+        least = sizes.sort().values[: int(0.25 * term.nonzeros)]
+        dropped += int(gone.sum())
+        assert not gone.any() or sizes[gone].max() <= least[-1]
+    assert dropped > 0
+
+
 def test_sft_sees_dense_gradients_in_the_phase_alone_and_holds_none() -> None:
     model = adapted(METHODS["sft"], interval=5, phase=2)
     rule, optimizer = Rules(rules(model)), make_optimizer(model, 1e-3)

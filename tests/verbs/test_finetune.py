@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weft.errors import WeftError
+from weft.methods import find
+from weft.rules.support import moving_terms
 from weft.terms import LowRank, SumLinear
+from weft.terms.adapters import find_adapter
 from weft.terms.layers import linear_layers, set_low_rank, weight_of
+from weft.train.checkpoints import last_checkpoint
+from weft.train.recipe import Recipe
 from weft.train.sources import Completion
 from weft.verbs import finetune as verb
+from weft.verbs.adapt import adapt
 from weft.verbs.finetune import finetune, run
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(120))
@@ -65,6 +72,43 @@ def test_welore_trains_the_low_rank_components_and_nothing_else(tiny_directory, 
     assert changed(model, before) == {name for name, p in model.named_parameters() if id(p) in factors}
     assert result["trainable_parameters"] == sum(4 * (32 + 48) for _ in range(6))
     assert result["perplexity"] < result["perplexity_before"] and result["loss_last"] < result["loss_first"]
+
+
+def test_methods_that_ask_for_the_runs_length_and_rate_are_told(tiny_directory, tokenizer):
+    for method, told in (("sft", {"steps": 4}), ("sorsa", {"lr": 1e-2}), ("soma", {"steps": 4, "lr": 1e-2})):
+        model = model_of(tiny_directory)
+        (rule,) = verb.prepare(model, tokenizer, [], find(method), 2, Recipe(**SHORT), {"targets": "q_proj"})
+        settings = find_adapter(model).settings["options"]
+        assert {key: settings[key] for key in told} == told
+    assert rule.steps == 4 and rule.lr == 1e-2  # soma's
+    given = verb.with_totals(find("soma"), Recipe(**SHORT), {"steps": 9})
+    assert given == {"steps": 9, "lr": 1e-2} and verb.with_totals(find("lora"), Recipe(**SHORT), {}) == {}
+
+
+def test_sft_trains_with_its_own_optimizer_and_moves_its_entries(tiny_directory, tokenizer):
+    model = model_of(tiny_directory)
+    result = finetune(model, tokenizer, TEXT, "sft", rank=1, **SHORT, interval=3, phase=2)
+    terms = moving_terms(model, "default")
+    drawn = moving_terms(adapt(model_of(tiny_directory), "sft", 1), "default")
+    assert result["loss_last"] < result["loss_first"]
+    assert all(not torch.equal(term.positions, drawn[layer].positions) for layer, term in terms.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("sft", {"interval": 4, "phase": 3}), ("lift", {"interval": 2, "filter_rank": 1}), ("sft", {"grow": "ma"})],
+)
+def test_moving_entries_go_on_from_a_checkpoint_bit_for_bit(method, options, tiny_directory, tokenizer, tmp_path):
+    ends = []
+    for again in (False, True):  # the second run goes on from step 2, amid a phase
+        model = model_of(tiny_directory)
+        if again:
+            shutil.rmtree(tmp_path / "checkpoint-4")
+            assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+        finetune(model, tokenizer, TEXT, method, rank=1, **SHORT, **options, save_every=2, directory=tmp_path)
+        ends.append({layer: term.state_dict() for layer, term in moving_terms(model, "default").items()})
+    for layer, state in ends[0].items():
+        assert all(torch.equal(tensor, ends[1][layer][key]) for key, tensor in state.items()), layer
 
 
 def test_lora_trains_its_adapters_and_nothing_else(tiny_directory, tokenizer):

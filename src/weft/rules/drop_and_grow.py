@@ -32,7 +32,9 @@ class GradientProbe:
     def __init__(self, term: MovingSparse) -> None:
         self.term, self.steps = term, 0
         self.positions: Tensor | None = None
-        self.gradient = self.total = self.squares = torch.zeros(term.nonzeros, device=term.positions.device)
+        # tensors of their own: a checkpoint may not name one storage twice
+        zeros = torch.zeros(3, term.nonzeros, device=term.positions.device)
+        self.gradient, self.total, self.squares = (row.clone() for row in zeros)
         # one zero that poses as a matrix: its gradient comes as a whole, and is gone when this hook returns
         matrix = self.total.new_zeros(()).expand(term.out_features, term.in_features).detach().requires_grad_()
         matrix.register_post_accumulate_grad_hook(self._see)  # type: ignore[no-untyped-call]

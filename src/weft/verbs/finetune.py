@@ -131,6 +131,7 @@ def prepare(
     """Put adapters on where the method is one of adapters, freeze what is not trained, and give the rules to train
     with.
     """
+    options = with_totals(method, recipe, options)
     if method.kind == "adapt":
         batches = calibration(tokenizer, documents, recipe) if method.needs else None
         adapt(model, method.name, rank or RANK, batches=batches, seed=recipe.seed, **options)
@@ -138,6 +139,12 @@ def prepare(
     chosen = method.options(options)
     method.freeze(model)
     return [make(**chosen) for make in method.rules]
+
+
+def with_totals(method: Method, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given, and the run's own `steps` and `lr` where the method has options of these names."""
+    totals = {"steps": recipe.steps, "lr": recipe.lr}
+    return {key: value for key, value in totals.items() if key in method.defaults} | dict(options)
 
 
 def calibration(
