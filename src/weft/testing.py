@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from weft.terms import (
     BlockAffine,
     Bottleneck,
+    CodedFactors,
     Columns,
     CoreLowRank,
     Dense,
@@ -33,6 +34,7 @@ from weft.terms import (
     Magnitude,
     MovingSparse,
     NormalFloat,
+    PackedFactors,
     PooledLowRank,
     Projected,
     RandomCombination,
@@ -373,6 +375,12 @@ def _projected(generator: Generator) -> Term:
     return term
 
 
+def _coded_factors(generator: Generator) -> CodedFactors:
+    term = CodedFactors(IN, OUT, RANK, 2, scale=0.5)
+    term.A, term.B = (nn.Parameter(_side(*p.shape, generator)) for p in (term.A, term.B))
+    return term
+
+
 EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
@@ -393,6 +401,8 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Replacement.kind: _replacement,
     PooledLowRank.kind: _pooled_low_rank,
     Projected.kind: _projected,
+    CodedFactors.kind: _coded_factors,
+    PackedFactors.kind: lambda generator: _coded_factors(generator).packed(),
     RandomCombination.kind: _random_combination,
     RandomProducts.kind: _random_products,
     NormalFloat.kind: lambda generator: NormalFloat.from_matrix(_side(OUT, IN, generator)),

@@ -46,7 +46,7 @@ _NF4_LEVELS = (
 # Dettmers et al., 2023, appendix E
 
 _OFFSET = 0.9677083  # the probability of the outermost quantile
-_WORD = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes a word, bytes a word
+_WORD = {1: (8, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes a word, bytes a word
 
 
 class Format(NamedTuple):
@@ -89,7 +89,7 @@ def _quantiles(bits: int) -> tuple[float, ...]:
     return (-1.0, *(value(p) / largest for p in below[1:]), 0.0, *(value(p) / largest for p in above[:-1]), 1.0)
 
 
-_LEVELS = {bits: _NF4_LEVELS if bits == 4 else _quantiles(bits) for bits in _WORD}
+_LEVELS = {bits: _NF4_LEVELS if bits == 4 else _quantiles(bits) for bits in _WORD if bits > 1}
 
 
 def levels(bits: int, device: torch.device | str | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from weft.methods import (
     ce_ssl,
     compacter,
     corda,
+    deft,
     dora,
     dylora,
     effort,
@@ -36,6 +37,7 @@ from weft.methods import (
     mos,
     nola,
     olora,
+    one_bit_adapters,
     paca,
     pissa,
     randlora,
@@ -102,6 +104,8 @@ METHODS: dict[str, Method] = {
         said,
         lamda,
         lora_ggpo,
+        one_bit_adapters,
+        deft,
     )
 }
 

@@ -10,6 +10,7 @@ from weft.errors import unknown
 from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
 from weft.terms.bottleneck import Bottleneck
+from weft.terms.coded_factors import CodedFactors, PackedFactors
 from weft.terms.columns import Columns
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
@@ -39,6 +40,7 @@ __all__ = [
     "TERMS",
     "BlockAffine",
     "Bottleneck",
+    "CodedFactors",
     "Columns",
     "CoreLowRank",
     "Dense",
@@ -50,6 +52,7 @@ __all__ = [
     "Magnitude",
     "MovingSparse",
     "NormalFloat",
+    "PackedFactors",
     "PooledLowRank",
     "Projected",
     "RandomCombination",
@@ -96,6 +99,8 @@ TERMS: dict[str, type[Term]] = {
         Bottleneck,
         Projected,
         Removed,
+        CodedFactors,
+        PackedFactors,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
