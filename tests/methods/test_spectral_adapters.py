@@ -436,6 +436,8 @@ def test_salt_relu_loses_the_negative_entries_of_the_block() -> None:
     close(lost, torch.where(product < 0, -product, 0.0))
     term.block()[0, 1:].sum().backward()
     assert not term.X.grad[1:].any()
+    term.shift.data[0] = -2 * term.s[0]  # below zero: the direction is gone, not turned round
+    close(term.gain(), torch.tensor([-float(term.s[0]), 0.0, 0.0]))
 
 
 def test_salt_refuses_a_head_that_is_none() -> None:
