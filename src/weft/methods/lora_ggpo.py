@@ -18,14 +18,10 @@ from typing import Any
 
 from weft.methods import lora
 from weft.methods.adapter import SCALING, lora_count, low_rank
-from weft.methods.base import Method, Site
+from weft.methods.base import Method
 from weft.rules.guided_noise import GuidedNoise
 
 __all__ = ["METHOD"]
-
-
-def _initialise(site: Site, scale: float, **_: Any) -> Any:
-    return lora.initialise(site, scale)
 
 
 def _noise(*, adapter: str, sigma: float, beta: float, **_: Any) -> GuidedNoise:
@@ -37,7 +33,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA trained under noise that follows the norms of the weight's and the gradient's rows.",
     paper="Chang et al., 2025, arXiv 2502.14538",
-    attach=low_rank(_initialise),
+    attach=low_rank(lambda site, scale, **_: lora.initialise(site, scale)),
     count=lora_count,
     rules=(_noise,),
     defaults={**SCALING, "sigma": 0.03, "beta": 0.01},
