@@ -21,7 +21,7 @@ from weft.rules.support import move, moving_terms
 from weft.terms import Columns, Dense, MovingSparse, NormalFloat, SumLinear
 from weft.terms.adapters import find_adapter
 from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
-from weft.verbs.adapt import adapt, disable, make_optimizer, merge_adapter, remove_adapter, rules
+from weft.verbs.adapt import adapt, disable, effective_rates, make_optimizer, merge_adapter, remove_adapter, rules
 
 IDS = task()[0]["input_ids"]
 
@@ -110,6 +110,10 @@ def test_paca_starts_at_the_base_and_leaves_other_columns_alone() -> None:
         others = torch.ones(before.shape[1], dtype=torch.bool).index_fill_(0, columns, False)
         assert len(columns) == RANK and torch.equal(before[:, others], after[:, others])
         assert not torch.equal(before[:, columns], after[:, columns])
+
+
+def test_paca_logs_the_rate_of_the_columns_themselves() -> None:
+    assert effective_rates(adapted(METHODS["paca"], alpha=12.0), 1e-3) == {"default": pytest.approx(12e-3 / RANK)}
 
 
 def test_paca_chooses_the_same_columns_for_layers_of_one_input(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from weft.io.quantizer import remark
 from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
 from weft.stats.calibrate import Batch, calibrate
-from weft.terms import LowRank, Spectral, SumLinear, Term
+from weft.terms import Columns, LowRank, Spectral, SumLinear, Term
 from weft.terms.adapters import (
     Adapter,
     activate,
@@ -189,7 +189,7 @@ def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
             m.scale
             for term in adapter.all_terms()
             for m in term.modules()
-            if isinstance(m, LowRank | Spectral) and any(p.requires_grad for p in m.parameters())
+            if isinstance(m, LowRank | Spectral | Columns) and any(p.requires_grad for p in m.parameters())
         ]
         for name, adapter in adapters_of(model).items()
     }
