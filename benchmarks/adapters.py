@@ -237,7 +237,7 @@ def train(model: nn.Module, task: Task, args: argparse.Namespace, lr: float, see
         plan.step()
         optimizer.zero_grad()
         seconds.append((time.process_time() if args.device == "cpu" else synchronised()) - began)
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(float(loss.detach())):
             break
     model.eval()
     memory = kept if args.device == "cpu" else torch.cuda.max_memory_allocated()

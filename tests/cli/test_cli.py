@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from weft.cli import app
 from weft.errors import WeftError
 
-VERBS = ("inspect", "compress", "finetune", "eval", "merge", "combine", "quantize", "methods", "demo")
+VERBS = ("inspect", "compress", "finetune", "eval", "merge", "combine", "quantize", "pretrain", "methods", "demo")
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Every call of a verb's `run`, recorded instead of done."""
     made: list[tuple[str, dict[str, Any]]] = []
     answer = {"matrices": [], "model": "m", "parameters": 0, "stages": [], "generated": "", "report": ""}
-    for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "combine", "quantize", "demo"):
+    for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "combine", "quantize", "pretrain", "demo"):
         module = __import__(f"weft.verbs.{verb}", fromlist=["run"])
         monkeypatch.setattr(module, "run", lambda _verb=verb, **kwargs: made.append((_verb, kwargs)) or answer)
     return made
@@ -97,6 +97,12 @@ EXACT = [
         "quantize",
         {"model": "M", "out": Path("O"), "bits": 4.0, "scheme": None, "targets": ["q_proj", "k_proj"], "rank": 64},
     ),
+    (
+        "pretrain --size 9m --optimizer galore --rank 64 --text FILE --steps 200 -o OUT --lr 1e-2 --window 256 "
+        "--batch 16 --eval-text FILE --seed 0",
+        "pretrain",
+        {"size": "9m", "optimizer": "galore", "rank": 64.0, "text": [Path("FILE")], "steps": 200, "lr": 1e-2},
+    ),
 ]
 
 
@@ -114,9 +120,9 @@ def test_arguments_reach_a_run_that_takes_them() -> None:
     """Each command passes exactly what its verb's `run` accepts."""
     import inspect as signatures
 
-    from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, quantize
+    from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, pretrain, quantize
 
-    for command in (combine, compress, demo, evaluate, finetune, inspect, merge, quantize):
+    for command in (combine, compress, demo, evaluate, finetune, inspect, merge, pretrain, quantize):
         name = command.__name__.rsplit(".", 1)[1]
         run = __import__(f"weft.verbs.{name}", fromlist=["run"]).run
         taken = signatures.signature(run).parameters

@@ -185,6 +185,7 @@ def test_run_writes_a_directory_that_transformers_opens(tiny_directory, data, tm
         ({"method": "lorra"}, "no method to .* called 'lorra'; the nearest are: lora"),
         ({"method": "lora", "alfa": 3}, "'lora' has no option 'alfa'"),
         ({"optimizer": "galor"}, "no optimizer called 'galor'; the nearest are: galore"),
+        ({"optimizer": "mezo"}, "mezo asks for a loss and no gradient"),
         ({"rank": 0}, "--rank is 0"),
         ({"steps": 0}, "--steps is 0"),
         ({"lr": -1.0}, "--lr is -1.0"),

@@ -18,7 +18,9 @@ from weft.optim.mup import mup_groups
 from weft.optim.parameters import split_parameters
 from weft.optim.presets import Options
 
-__all__ = ["check_options", "default_options", "default_rate", "make_optimizer"]
+__all__ = ["WITHOUT_BACKWARD", "check_options", "default_options", "default_rate", "make_optimizer"]
+
+WITHOUT_BACKWARD = ("mezo",)
 
 _GIVEN = {"model", "model_or_groups", "lr", "weight_decay", "seed", "base", "decay"}  # by the recipe, not as options
 

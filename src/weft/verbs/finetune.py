@@ -25,6 +25,7 @@ from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
 from weft.rules import Rule
 from weft.train.data import training_rows
+from weft.train.optimizers import WITHOUT_BACKWARD
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
 from weft.train.sources import Document, Fields, Text, plain_text, read_documents, read_texts
@@ -284,3 +285,8 @@ def check_method(method: str, rank: int | None, options: Mapping[str, Any]) -> N
 def check_optimizer(name: str | None) -> None:
     if name is not None and name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
+    if name in WITHOUT_BACKWARD:
+        raise WeftError(
+            f"--optimizer {name} asks for a loss and no gradient, which the training loop does not offer; "
+            "call weft.optim.mezo in a loop of your own, as docs/optim.md shows."
+        )

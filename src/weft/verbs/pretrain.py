@@ -27,7 +27,7 @@ from weft.optim.state import state_bytes
 from weft.rules import Rule
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
-from weft.train.optimizers import check_options, default_options, default_rate, make_optimizer
+from weft.train.optimizers import WITHOUT_BACKWARD, check_options, default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import configuration, factorised, fresh_model
 from weft.train.sources import read_texts, source_files
@@ -41,8 +41,6 @@ from weft.verbs.output import check_output, open_output
 from weft.verbs.record import begin
 
 __all__ = ["build", "pretrain", "run"]
-
-WITHOUT_BACKWARD = ("mezo",)
 
 
 def build(
