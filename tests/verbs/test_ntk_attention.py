@@ -94,6 +94,16 @@ def test_saved_loaded_and_removed(tmp_path: Path) -> None:
     assert again.config._attn_implementation == plain.config._attn_implementation
 
 
+def test_another_model_of_the_same_config_is_left_alone() -> None:
+    model, other = tiny(), tiny()
+    other.config = other.model.config = model.config
+    for block in other.model.layers:
+        block.self_attn.config = model.config
+    before = logits(other)
+    add_prefix(model)
+    torch.testing.assert_close(logits(other), before, atol=1e-6, rtol=1e-5)
+
+
 def test_mistakes(tmp_path: Path) -> None:
     model = moved(tiny())
     save_prefix(model, tmp_path / "p")

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from weft.errors import WeftError
@@ -151,10 +152,12 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: (batch, heads, tokens, d) -> (batch, tokens, heads, d)."""
+    prefix = module._modules.get("weft_prefix")
+    if not isinstance(prefix, Prefix):  # another model of the same config object
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     mask = None if attention_mask is None else attention_mask[..., : key.shape[-2]]
-    prefix: Prefix = module.weft_prefix  # type: ignore[assignment]
     out = prefix_attention(query, key, value, prefix.Z, prefix.z, mask, scaling, dropout)
     return out.transpose(1, 2).contiguous(), None
 
