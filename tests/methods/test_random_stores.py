@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import weft
 from weft.errors import WeftError
@@ -588,6 +588,23 @@ def test_mos_refuses(options: dict[str, Any], words: str) -> None:
 def test_mos_pools_are_known_as_shared() -> None:
     """Those are what FSDP2 must leave whole where it wraps block by block."""
     assert len(shared_parameters(adapt(deep_llama(), "mos", 4, **MOS))) == 14
+
+
+@pytest.mark.parametrize("name", ["mos", "said"])
+def test_what_is_shared_stays_shared_in_a_model_saved_whole(name: str, tmp_path: Path) -> None:
+    model = adapt(deep_llama(), name, 4)
+    adapt(model, name, 4, name="second", seed=1)
+    train(model, 2)
+    model.save_pretrained(tmp_path)
+    for again in (LlamaForCausalLM.from_pretrained(tmp_path), LlamaModel.from_pretrained(tmp_path)):
+        held = [p for n, p in again.named_parameters(remove_duplicate=False) if ".terms." in n]
+        mine = [p for n, p in model.named_parameters(remove_duplicate=False) if ".terms." in n]
+        assert len(held) == len(mine) and len({id(p) for p in held}) == len({id(p) for p in mine}) < len(mine)
+        if isinstance(again, LlamaForCausalLM):
+            assert torch.equal(logits(again), logits(model))
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"tied"', '"tide"'))
+    with pytest.raises(WeftError, match="an entry 'tide'"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
 
 
 # ---- said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,18 +30,25 @@ class Header(NamedTuple):
 Headers = dict[str, Header]
 
 
-def check_tensors(model: PreTrainedModel, layers: list[str], files: list[str], quantizer: Any) -> Headers:
+def check_tensors(
+    model: PreTrainedModel, layers: list[str], files: list[str], quantizer: Any, tied: Mapping[str, str]
+) -> Headers:
     """Compare the tensors of the model's sums with those in the files; returns the headers by the model's names.
 
     Args:
         model: with its sums in place, on the meta device.
         layers: the names of those sums.
+        tied: tensors that are one, name -> the first of its names; the files hold it under any of them.
 
     Raises:
         WeftError: a file cannot be read to its end; a sum's tensor is missing, has another shape, or belongs to no sum
             of the config.
     """
     stored = _renamed(model, _read(files), quantizer)
+    for name, home in [*tied.items(), *tied.items()]:  # to the home, and from there to the others
+        for here, there in ((name, home), (home, name)):
+            if here in stored:
+                stored.setdefault(there, stored[here])
     expected = {
         f"{name}.{key}": tuple(t.shape) for name in layers for key, t in model.get_submodule(name).state_dict().items()
     }

@@ -28,7 +28,7 @@ from weft.terms import Spec, SumLinear, build_sum
 from weft.terms.layers import is_linear, replace, weight_of
 from weft.terms.random_products import share_stores
 
-__all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "unmark"]
+__all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "tied_tensors", "unmark"]
 
 FORMAT = 1
 """The version of the layout; raised when an older weft could not read what this one writes."""
@@ -48,6 +48,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         method: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        tied: Mapping[str, str] | None = None,
         format: int = FORMAT,
         weft: str | None = None,
         quant_method: str = "weft",
@@ -63,6 +64,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method: Any = quant_method  # transformers types it as a member of its own enum
         self.format, self.weft = format, weft or __version__
         self.method, self.settings, self.layers = method, dict(settings or {}), dict(layers or {})
+        self.tied = dict(tied or {})
         self._model: weakref.ref[nn.Module] | None = None
 
     def bind(self, model: nn.Module) -> None:
@@ -72,12 +74,14 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         state = self.__getstate__()
         del state["_model"]
+        if not self.tied:
+            del state["tied"]
         return copy.deepcopy(state)
 
     def __getstate__(self) -> dict[str, Any]:
         model = None if self._model is None else self._model()
         if model is not None:
-            self.layers = sum_specs(model)
+            self.layers, self.tied = sum_specs(model), tied_tensors(model)
         return {**self.__dict__, "_model": None}  # a copy belongs to no model until it is bound
 
 
@@ -98,8 +102,10 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
         placed = _resolve(model, self.quantization_config.layers)
         for name, spec in placed.items():
             _place(model, name, spec)
+        tied = _tied_here(model, self.quantization_config.tied)
+        model.all_tied_weights_keys |= tied  # transformers makes them one again, whichever is stored
         if checkpoint_files:
-            stored = check_tensors(model, list(placed), list(checkpoint_files), self)
+            stored = check_tensors(model, list(placed), list(checkpoint_files), self, tied)
             keep_mixed_precision(model, list(placed), stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -146,6 +152,14 @@ def sum_specs(model: nn.Module) -> dict[str, Spec]:
     return {name: module.spec() for name, module in model.named_modules() if isinstance(module, SumLinear)}
 
 
+def tied_tensors(model: nn.Module) -> dict[str, str]:
+    """The parameters that terms share: name -> the first of its names."""
+    first: dict[int, str] = {}
+    inside = ((n, p) for n, p in model.named_parameters(remove_duplicate=False) if ".terms." in n)
+    homes = {name: first.setdefault(id(parameter), name) for name, parameter in inside}
+    return {name: home for name, home in homes.items() if name != home}
+
+
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
@@ -185,6 +199,19 @@ def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Sp
             f"The checkpoint has a sum of terms at {wrong[0]}, where {type(model).__name__} has no linear layer; "
             "load it as the class that its config.json names."
         )
+    return found
+
+
+def _tied_here(model: PreTrainedModel, tied: Mapping[str, str]) -> dict[str, str]:
+    """The pairs of this class of model, by its own names: with or without the base prefix."""
+    prefix = model.base_model_prefix + "."
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for pair in tied.items():
+        for names in (pair, [n.removeprefix(prefix) for n in pair], [prefix + n for n in pair]):
+            if own.issuperset(names):
+                found[names[0]] = names[1]
+                break
     return found
 
 

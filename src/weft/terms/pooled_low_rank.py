@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class PooledLowRank(Factored):
     """
 
     kind = "pooled_low_rank"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "pool_A": "pool_A",
+        "pool_B": "pool_B",
+    }  # transformers writes what is shared once
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class Projected(Term):
     """
 
     kind = "projected"
+    # what transformers looks for when it writes shared tensors once
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"theta": "theta"}
 
     def __init__(
         self,
