@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import weft
 from weft.io.adapters import load_adapter, save_adapter
+from weft.memory.measure import saved_bytes
 from weft.methods import METHODS
 from weft.optim.entries import EntryAdamW
 from weft.rules import Rules
@@ -405,3 +407,24 @@ def test_on_a_quantised_base_the_change_alone_is_trained(name: str) -> None:
     losses, _ = train(model, 8, lr=1e-2)
     assert min(losses[4:]) < losses[0] and not torch.equal(logits(model), before)
     assert torch.equal(logits(remove_adapter(model)), before)
+
+
+@pytest.mark.parametrize("name", ["paca", "random-mask", "sft"])
+@pytest.mark.parametrize("half", [False, True])
+def test_lean_keeps_less_and_gives_the_same_gradients(name: str, half: bool) -> None:
+    """What a norm or a gate gave is not kept for chosen entries, but made again."""
+    kept, gradients = [], []
+    for switch in (False, True):
+        model = adapted(METHODS[name]).train()
+        weft.lean(model, switch)
+        losses: list[Tensor] = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            kept.append(
+                saved_bytes(lambda m=model, found=losses: found.append(m(**task()[0]).loss), model.parameters())
+            )
+        losses[0].backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert kept[1] < 0.97 * kept[0]
+    for key, gradient in gradients[0].items():
+        tolerance = (0.05 if half else 1e-5) * float(gradient.abs().max())
+        torch.testing.assert_close(gradients[1][key], gradient, atol=tolerance, rtol=0)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.kernels.autocast import compute_dtype
 from weft.kernels.sparse_linear import scatter_dense, sparse_linear
 from weft.terms.base import Spec, Term
 
@@ -57,9 +56,8 @@ class MovingSparse(Term):
         return term
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
         values, positions = self._all()
-        return sparse_linear(x.to(dtype), values.to(dtype), positions, self.out_features, self.probe)
+        return sparse_linear(x, values, positions, self.out_features, self.probe)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values, positions = self._all()

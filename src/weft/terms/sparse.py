@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.kernels.autocast import compute_dtype
 from weft.kernels.sparse_linear import scatter_dense, sparse_linear
 from weft.terms.base import Spec, Term
 
@@ -49,8 +48,7 @@ class Sparse(Term):
         return term
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        return sparse_linear(x.to(dtype), self.values.to(dtype), self.positions, self.out_features)
+        return sparse_linear(x, self.values, self.positions, self.out_features)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values = self.values.to(dtype or self.values.dtype)
