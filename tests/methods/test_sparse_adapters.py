@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.io.adapters import load_adapter, save_adapter
+from weft.memory import lean_report
 from weft.memory.measure import saved_bytes
 from weft.methods import METHODS
 from weft.optim.entries import EntryAdamW
@@ -417,6 +418,7 @@ def test_lean_keeps_less_and_gives_the_same_gradients(name: str, half: bool) -> 
     for switch in (False, True):
         model = adapted(METHODS[name]).train()
         weft.lean(model, switch)
+        assert not switch or not any("_proj" in layer for layer in lean_report(model).left)
         losses: list[Tensor] = []
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             kept.append(
