@@ -714,3 +714,9 @@ def test_said_gradient_is_that_of_whole_weights(tmp_path: Path) -> None:
 def test_said_refuses_a_budget_of_scales_alone() -> None:
     with pytest.raises(WeftError, match="give d=8 or more"):
         adapt(tiny_llama(), "said", d=7)
+
+
+def test_effective_rates_count_the_scale() -> None:
+    assert weft.effective_rates(adapted(METHODS["nola"], alpha=2.0), 0.1) == {"default": pytest.approx(0.05)}
+    assert weft.effective_rates(adapted(METHODS["mos"], alpha=16), 0.1) == {"default": pytest.approx(0.4)}
+    assert weft.effective_rates(adapted(METHODS["randlora"]), 0.1) == {"default": pytest.approx(0.1)}  # 2 / sqrt(4)
