@@ -11,7 +11,8 @@ paper's longest task; for short runs lower `warmup` and `interval`.
 Deviations: the scale does not jump as alpha / (live rank) does at each growth, so that growing changes no output; the
     components live in tensors of capacity c, so that a run is resumed, compiled and sharded like any other; growth
     stops exactly at the total, and of equal scores the first layer wins; the orthonormality holds between the
-    components of a layer, where the released code, one parameter a component, only pulls their norms to 1.
+    components of a layer, where the released code, one parameter a component, only pulls their norms to 1. On shards
+    (FSDP2) AdamW takes the steps: components then share one age, and only `ramp` softens the first steps of a new one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError
 from weft.methods.adapter import lora_count, scale_of
@@ -54,7 +56,8 @@ def _count(out_features: int, in_features: int, rank: int, options: Mapping[str,
 
 
 def _optimizer(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torch.optim.Optimizer:
-    return EntryAdamW(groups, eps=1e-8)
+    sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups) if sharded else EntryAdamW(groups, eps=1e-8)
 
 
 def _growth(*, interval: int, ramp: int | None, **options: Any) -> Growth:

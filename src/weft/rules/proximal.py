@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.rules.base import Rule
+from weft.rules.sharded import whole
 from weft.terms import Spectral
 from weft.terms.adapters import find_adapter
 
@@ -59,7 +60,7 @@ class Proximal(Rule):
     def penalty(self, model: nn.Module) -> Tensor | None:
         if not self.factor:
             return None
-        gates = self._gates(model)
+        gates = [whole(gate) for gate in self._gates(model)]
         return self.factor * torch.stack([gate.abs().sum() for gate in gates]).sum() / sum(g.numel() for g in gates)
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ class Sensitivity:
     taken (Zhang et al., 2023, arXiv 2308.12043).
 
     The absolute values need the whole out x in gradient: it is made for one layer at a time, in its backward pass, and
-    let go of at once. Nothing is kept between but the layer's input, once, also by activation checkpointing.
+    let go of at once. Nothing is kept between but the layer's input, once, also by activation checkpointing. Under
+    torch.compile the graph breaks there while training, until growth is complete.
 
     Args:
         adapter: the name of the Spectral term dW in the layer.
