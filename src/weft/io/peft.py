@@ -23,7 +23,7 @@ from weft.errors import WeftError
 from weft.io.base import Base
 from weft.terms import LowRank, Magnitude, Term
 from weft.terms.adapters import Adapter
-from weft.terms.factors import sum_factors
+from weft.terms.factors import exact_factors, sum_factors
 
 __all__ = ["CONFIG", "TENSORS", "plain_state", "read", "why_not_peft", "write"]
 
@@ -41,7 +41,8 @@ def why_not_peft(adapter: Adapter) -> str | None:
     if rescaled == {True}:
         return None
     for layer, terms in adapter.terms.items():
-        if sum_factors(list(terms.values())) is None:
+        # each for itself and not their sum, which cannot be taken of sharded and plain tensors
+        if any(exact_factors(term) is None for term in terms.values()):
             kinds = ", ".join(dict.fromkeys(term.kind for term in terms.values()))
             return f"its delta on {layer} ({kinds}) is no product of two thin matrices"
     return None
