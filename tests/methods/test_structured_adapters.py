@@ -516,3 +516,15 @@ def test_compacter_shares_its_matrices_between_sharded_blocks(tmp_path: Path) ->
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], parameter.detach(), rtol=1e-3, atol=1e-6)
     assert (find_adapter(alone).all_terms()[0].A - start).abs().max() > 1e-5
+
+
+def test_compacters_matrices_stay_shared_in_a_model_saved_whole(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3, num_attention_heads=2)).eval()
+    train(adapt(model, "compacter", 4), 2)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    shared = [p for name, p in again.named_parameters(remove_duplicate=False) if name.endswith(".A")]
+    assert len(shared) == 6 and len({id(p) for p in shared}) == 1
+    ids = task()[0]["input_ids"]
+    assert torch.equal(again(ids).logits, model(ids).logits)

@@ -59,6 +59,7 @@ class Bottleneck(Wrapper):
 
     kind = "bottleneck"
     linear: ClassVar[bool] = False
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"A": "A"}
 
     def __init__(
         self,

@@ -27,10 +27,8 @@ class PooledLowRank(Factored):
     """
 
     kind = "pooled_low_rank"
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "pool_A": "pool_A",
-        "pool_B": "pool_B",
-    }  # transformers writes what is shared once
+    # transformers writes what is shared once
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"pool_A": "pool_A", "pool_B": "pool_B"}
 
     def __init__(
         self,
