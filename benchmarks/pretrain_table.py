@@ -102,7 +102,7 @@ def seeds_of(lr: float, seeds: int, run: Run) -> dict[str, Any]:
     """Warm-started against exact at one rate: losses by seed, their differences, and the spread over seeds."""
     losses = {name: [run(name, lr, seed)["loss"] for seed in range(seeds)] for name in (EXACT, WARM)}
     differences = [warm - exact for warm, exact in zip(losses[WARM], losses[EXACT], strict=True)]
-    spread = statistics.stdev(losses[EXACT]) if seeds > 1 else math.nan
+    spread = statistics.stdev(losses[EXACT])
     mean = statistics.fmean(differences)
     return {
         "lr": lr, "losses": losses, "differences": differences, "mean_difference": mean, "seed_spread": spread,
@@ -136,7 +136,8 @@ def main() -> None:
     run, began, rows = runner(args, table), time.perf_counter(), {}
     for name in names:
         rows[name] = tuned(table[name][0], args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
-    compared = seeds_of(rows[EXACT]["lr"], args.seeds, run) if {WARM, EXACT} <= rows.keys() else None
+    both = {WARM, EXACT} <= rows.keys() and args.seeds > 1
+    compared = seeds_of(rows[EXACT]["lr"], args.seeds, run) if both else None
     show(rows, compared)
     args.output.mkdir(exist_ok=True)
     path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}.json"
