@@ -8,6 +8,7 @@ from typing import Any
 from weft.optim.base import Refresh
 from weft.optim.entries import Entries, EntryAdamW
 from weft.optim.lowrank import LowRank
+from weft.optim.mfac import MFAC, mfac
 from weft.optim.noise import add_gradient_noise
 from weft.optim.parameters import split_parameters
 from weft.optim.per_layer import PerLayer
@@ -27,6 +28,7 @@ from weft.optim.weightnorm import fold_weights, normalize_weights
 from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
 
 __all__ = [
+    "MFAC",
     "OPTIMIZERS",
     "Entries",
     "EntryAdamW",
@@ -47,6 +49,7 @@ __all__ = [
     "galore_8bit",
     "gradnormlorp",
     "mezo",
+    "mfac",
     "normalize_weights",
     "replay",
     "sign",
@@ -56,5 +59,8 @@ __all__ = [
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     preset.__name__: preset
-    for preset in (galore, galore_8bit, fira, frugal, apollo, apollo_mini, dct_adamw, gradnormlorp, sinkgd, sign, mezo)
+    for preset in (
+        *(galore, galore_8bit, fira, frugal, apollo, apollo_mini, dct_adamw, gradnormlorp),
+        *(sinkgd, sign, mezo, mfac),
+    )
 }
