@@ -152,6 +152,11 @@ def test_a_named_optimizer_goes_on_from_its_checkpoint_bit_for_bit(tiny_director
     assert changed(resumed, snapshot(whole)) == set()
 
 
+def test_an_optimizer_without_a_subspace_takes_no_rank(tiny_directory, tokenizer):
+    with pytest.raises(WeftError, match="'mfac' has no option 'rank'; it has: block, damping, gradients"):
+        finetune(model_of(tiny_directory), tokenizer, TEXT, "full", optimizer="mfac", rank=4, **SHORT)
+
+
 def test_rates_of_a_method_and_a_named_optimizer_exclude_each_other(tiny_directory, tokenizer):
     with pytest.raises(WeftError, match="learning rates of their own"):
         finetune(model_of(tiny_directory), tokenizer, TEXT, "lora", optimizer="galore", ratio=16.0, **SHORT)

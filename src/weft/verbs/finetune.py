@@ -25,7 +25,7 @@ from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
 from weft.rules import Rule
 from weft.train.data import training_rows
-from weft.train.optimizers import WITHOUT_BACKWARD
+from weft.train.optimizers import WITHOUT_BACKWARD, check_options
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
 from weft.train.sources import Document, Fields, Text, plain_text, read_documents, read_texts
@@ -166,6 +166,7 @@ def make_optimizer(name: str | None, model: PreTrainedModel, recipe: Recipe, ran
             f"The method gives its factors learning rates of their own, which --optimizer {name} cannot follow."
         )
     subspace = {} if rank is None else {"rank": rank}
+    check_options(name, subspace)
     made: torch.optim.Optimizer = OPTIMIZERS[name](
         model, lr=recipe.lr, weight_decay=recipe.weight_decay, seed=recipe.seed, **subspace
     )
