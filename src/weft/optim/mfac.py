@@ -88,19 +88,20 @@ class MFAC(torch.optim.Optimizer):
         shared = self.state[block[0]]
         row, count = shared["step"] % group["gradients"], min(shared["step"] + 1, group["gradients"])
         held = [p for p in block if "window" in self.state[p]]
-        dots = torch.zeros_like(shared["gram"][row])
+        gram = shared["gram"][:count, :count]  # rows are filled from the first, so that a young window costs little
+        dots = torch.zeros_like(gram[row])
         for p in held:
-            dots += self._exchange(p, row, group["weight_decay"])
-        shared["gram"][row], shared["gram"][:, row] = dots, dots
-        c = window_coefficients(shared["gram"], count, group["damping"], row)
+            dots += self._exchange(p, row, count, group["weight_decay"])
+        gram[row], gram[:, row] = dots, dots
+        c = window_coefficients(gram, count, group["damping"], row)
         for i, p in enumerate(held):
             if p.grad is not None:
                 self._move(p, c, group, mix(seed, shared["step"], i))
         shared["step"] += 1
 
-    def _exchange(self, p: Tensor, row: int, decay: float) -> Tensor:
-        """Put the newest gradient in the place of the oldest: this parameter's part of G g (m,), for the new G."""
-        window = self.state[p]["window"]
+    def _exchange(self, p: Tensor, row: int, count: int, decay: float) -> Tensor:
+        """Put the newest gradient in the place of the oldest: this parameter's part of G g (k,), for the new G."""
+        window = self.state[p]["window"][:count]
         if p.grad is None:
             window[row] = 0
         else:
@@ -110,7 +111,7 @@ class MFAC(torch.optim.Optimizer):
 
     def _move(self, p: Tensor, c: Tensor, group: Mapping[str, Any], seed: int) -> None:
         state = self.state[p]
-        update = window_combination(state["window"], c)
+        update = window_combination(state["window"][: len(c)], c)
         if group["momentum"]:
             update = state["momentum"].lerp_(update.to(state["momentum"].dtype), 1 - group["momentum"])
         wide = torch.promote_types(p.dtype, torch.float32)
