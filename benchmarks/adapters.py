@@ -298,7 +298,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(lines: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """task -> the methods, best first: means over seeds at the best rate, and the difference to LoRA."""
+    """task -> the methods that are through, best first: means over seeds at the best rate, difference to LoRA."""
     mine = [line for line in lines if all(line[key] == value for key, value in settings(args).items())]
     tables: dict[str, list[dict[str, Any]]] = {}
     for task in dict.fromkeys(line["task"] for line in mine):
@@ -306,9 +306,10 @@ def rows_of(lines: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, 
             name: _best_rate([line for line in mine if line["task"] == task and line["method"] == name])
             for name in dict.fromkeys(line["method"] for line in mine if line["task"] == task)
         }
-        rows = [_row(name, found, seeds.get(BASELINE, {})) for name, found in seeds.items()]
+        through = {name: found for name, found in seeds.items() if len(found) >= args.seeds}
+        rows = [_row(name, found, seeds.get(BASELINE, {})) for name, found in through.items()]
         tables[task] = sorted(rows, key=lambda row: row["loss"])
-    return tables
+    return {task: rows for task, rows in tables.items() if rows}
 
 
 def _best_rate(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -354,41 +355,54 @@ def show(tables: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def plot(tables: dict[str, list[dict[str, Any]]]) -> str:
-    """Held-out loss against trainable numbers, bytes and milliseconds of a step: a row of panels a task, as SVG."""
-    axes = {"trainable": "trainable numbers", "step_bytes": "bytes a step keeps", "step_ms": "ms a step"}
-    width, height, body = 380, 300, []
+    """Held-out loss against trainable numbers, memory and time of a step: a row of panels a task, as SVG."""
+    axes = {
+        "trainable": ("thousand trained numbers", 1e3),
+        "step_bytes": ("MB a step keeps", 1e6),
+        "step_ms": ("ms a step", 1),
+    }
+    width, height, body = 400, 380, []
     for i, (task, rows) in enumerate(tables.items()):
         finite = [row for row in rows if math.isfinite(row["loss"])]
-        for j, (key, label) in enumerate(axes.items()):
-            inner = _panel(f"{task}: loss against {label}", finite, key, width, height)
+        for j, (key, (label, unit)) in enumerate(axes.items()):
+            points = [(row[key] / unit, row["loss"], row["method"], row.get("verdict", "")) for row in finite]
+            inner = _panel(f"{task}: loss against {label}", points, width, height)
             body.append(f'<g transform="translate({j * width} {i * height})">{inner}</g>')
     size = f'width="{3 * width}" height="{height * len(tables)}"'
-    style = "text{font:10px sans-serif;fill:#333}.t{font-weight:600;font-size:12px}"
+    style = "text{font:10px sans-serif;fill:#333}.t{font-weight:600;font-size:12px}.n{font-size:8px}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style><rect {size} fill="#fff"/>'
     return head + "".join(body) + "</svg>\n"
 
 
-def _panel(title: str, rows: list[dict[str, Any]], key: str, width: int, height: int) -> str:
-    """A scatter plot, logarithmic across; each point is named, above its dot."""
-    xs, ys = [math.log10(row[key]) for row in rows], [row["loss"] for row in rows]
-    left, right, top, bottom = 48, width - 60, 34, height - 34
+def _panel(title: str, points: list[tuple[float, float, str, str]], width: int, height: int) -> str:
+    """A scatter plot, logarithmic across; green beats LoRA, red is beaten by it, blue is neither."""
+    xs, ys = [math.log10(x) for x, *_ in points], [y for _, y, *_ in points]
+    left, right, top, bottom = 48, width - 70, 34, height - 34
     span_x, span_y = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0
-    parts = [f'<text class="t" x="10" y="18">{escape(title)}</text>']
-    parts.append(
-        f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="none" stroke="#ccc"/>'
-    )
+    frame = f'width="{right - left}" height="{bottom - top}" fill="none" stroke="#ccc"'
+    parts = [f'<text class="t" x="10" y="18">{escape(title)}</text><rect x="{left}" y="{top}" {frame}/>']
     for share in (0.0, 0.5, 1.0):
         x, y = left + share * (right - left), bottom - share * (bottom - top)
-        parts.append(
-            f'<text x="{x:.0f}" y="{bottom + 14}" text-anchor="middle">{10 ** (min(xs) + share * span_x):.3g}</text>'
-        )
-        parts.append(f'<text x="{left - 4}" y="{y + 3:.0f}" text-anchor="end">{min(ys) + share * span_y:.3f}</text>')
-    for row, x, y in zip(rows, xs, ys, strict=True):
-        px, py = left + (x - min(xs)) / span_x * (right - left), bottom - (y - min(ys)) / span_y * (bottom - top)
-        colour = {"beats LoRA": "#1a7f37", "worse than LoRA": "#c1432e"}.get(row.get("verdict", ""), "#1f5fae")
+        tick = f"{10 ** (min(xs) + share * span_x):,.4g}"
+        parts.append(f'<text x="{x:.0f}" y="{bottom + 14}" text-anchor="middle">{tick}</text>')
+        parts.append(f'<text x="{left - 4}" y="{y + 3:.0f}" text-anchor="end">{min(ys) + share * span_y:.2f}</text>')
+    labels: list[tuple[float, float]] = []
+    for (_, loss, name, verdict), x in sorted(zip(points, xs, strict=True), key=lambda pair: -pair[0][1]):
+        px, py = left + (x - min(xs)) / span_x * (right - left), bottom - (loss - min(ys)) / span_y * (bottom - top)
+        colour = {"beats LoRA": "#1a7f37", "worse than LoRA": "#c1432e"}.get(verdict, "#1f5fae")
+        at = _free(px + 6, py + 3, labels)
+        parts.append(f'<path d="M{px:.1f} {py:.1f}L{px + 5:.1f} {at - 3:.1f}" stroke="#bbb" stroke-width=".6"/>')
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>')
-        parts.append(f'<text x="{px + 4:.1f}" y="{py - 3:.1f}" style="font-size:7px">{escape(row["method"])}</text>')
+        parts.append(f'<text class="n" x="{px + 6:.1f}" y="{at:.1f}">{escape(name)}</text>')
     return "".join(parts)
+
+
+def _free(x: float, y: float, labels: list[tuple[float, float]]) -> float:
+    """The height, at or below y, at which a label covers no other."""
+    while any(abs(x - other_x) < 62 and abs(y - other_y) < 8 for other_x, other_y in labels):
+        y += 2
+    labels.append((x, y))
+    return y
 
 
 def report(args: argparse.Namespace, path: Path) -> None:
