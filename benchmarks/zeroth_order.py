@@ -3,7 +3,7 @@
     python benchmarks/zeroth_order.py MODEL SENTENCES [--steps 120] [--minutes 8] [--train '*'] [--lr 2e-5]
 
 MODEL is a directory or Hub id; SENTENCES a JSON-lines file of {"label": "positive" | "negative", "text": ...}. Each
-sentence is followed by a prompt, and the class is the likelier of two words; 512 shuffled sentences are held out. Four
+sentence is followed by a prompt, and the class is the likelier of two words; 2048 shuffled sentences are held out. Four
 parts, each in a process of its own: inference (the untrained model), mezo, first-order AdamW on the same weights and
 batches, and a logistic regression on the frozen model's last hidden state.
 
@@ -38,7 +38,7 @@ from weft.optim.zeroth_order import mezo
 
 PARTS = ("inference", "mezo", "adamw", "probe")
 WORDS = (" bad", " great")
-HELD_OUT = 512
+HELD_OUT = 2048
 Row = dict[str, str]
 
 

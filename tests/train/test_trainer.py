@@ -124,7 +124,7 @@ def test_training_is_lean_unless_told_otherwise_and_leaves_the_model_as_it_was(t
 
     on, off = Watch(), Watch()
     a, log = go(tmp_path / "a", made(), on)
-    b, plain = go(tmp_path / "b", model_of(), off, lean=False)
+    _, plain = go(tmp_path / "b", model_of(), off, lean=False)
     assert on.report.lean["causal_lm"] == 1 and not on.report.left
     assert not off.report.lean
     assert bool(lean_report(a).lean) is before

@@ -6,8 +6,8 @@ shape alone, in fp32, with the dtype and the kinds of terms they were stored in:
     same weights   ||a - b|| <= 0.01 max(||a||, ||b||) on every tensor that both have sampled
 
 which holds in any floating-point dtype (bf16 rounds by at most 0.004 of a number) and not for other weights. Where one
-of the two is in code (NF4, int8) and the other is not, the bound is 0.5: a code of three bits or more is that near, other
-weights are sqrt(2) apart.
+of the two is in code (NF4, int8) and the other is not, the bound is 0.5: a code of three bits or more is that near,
+other weights are sqrt(2) apart.
 """
 
 from __future__ import annotations
