@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import weft.optim as wo
 import weft.optim.inner as inner_rules
 from weft.errors import WeftError
+from weft.optim.adagrad import AdaGrad, AdaGradNorm
 from weft.optim.inner import SGD, Adafactor, Adam, Adam8bit, AdamW, Lion
 from weft.optim.limiter import NormGrowth
 from weft.optim.projections import (
@@ -44,7 +45,7 @@ PROJECTIONS = [
     Columns(0.5),
     Whole(),
 ]
-INNERS = [Adam(), AdamW(), Adam8bit(threshold=16), SGD(0.9), SGD(0.0), Lion(), Adafactor()]
+INNERS = [Adam(), AdamW(), Adam8bit(threshold=16), SGD(0.9), SGD(0.0), Lion(), Adafactor(), AdaGrad(), AdaGradNorm()]
 
 
 def rng(seed: int) -> torch.Generator:
@@ -224,6 +225,7 @@ def test_whole_parameters_follow_torch() -> None:
     cases = [
         (AdamW(), torch.optim.AdamW, {}),
         (SGD(0.9), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0}),
+        (AdaGrad(), torch.optim.Adagrad, {"weight_decay": 0}),
         (Adafactor(), torch.optim.Adafactor, {"eps": (1e-15, 0.0), "d": 1.0}),
     ]
     for inner, peer, extra in cases:
@@ -246,6 +248,19 @@ def test_whole_parameters_follow_torch() -> None:
         else:  # torch scales its step by the weight's size: only the direction is comparable
             p, q = (ours[0] - start[0]).flatten(), (theirs[0] - start[0]).flatten()
             assert torch.cosine_similarity(p, q, dim=0) > 0.999
+
+
+def test_adagrad_norm_divides_by_the_length_of_all_gradients_so_far() -> None:
+    p = nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16))
+    optimizer = wo.LowRank([p], 1.0, projection=Whole(), inner=AdaGradNorm(), rounding="master")
+    w, total, g = torch.zeros(4, 3), torch.zeros(()), rng(0)
+    for _ in range(5):
+        p.grad = torch.randn(4, 3, generator=g).bfloat16()
+        total = total + p.grad.float().square().sum()
+        w = w - p.grad.float() / total.sqrt()
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["master"], w)
+    assert optimizer.state[p]["sum"].shape == (1, 1) and optimizer.state[p]["sum"].dtype == torch.float32
 
 
 def test_blocks_frees_released_moments_and_covers_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from weft.optim.adaptive_batch import AdaptiveBatch
 from weft.optim.base import Refresh
 from weft.optim.entries import Entries, EntryAdamW
 from weft.optim.lowrank import LowRank
@@ -30,6 +31,7 @@ from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
 __all__ = [
     "MFAC",
     "OPTIMIZERS",
+    "AdaptiveBatch",
     "Entries",
     "EntryAdamW",
     "Estimator",
