@@ -71,4 +71,5 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _td(cell: Any) -> str:
     if isinstance(cell, bool) or not isinstance(cell, int | float):
         return f"<td>{escape(str(cell))}</td>"
-    return f'<td data-value="{cell}">{f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}"}</td>'
+    words = f"{cell:,.0f}" if isinstance(cell, int) or abs(cell) >= 1000 else f"{cell:.4g}"
+    return f'<td data-value="{cell}">{words}</td>'
