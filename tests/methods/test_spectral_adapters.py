@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import scipy.linalg
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import weft
+from tests.methods.one_layer import One, close
 from weft.errors import WeftError
 from weft.methods import METHODS, Site, kasa, loldu, svfit
 from weft.rules import Rules
@@ -35,24 +36,6 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def site(W: Tensor, rank: int = R) -> Site:
     return Site("layer", {"base": Dense.from_matrix(W)}, rank, rank, {}, generator(0))
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    a, b = a.detach().double(), b.detach().double()
-    torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max().clamp(min=1e-30)), rtol=0)
-
-
-class One(nn.Module):
-    """A model of one linear layer."""
-
-    def __init__(self, W: Tensor) -> None:
-        super().__init__()
-        self.layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
-        self.layer.weight = nn.Parameter(W.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
 
 
 def one(method: str, W: Tensor, rank: int = R, **options: Any) -> One:

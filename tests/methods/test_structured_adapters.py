@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
+from tests.methods.one_layer import One, close
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.linalg.kronecker import balanced_divisor, kronecker_sum, kronecker_svd, rearrange
@@ -40,24 +41,6 @@ OUT, IN, R = 24, 20, 4
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    a, b = a.detach().double(), b.detach().double()
-    torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max().clamp(min=1e-30)), rtol=0)
-
-
-class One(nn.Module):
-    """A model of one linear layer."""
-
-    def __init__(self, W: Tensor) -> None:
-        super().__init__()
-        self.layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
-        self.layer.weight = nn.Parameter(W.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
 
 
 def one(method: str, W: Tensor, rank: int = R, **options: Any) -> One:

@@ -21,8 +21,8 @@ from weft.methods.base import Method, Site
 __all__ = ["METHOD", "initialise"]
 
 
-def initialise(site: Site, scale: float, *, gaussian: bool = False, ratio: float = 1.0) -> Pair:
-    """B = 0 and a random A: Kaiming uniform, or N(0, 1/r^2) for `gaussian` (PEFT's "gaussian")."""
+def initialise(site: Site, scale: float, *, gaussian: bool = False, **_: Any) -> Pair:
+    """B = 0 and a random A: Kaiming uniform, or N(0, 1/r^2) for `gaussian` (PEFT's "gaussian"); rules take the rest."""
     out_features, in_features = site.shape
     if gaussian:
         A = torch.randn(site.rank, in_features, generator=site.generator) / site.rank

@@ -132,8 +132,8 @@ def _encode(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(unit: Tensor, signed: bool) -> Tensor:
-    """torch.bucketize of values in [-1, 1] among the code's edges, ten times faster on a CPU: the exponent and eight
-    bits of mantissa say how many edges lie below, but for one that one comparison decides.
+    """torch.bucketize of values in [-1, 1] among the code's edges without its search, slow on a CPU: the exponent and
+    eight bits of mantissa say how many edges lie below, but for one that one comparison decides.
     """
     below, edges = _cells(signed, unit.device)
     key = (unit.abs().view(torch.int32).bitwise_right_shift(15) - _FIRST_CELL).clamp_(0, _CELLS - 1)

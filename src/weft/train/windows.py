@@ -70,6 +70,7 @@ def evaluation_windows(tokens: int, window: int, stride: int | None = None, coun
 
 
 def check_window(tokens: int, window: int) -> None:
+    """Raises WeftError for a window of no use, or one longer than the text."""
     if window < 2:
         raise WeftError(f"The window is {window} tokens: give at least 2, since the first only serves as context.")
     if tokens < window:
@@ -80,6 +81,7 @@ def check_window(tokens: int, window: int) -> None:
 
 
 def first(windows: list[Window], count: int, window: int) -> list[Window]:
+    """The first `count` windows. Raises WeftError when there are fewer."""
     if count < 1:
         raise WeftError(f"--windows is {count}: give at least 1.")
     if count > len(windows):
@@ -103,6 +105,7 @@ def token_windows(
 
 
 def cut(stream: Tensor, starts: Sequence[int], window: int) -> Tensor:
+    """The windows (k, window) of a stream (n,) that begin at `starts`."""
     return torch.stack([stream[start : start + window] for start in starts])
 
 

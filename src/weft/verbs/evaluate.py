@@ -195,6 +195,7 @@ def text_perplexities(
 
 
 def exponential(loss: float) -> float:
+    """e^loss, infinite where a float does not hold it."""
     return math.exp(loss) if loss < 700 else math.inf
 
 

@@ -278,12 +278,14 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]
 
 
 def check_method(method: str, rank: int | None, options: Mapping[str, Any]) -> None:
+    """Raises WeftError for an unknown method or option, and a rank below 1."""
     find(method, *KINDS).options(options)
     if rank is not None and rank < 1:
         raise WeftError(f"--rank is {rank}: give at least 1.")
 
 
 def check_optimizer(name: str | None) -> None:
+    """Raises WeftError for an unknown optimizer, and for one that takes no gradients."""
     if name is not None and name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
     if name in WITHOUT_BACKWARD:
