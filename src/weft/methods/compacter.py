@@ -22,9 +22,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.errors import WeftError
+from weft.methods.adapter import Common
 from weft.methods.base import Method, Moments, Site
 from weft.rules.replicated import Replicated
 from weft.terms import Bottleneck, Term
@@ -61,10 +62,10 @@ def spread(moments: Mapping[str, Moments], shapes: Shapes, rank: int, options: M
     return widths
 
 
-def share(shapes: Shapes, rank: int, generator: torch.Generator, options: Mapping[str, Any]) -> dict[str, Tensor]:
+def share(shapes: Shapes, rank: int, generator: torch.Generator, options: Mapping[str, Any]) -> Common:
     """A (n, n, n), the same for every projection of the model."""
     n = options["n"]
-    return {"A": torch.randn(n, n, n, generator=generator) * 1e-4}
+    return Common(A=torch.randn(n, n, n, generator=generator) * 1e-4)
 
 
 def attach(site: Site, *, n: int, r_f: int, attention: bool, norms: bool) -> dict[str, Term]:
@@ -81,20 +82,8 @@ def attach(site: Site, *, n: int, r_f: int, attention: bool, norms: bool) -> dic
     for projection in (term.down, term.up):
         projection.s, projection.t = (_glorot(p.shape, site) for p in (projection.s, projection.t))
         nn.init.zeros_(projection.bias)
-    term.A = _placed(site)
+    term.A = site.shared.on(site)["A"]
     return {"": term}
-
-
-def _placed(site: Site) -> nn.Parameter:
-    """The one parameter A of all layers, made with the first."""
-    first = site.shared.setdefault("parameter", nn.Parameter(site.shared["A"].to(site.device, site.dtype)))
-    assert isinstance(first, nn.Parameter)
-    if first.device != site.device:
-        raise WeftError(
-            f"compacter's layers share one set of matrices, on {first.device}, and {site.name} lies on {site.device}; "
-            "put the model on one device, or adapt the layers of one device with targets=."
-        )
-    return first
 
 
 def _glorot(shape: torch.Size, site: Site) -> nn.Parameter:
@@ -107,10 +96,6 @@ def _glorot(shape: torch.Size, site: Site) -> nn.Parameter:
 def extras(layers: Sequence[str], names: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """The parameters of the model's layer norms."""
     return [name for name in names if options["norms"] and len(parts := name.split(".")) > 1 and NORM.search(parts[-2])]
-
-
-def _replicated(*, adapter: str, **_: Any) -> Replicated:
-    return Replicated(adapter)
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -138,7 +123,7 @@ METHOD = Method(
     share=share,
     spread=spread,
     extras=extras,
-    rules=(_replicated,),
+    rules=(Replicated,),
     exempt={"merges": "A bottleneck with a nonlinearity is no matrix that could be added to the weight."},
     defaults={"n": 4, "r_f": 1, "attention": True, "norms": True},
 )

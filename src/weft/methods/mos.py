@@ -139,10 +139,6 @@ def _count_pools(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
     return equivalent_rank(shapes, rank, options) * sum(map(sum, shapes.values()))
 
 
-def _replicated(*, adapter: str, **options: Any) -> Replicated:
-    return Replicated(adapter)
-
-
 METHOD = Method(
     name="mos",
     kind="adapt",
@@ -152,6 +148,6 @@ METHOD = Method(
     share=share,
     count=_no_own,
     count_shared=_count_pools,
-    rules=(_replicated,),
+    rules=(Replicated,),
     defaults={"equivalent_rank": None, "private_rank": 1, "shards": 4, "alpha": 16, "dropout": 0.1},
 )

@@ -67,10 +67,6 @@ def limit(out_features: int, in_features: int, options: Mapping[str, Any]) -> in
     return out_features * in_features
 
 
-def _replicated(*, adapter: str, **options: Any) -> Replicated:
-    return Replicated(adapter)
-
-
 METHOD = Method(
     name="said",
     kind="adapt",
@@ -81,6 +77,6 @@ METHOD = Method(
     count=_no_own,
     count_shared=dimension,
     limit=limit,
-    rules=(_replicated,),
+    rules=(Replicated,),
     defaults={"d": None, "structure_aware": True},
 )

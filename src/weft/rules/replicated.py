@@ -1,8 +1,9 @@
-"""Replicated: parameters that several layers share, trained whole on every process (Compacter)."""
+"""Replicated: parameters that several layers share, trained whole on every process (Compacter, MoS, SAID)."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,10 @@ class Replicated(Rule):
 
     Args:
         adapter: the name of the adapter.
+        **_: the method's options, of which it needs none.
     """
 
-    def __init__(self, adapter: str) -> None:
+    def __init__(self, adapter: str, **_: Any) -> None:
         self.adapter = adapter
 
     @torch.no_grad()
