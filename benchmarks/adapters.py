@@ -10,8 +10,10 @@ text): the class is the likeliest of the class words after a prompt. A tenth of 
 
 - Budget: the count of LoRA at --rank. Every other method gets the rank (or what counts in its place) whose trainable
   number comes nearest; some cannot come near, and the table says how many they have.
-- Learning rate: 1e-3 * 3^k, searched uphill by the held-out loss of seed 0 until both neighbours are worse (at most
-  --tries runs). The best rate is then run with the other seeds, which change the data order and the random starts.
+- Learning rate: 1e-3 * 3^k, by the held-out loss of seed 0: first k = -2, 0, 2, 4, because some methods have a false
+  optimum at small rates, or next to where the method was best on the task before or in the results --start; then
+  uphill until both neighbours are worse (at most --tries runs). The best rate is then run with the other seeds, which
+  change the data order and the random starts.
 - Interval: 95 %, Student's t over seeds, of the difference to LoRA with the same seed. A method beats LoRA where all of
   it lies below zero. The rate was chosen on the held-out data, for all methods alike.
 - Memory: what a lean step keeps for its backward pass (on a GPU the peak allocation), and the trained state: weights,
@@ -24,6 +26,7 @@ share the methods between two processes. --report writes adapters_<model>_<devic
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.metadata
 import itertools
@@ -46,6 +49,7 @@ from scipy.stats import t as student
 from search import tuned
 from torch import Tensor, nn
 
+import weft
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError
 from weft.memory import lean, saved_bytes
@@ -60,9 +64,11 @@ from weft.verbs.loading import load_model, load_tokenizer
 
 Batch = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"
-CENTRE, FACTOR = 1e-3, 3.0
+CENTRE, FACTOR, COARSE = 1e-3, 3.0, (0, 2, 4, -2)
 BASELINE = "lora"
 HELD_OUT = 400
+COSTLY = ("nola", "said")
+"""Methods that compute their matrices at every call, and so are measured merged."""
 CLASSES = {
     "questions": {
         "ABBR": " short", "DESC": " description", "ENTY": " thing", "HUM": " person", "LOC": " place", "NUM": " number",
@@ -133,7 +139,8 @@ def classes(rows: list[dict[str, str]], name: str, tokenizer: Any, batch: int, d
         losses, right = [], 0
         for part in _batched(sorted(held_out, key=lambda example: len(example[0])), 32):
             given = collate(part)
-            scores = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits[:, -2]
+            inputs = {key: given[key] for key in ("input_ids", "attention_mask")}
+            scores = model(**inputs, logits_to_keep=2).logits[:, 0]
             answers = torch.tensor([answer for _, answer in part], device=device)
             logits = scores[:, choices.to(device)].float()
             losses += nn.functional.cross_entropy(logits, answers, reduction="none").tolist()
@@ -176,10 +183,11 @@ def tasks(args: argparse.Namespace, tokenizer: Any) -> dict[str, Callable[[], Ta
 # --- one run ------------------------------------------------------------------------------------------------------
 
 
-def fitted(method: Method, shapes: Mapping[str, tuple[int, int]], budget: int) -> tuple[int, dict[str, Any]]:
-    """The rank and the options with which the method trains nearest to `budget` numbers."""
-    if method.name == "nola":  # its count does not depend on the rank
-        return 8, {"num_basis": max(1, round(budget / (2 * len(shapes))))}
+def fitted(method: Method, shapes: Mapping[str, tuple[int, int]], rank: int) -> tuple[int, dict[str, Any]]:
+    """The rank and the options with which the method trains nearest to the count of LoRA at `rank`."""
+    budget = rank * sum(sum(shape) for shape in shapes.values())
+    if method.name == "nola":  # its count does not depend on the rank: LoRA's
+        return rank, {"num_basis": max(1, round(budget / (2 * len(shapes))))}
     options = method.options({})
     largest = min(method.limit(*shape, options) for shape in shapes.values())
     assert method.count is not None
@@ -203,8 +211,7 @@ def put_on(model: nn.Module, name: str, task: Task, args: argparse.Namespace, lr
         return
     method = METHODS[name]
     shapes = {layer: weight_shape(module) for layer, module in linear_layers(model).items()}
-    budget = args.rank * sum(sum(shape) for shape in shapes.values())
-    rank, options = fitted(method, shapes, budget)
+    rank, options = fitted(method, shapes, args.rank)
     totals = {"steps": args.steps, "lr": lr}
     options |= {key: value for key, value in totals.items() if key in method.defaults}
     rng = random.Random(1000 + seed)
@@ -249,16 +256,14 @@ def synchronised() -> float:
     return time.perf_counter()
 
 
-def one(name: str, task: Task, args: argparse.Namespace, lr: float, seed: int) -> dict[str, Any]:
-    """A fresh model, trained and measured; a run that diverges has an infinite loss."""
-    model = load_model(args.model, device=torch.device(args.device))
+def one(name: str, task: Task, args: argparse.Namespace, lr: float, seed: int, model: nn.Module) -> dict[str, Any]:
+    """A model at its start, trained and measured; a run that diverges has an infinite loss."""
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    put_on(model, name, task, args, lr, seed)
     lean(model)
     count = trainable(model).count
     figures = train(model, task, args, lr, seed)
-    found = task.measure(model)
+    found = task.measure(weft.merge(model) if name in COSTLY else model)
     if not math.isfinite(found["loss"]):
         found = {"loss": math.inf}
     return {"trainable": count, "state_bytes": 16 * count, **figures, **found}
@@ -275,10 +280,18 @@ def runner(args: argparse.Namespace, path: Path) -> Callable[..., dict[str, Any]
     """Runs what is not in the file yet, and writes it there."""
     done = {_key(line): line for line in read(path)}
 
+    @functools.lru_cache(maxsize=1)
+    def start(name: str, task: Task, seed: int, lr: float) -> nn.Module:
+        model = load_model(args.model, device=torch.device(args.device))
+        put_on(model, name, task, args, lr, seed)
+        return model
+
     def run(task_name: str, name: str, task: Task, lr: float, *, seed: int) -> dict[str, Any]:
         line = {"task": task_name, "method": name, "lr": lr, "seed": seed, **settings(args)}
         if _key(line) not in done:
-            line |= one(name, task, args, lr, seed)
+            starts_alike = name not in METHODS or "lr" not in METHODS[name].defaults
+            model = copy.deepcopy(start(name, task, seed, 0.0 if starts_alike else lr))
+            line |= one(name, task, args, lr, seed, model)
             done[_key(line)] = line
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -291,6 +304,18 @@ def runner(args: argparse.Namespace, path: Path) -> Callable[..., dict[str, Any]
 def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
     names = ("task", "method", "seed", "rank", "steps", "batch", "window")
     return (f"{line['lr']:.3e}", *(line[name] for name in names))
+
+
+def first_rates(name: str, task: str, path: Path, start: Path | None) -> tuple[int, ...]:
+    """The k around the method's best on the last other task of this file, or else in `start`; or the coarse grid."""
+    own = [line for line in read(path) if line["task"] != task]
+    for lines in (own, read(start) if start else []):
+        mine = [line for line in lines if line["method"] == name and line["seed"] == 0]
+        if mine:
+            best = min((line for line in mine if line["task"] == mine[-1]["task"]), key=lambda line: line["loss"])
+            k = round(math.log(best["lr"] / CENTRE, FACTOR))
+            return k, k + 1, k - 1
+    return COARSE
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -436,7 +461,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows; four times as many sentences")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tries", type=int, default=6)
+    parser.add_argument("--tries", type=int, default=8)
+    parser.add_argument("--start", type=Path, help="the .jsonl of another model, to start the search from its rates")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--part", default="1/1")
     parser.add_argument("--report", action="store_true")
@@ -454,7 +480,9 @@ def main() -> None:
             continue
         task = make()
         for name in names:
-            best = tuned(CENTRE, FACTOR, args.tries, functools.partial(run, task_name, name, task, seed=0))
+            at = functools.partial(run, task_name, name, task, seed=0)
+            first = first_rates(name, task_name, path, args.start)
+            best = tuned(CENTRE, FACTOR, args.tries, at, first)
             for seed in range(1, args.seeds):
                 run(task_name, name, task, best["lr"], seed=seed)
     report(args, path)

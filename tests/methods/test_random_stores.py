@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ import weft
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.linalg import counter
-from weft.linalg.fastfood import fastfood, fwht_
+from weft.linalg.fastfood import fastfood, fastfood_transposed, fwht
 from weft.methods import METHODS, Site, mos
 from weft.rules.replicated import shared_parameters
 from weft.terms import Dense, PooledLowRank, RandomCombination, RandomProducts, RandomStore, random_combination
 from weft.terms.adapters import find_adapter
+from weft.terms.projected import project
 from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, trainable
 
@@ -78,7 +80,7 @@ def in_peft(make: Any, path: Path) -> nn.Module:
 # ---- numbers that are computed
 
 
-def slow_number(seed: int, row: int, column: int) -> float:
+def slow_word(seed: int, row: int, column: int) -> int:
     """The definition, on Python's integers."""
     mask = 0xFFFFFFFF
 
@@ -90,9 +92,21 @@ def slow_number(seed: int, row: int, column: int) -> float:
     low, high = seed & mask, seed >> 32 & mask
     down = hashed(hashed((row + high) & mask) ^ low)
     word = ((down ^ hashed((column + (low ^ 0x9E3779B9)) & mask)) * 0x2C1B3C6D) & mask
-    word = ((word ^ (word >> 15)) * 0x297A2D39) & mask
-    top = word >> 8
+    return ((word ^ (word >> 15)) * 0x297A2D39) & mask
+
+
+def slow_number(seed: int, row: int, column: int) -> float:
+    top = slow_word(seed, row, column) >> 8
     return (top - (1 << 24) if top >> 23 else top) / 2**23
+
+
+def slow_levels(word: int) -> list[float]:
+    """The four bytes of a word, lowest first, each in -255/256 .. 255/256."""
+    return [(2 * byte - 512 * (byte >> 7) + 1) / 256 for byte in (word ^ word >> 15).to_bytes(4, "little")]
+
+
+def levels(seed: int, columns: int, rows: tuple[int, int]) -> Tensor:
+    return torch.cat([block for *_, block in counter.levels(seed, columns, rows[1], chunk=3 * columns)])[rows[0] :]
 
 
 @settings(deadline=None, max_examples=30)
@@ -103,19 +117,26 @@ def test_numbers_are_those_of_their_definition(seed: int, row: int) -> None:
     assert block.tolist() == [[slow_number(seed, row + i, j) for j in range(9)] for i in range(2)]
     assert torch.equal(counter.symmetric(seed, 9, (row + 1, row + 2)), block[1:]), "a part is not that of the whole"
     assert torch.equal(counter.uniform(seed, 9, (row, row + 2)) * 2 - 1, block)
+    slow = [[x for j in range(3) for x in slow_levels(slow_word(seed, i, j))][:10] for i in range(2)]
+    assert levels(seed, 10, (0, 2)).tolist() == slow
 
 
+@pytest.mark.parametrize("law", [counter.symmetric, levels])
 @pytest.mark.parametrize("seed", [0, 1, counter.subseed(5, 1)])
-def test_numbers_look_random(seed: int) -> None:
-    u = counter.symmetric(seed, 50_000, (0, 16)).double()
+def test_numbers_look_random(seed: int, law: Callable[..., Tensor]) -> None:
+    u = law(seed, 50_000, (0, 16)).double()
     n = u.numel()
     assert abs(float(u.mean())) < 5 / math.sqrt(3 * n) and abs(float(u.var() * 3) - 1) < 0.01
-    correlation = torch.corrcoef(torch.cat([u, counter.symmetric(seed + 1, 50_000, (0, 4)).double()])) * math.sqrt(5e4)
+    correlation = torch.corrcoef(torch.cat([u, law(seed + 1, 50_000, (0, 4)).double()])) * math.sqrt(5e4)
     assert correlation.fill_diagonal_(0).abs().max() < 6
     flat = u.flatten()
     assert max(abs(float((flat[:-lag] * flat[lag:]).mean()) * 3 * math.sqrt(n)) for lag in (1, 2, 16, 256)) < 6
     counts = torch.histc(u.float(), 256, -1, 1)
     assert float(((counts - n / 256) ** 2 / (n / 256)).sum()) < 255 + 6 * math.sqrt(510)
+
+
+@pytest.mark.parametrize("seed", [0, 1, counter.subseed(5, 1)])
+def test_normal_numbers_and_signs(seed: int) -> None:
     g = counter.normal(seed, 200_000).double()
     assert abs(float(g.mean())) < 0.012 and abs(float(g.std()) - 1) < 0.01 and abs(float((g**4).mean()) - 3) < 0.1
     assert set(counter.signs(seed, 100).tolist()) == {-1.0, 1.0}
@@ -142,7 +163,7 @@ def stored_basis(term: RandomCombination) -> tuple[Tensor, Tensor]:
     """P (k, r, in) and Q (k, out, r) as whole tensors."""
     k, r = term.num_basis, term.rank
     P, Q = (
-        counter.symmetric(counter.subseed(term.seed, part), size, (0, k)) / math.sqrt(k)
+        levels(counter.subseed(term.seed, part), size, (0, k)) / math.sqrt(k)
         for part, size in ((0, r * term.in_features), (1, term.out_features * r))
     )
     return P.view(k, r, term.in_features), Q.view(k, term.out_features, r)
@@ -615,8 +636,8 @@ def test_fwht_is_the_hadamard_matrix(size: int) -> None:
     scipy = pytest.importorskip("scipy.linalg")
     H = torch.from_numpy(scipy.hadamard(size)).double()
     x = drawn(size).double()
-    close(fwht_(x.clone()), H @ x, 1e-12)
-    close(fwht_(fwht_(x.clone())), size * x, 1e-12)
+    close(fwht(x), H @ x, 1e-12)
+    close(fwht(fwht(x)), size * x, 1e-12)
 
 
 def matrix(width: int, size: int, seed: int = 3) -> Tensor:
@@ -644,8 +665,9 @@ def test_fastfood_is_its_matrix_and_backward_its_transpose(width: int, size: int
     P = matrix(width, size)
     close(P, slow_matrix(width, size), 1e-6)
     theta, y = drawn(width).double().requires_grad_(), drawn(size, seed=1).double()
-    (fastfood(theta, 3, size) * y).sum().backward()
+    (project(theta, 3, size) * y).sum().backward()
     close(theta.grad, P.T @ y, 1e-10)
+    assert torch.equal(theta.grad, fastfood_transposed(y, 3, width))
     other = drawn(width, seed=2).double()
     close(fastfood(theta.detach() + 2 * other, 3, size), P @ theta.detach() + 2 * P @ other, 1e-10)
     assert torch.equal(matrix(width, size), P) and (size == 1 or not torch.equal(matrix(width, size, 4), P))

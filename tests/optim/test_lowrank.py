@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import weft.optim as wo
-import weft.optim.inner as inner_rules
 from weft.errors import WeftError
 from weft.optim.adagrad import AdaGrad, AdaGradNorm
 from weft.optim.inner import SGD, Adafactor, Adam, Adam8bit, AdamW, Lion
@@ -540,15 +539,3 @@ def test_per_layer_updates_refuse_unannounced_accumulation_and_can_be_removed() 
     loss_of(model, 0).backward()
     assert model.embed.weight.grad is not None
     optimizer.step()
-
-
-@pytest.mark.parametrize("signed", [False, True])
-def test_8_bit_codes_are_the_nearest_ones(signed: bool) -> None:
-    """The table finds what a binary search among the edges finds, at, just above and just below every edge too."""
-    code = inner_rules._dynamic_code(signed, torch.device("cpu"))
-    edges = (code[1:] + code[:-1]) / 2 if signed else code[:-1]
-    spread = 10 ** (-9 * torch.rand(50_000, generator=rng(0))) * torch.rand(50_000, generator=rng(1))
-    beside = [torch.nextafter(edges, torch.full_like(edges, side)) for side in (-2.0, 2.0)]
-    special = torch.tensor([0.0, -0.0, 1.0, 1e-45, 1e-38, 2.0**-24])
-    unit = torch.cat([spread, -spread, edges, code, *beside, special]).clamp(-1.0 if signed else 0.0, 1.0)
-    assert torch.equal(inner_rules._nearest(unit, signed), torch.bucketize(unit, edges).to(torch.uint8))

@@ -14,6 +14,7 @@ matrix changes nothing.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from statistics import NormalDist
@@ -22,6 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from weft.kernels.cells import Cells, bucketize, cells
 
 __all__ = ["NF4", "Code", "Format", "blank", "decode", "encode", "levels", "pack", "unpack"]
 
@@ -97,6 +100,13 @@ def levels(bits: int, device: torch.device | str | None = None) -> Tensor:
     return torch.tensor(_LEVELS[bits], dtype=torch.float32, device=device)
 
 
+@functools.cache
+def _edges(bits: int, device: torch.device) -> Cells:
+    table = levels(bits)
+    below, edges = cells((table[1:] + table[:-1]) / 2)
+    return Cells(below.to(device), edges.to(device))
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes below 2^bits (n,) uint8 -> bytes, 8 / bits codes each (3 bits: 8 codes in 3 bytes), zero-padded."""
     count, width = _WORD[bits]
@@ -130,8 +140,7 @@ def encode(matrix: Tensor, format: Format = NF4) -> Code:
         scales = _scales(Code(codes=scales, **code_of_scales), format, len(scales))
     # a block of zeros has scale 0 and must not divide by it
     normal = blocks / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
-    table = levels(format.bits, matrix.device)
-    codes = torch.bucketize(normal, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+    codes = bucketize(normal.clamp_(-1, 1), _edges(format.bits, matrix.device))
     return Code(codes=pack(codes.flatten(), format.bits), **code_of_scales)
 
 

@@ -3,53 +3,57 @@
     P = crop_D  H G Pi H S pad_L / sqrt(D sum g^2),   L = the power of two at or above max(D, d)
 
 S random signs, H the Walsh-Hadamard matrix (unnormalised, H H = L), Pi a permutation, G = diag(g) Gaussian. All are
-functions of a seed (`weft.linalg.counter`), computed again in backward. E ||P theta|| = ||theta||.
+functions of a seed (`weft.linalg.counter`). E ||P theta|| = ||theta||.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
 
 from weft.linalg.counter import normal, permutation, signs, subseed
 
-__all__ = ["fastfood", "fwht_"]
+__all__ = ["fastfood", "fastfood_transposed", "fwht"]
+
+_RADIX = 16
 
 
-def fwht_(x: Tensor) -> Tensor:
-    """H x in place for x (n,), n a power of two; H unnormalised, in the order of `scipy.linalg.hadamard`."""
-    half = 1
-    while half < x.numel():
-        first, second = x.view(-1, 2, half).unbind(1)
-        first.add_(second)
-        second.mul_(-2).add_(first)  # (a + b) - 2 b
-        half *= 2
-    return x
+def fwht(x: Tensor) -> Tensor:
+    """H x (n,) for x (n,), n a power of two; H unnormalised, in the order of `scipy.linalg.hadamard`.
+
+    H_n is the Kronecker product of H_16 with itself, log16 n times: a few matrix products instead of log2 n sweeps.
+    """
+    size, done = x.numel(), 1
+    while done < size:
+        H = _hadamard(min(_RADIX, size // done)).to(x)
+        x = x.view(-1, len(H)) @ H if done == 1 else H @ x.view(-1, len(H), done)
+        done *= len(H)
+    return x.view(-1)
+
+
+@functools.cache
+def _hadamard(size: int) -> Tensor:
+    """H (size, size) fp32."""
+    H = torch.ones(1, 1)
+    while len(H) < size:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
 
 
 def fastfood(theta: Tensor, seed: int, size: int) -> Tensor:
-    """P theta (size,) for theta (d,), in its dtype; differentiable."""
-    projected: Tensor = _Fastfood.apply(theta, seed, size)  # type: ignore[no-untyped-call]
-    return projected
+    """P theta (size,) for theta (d,), in its dtype."""
+    flips, order, g = _pieces(theta, seed, size, len(theta))
+    v = torch.nn.functional.pad(theta, (0, len(g) - len(theta))) * flips
+    return fwht(fwht(v)[order] * g)[:size].clone()  # not a view that keeps all L numbers
 
 
-class _Fastfood(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, seed: int, size: int) -> Tensor:
-        ctx.seed, ctx.width = seed, theta.numel()
-        flips, order, g = _pieces(theta, seed, size, ctx.width)
-        v = torch.nn.functional.pad(theta, (0, len(g) - ctx.width)) * flips
-        v = fwht_(v)[order] * g
-        return fwht_(v)[:size].clone()  # not a view that keeps all L numbers
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        flips, order, g = _pieces(grad, ctx.seed, grad.numel(), ctx.width)
-        v = fwht_(torch.nn.functional.pad(grad, (0, len(g) - grad.numel()))) * g
-        v = fwht_(torch.empty_like(v).index_copy(0, order, v)) * flips
-        return v[: ctx.width].clone(), None, None
+def fastfood_transposed(y: Tensor, seed: int, width: int) -> Tensor:
+    """P^T y (d,) for y (size,) and d = width, in its dtype."""
+    flips, order, g = _pieces(y, seed, len(y), width)
+    v = fwht(torch.nn.functional.pad(y, (0, len(g) - len(y)))) * g
+    return (fwht(torch.empty_like(v).index_copy_(0, order, v)) * flips)[:width].clone()
 
 
 def _pieces(like: Tensor, seed: int, size: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,6 +61,6 @@ def _pieces(like: Tensor, seed: int, size: int, width: int) -> tuple[Tensor, Ten
     bits = (max(size, width) - 1).bit_length()
     length, device = 1 << bits, like.device
     g = normal(subseed(seed, 2), length, device).to(torch.promote_types(like.dtype, torch.float32))
-    g = g / (g.double().square().sum() * size).sqrt().to(g.dtype)
+    g /= torch.linalg.vector_norm(g, dtype=torch.float64) * size**0.5
     flips = signs(subseed(seed, 0), length, device)
     return flips.to(like.dtype), permutation(subseed(seed, 1), bits, device), g.to(like.dtype)

@@ -8,8 +8,10 @@ until ||W - Q - L1 L2|| rises (equations 2 to 4). One iteration is QPiSSA: the c
 (Meng et al., 2024, arXiv 2404.02948, section 4). The format of each layer under a budget of bits is chosen by an
 integer program (equation 5): `weft.quantize(model, "lq-lora", rank=..., bits=...)`.
 
-Deviations: the best iterate is returned, the official code returns the one whose error rose; exact SVDs, so that two
-runs agree; the weighted error uses the rank-one F = a^2 b^2, whose minimiser the weighted SVD is.
+Deviations: the best iterate is returned, the official code returns the one whose error rose; the first SVD is exact and
+the later ones are a round of subspace iteration from the factors before (randomised ones in the official code), so that
+two runs agree and a hundred iterations cost little; the weighted error uses the rank-one F = a^2 b^2, whose minimiser
+the weighted SVD is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.normal_float import NF4, Format
+from weft.linalg.subspace import rayleigh_ritz, subspace_iteration
 from weft.linalg.svd import low_rank_factors
 from weft.methods.adapter import lora_count, scale_of
 from weft.methods.base import Method, Moments, Site
@@ -73,9 +76,11 @@ def decompose(
     W = W.float()
     best: Decomposition | None = None
     errors: list[float] = []
-    for step in range(max(iterations, 1)):
-        residual = W if best is None else W - best.code.dense()
-        B, A = start if start is not None and step == 0 else _factors(residual, rank, weights)
+    for _ in range(max(iterations, 1)):
+        if best is None:
+            B, A = _factors(W, rank, weights) if start is None else start
+        else:
+            B, A = _refactor(W - best.code.dense(), best.A, weights)
         code = NormalFloat.from_matrix(W - B @ A, format)
         errors.append(float(_weigh(W - code.dense() - B @ A, weights).norm()))
         if best is not None and not errors[-1] < min(errors[:-1]):
@@ -113,6 +118,15 @@ def _factors(M: Tensor, rank: int, weights: tuple[Tensor, Tensor] | None) -> tup
         return B, A
     a, b = weights
     return B / a.unsqueeze(1), A / b
+
+
+def _refactor(M: Tensor, A: Tensor, weights: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """`_factors` of a matrix that has changed little since it had the factor A (r, in)."""
+    M, rows = _weigh(M, weights), A if weights is None else A * weights[1]
+    V, s = rayleigh_ritz(M, subspace_iteration(M, rows.mT), len(A))
+    root = s.sqrt()
+    B, A = M @ V / root.clamp_min(torch.finfo(s.dtype).tiny), root.unsqueeze(1) * V.mT
+    return (B, A) if weights is None else (B / weights[0].unsqueeze(1), A / weights[1])
 
 
 def _weigh(M: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.kernels.cells import Cells, bucketize, cells
 from weft.optim.base import Field, Inner, Matrix, Move, Rows, Scalar, State
 
 __all__ = ["SGD", "Adafactor", "Adam", "Adam8bit", "AdamW", "Lion"]
@@ -128,39 +129,14 @@ def _encode(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     blocks = F.pad(x.float(), (0, -x.shape[-1] % block)).reshape(*x.shape[:-1], -1, block)
     scale = blocks.abs().amax(-1)
     unit = (blocks / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).clamp_(-1, 1)
-    return _nearest(unit, signed).flatten(-2)[..., : x.shape[-1]], scale
-
-
-def _nearest(unit: Tensor, signed: bool) -> Tensor:
-    """torch.bucketize of values in [-1, 1] among the code's edges without its search, slow on a CPU: the exponent and
-    eight bits of mantissa say how many edges lie below, but for one that one comparison decides.
-    """
-    below, edges = _cells(signed, unit.device)
-    key = (unit.abs().view(torch.int32).bitwise_right_shift(15) - _FIRST_CELL).clamp_(0, _CELLS - 1)
-    if signed:
-        key.add_(unit < 0, alpha=_CELLS)
-    least = below.index_select(0, key.flatten())
-    index = least.add_(unit.flatten() > edges.index_select(0, least))
-    return index.to(torch.uint8).view(unit.shape)
-
-
-# from 2^-24, below the least edge that is not zero, to 1: 256 cells between two powers of 2
-_FIRST_CELL = (127 - 24) << 8
-_CELLS = (24 << 8) + 1
+    return bucketize(unit, _edges(signed, unit.device)).flatten(-2)[..., : x.shape[-1]], scale
 
 
 @functools.cache
-def _cells(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many edges lie below each cell (int32; those of negative numbers after those of positive ones), and the
-    edges, of which no cell holds two.
-    """
+def _edges(signed: bool, device: torch.device) -> Cells:
     code = _dynamic_code(signed, torch.device("cpu"))
-    edges = (code[1:] + code[:-1]) / 2 if signed else code[:-1]
-    starts = ((torch.arange(_CELLS + 1, dtype=torch.int32) + _FIRST_CELL) << 15).view(torch.float32)
-    starts[0] = 0.0
-    lowest = torch.cat([starts[:-1], -starts[1:]]) if signed else starts[:-1]
-    below = torch.searchsorted(edges, lowest, out_int32=True)
-    return below.to(device), torch.cat([edges, torch.tensor([torch.inf])]).to(device)
+    below, edges = cells((code[1:] + code[:-1]) / 2 if signed else code[:-1])
+    return Cells(below.to(device), edges.to(device))
 
 
 def _decode(codes: Tensor, scale: Tensor, block: int, signed: bool) -> Tensor:

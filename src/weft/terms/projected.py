@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.kernels.autocast import without_autocast
 from weft.linalg.counter import check_numbers, verify
-from weft.linalg.fastfood import fastfood
+from weft.linalg.fastfood import fastfood, fastfood_transposed
 from weft.terms.base import Spec, Term
 
-__all__ = ["Projected"]
+__all__ = ["Projected", "project"]
 
 
 class Projected(Term):
@@ -58,8 +59,27 @@ class Projected(Term):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.theta.dtype
-        projected = fastfood(self.theta.to(dtype), self.seed, self.out_features * self.in_features)
+        projected = project(self.theta.to(dtype), self.seed, self.out_features * self.in_features)
         return self.gain.to(dtype) * projected.view(self.out_features, self.in_features)
 
     def spec(self) -> Spec:
         return super().spec() | {"width": self.width, "seed": self.seed, "check": check_numbers(self.seed)}
+
+
+def project(theta: Tensor, seed: int, size: int) -> Tensor:
+    """P theta (size,) for theta (d,); differentiable, and backward computes P again."""
+    projected: Tensor = _Project.apply(theta, seed, size)  # type: ignore[no-untyped-call]
+    return projected
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, seed: int, size: int) -> Tensor:
+        ctx.seed, ctx.width = seed, len(theta)
+        with without_autocast(theta):
+            return fastfood(theta, seed, size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        with without_autocast(grad):
+            return fastfood_transposed(grad, ctx.seed, ctx.width), None, None

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.kernels.autocast import without_autocast
-from weft.linalg.counter import check_numbers, subseed, symmetric, verify
+from weft.linalg.counter import check_numbers, levels, subseed, symmetric, verify
 from weft.terms.base import Spec
 from weft.terms.factored import Factored
 
 __all__ = ["RandomCombination", "combine"]
 
-_CHUNK = 1 << 20
-"""Numbers of the basis that exist at a time."""
+_CHUNK = 1 << 18
+"""Numbers of the basis that exist at a time: few enough to stay in a core's cache."""
 _OF_A, _OF_B, _OF_START = range(3)
 
 
 class RandomCombination(Factored):
-    """A = A_0 + sum_i c_i P_i and B = sum_j d_j Q_j, with P_i (r, in) and Q_j (out, r) uniform in [-1, 1] / sqrt(k).
+    """A = A_0 + sum_i c_i P_i and B = sum_j d_j Q_j, with P_i (r, in) and Q_j (out, r) uniform in [-1, 1] / sqrt(k),
+    in 256 steps.
 
     Koohpayegani et al., 2023, arXiv 2310.02556, equation 2. What is stored is c (k,) and d (k,); A_0, P and Q are
     functions of the seed (`weft.linalg.counter`), computed a chunk at a time in forward and again in backward.
@@ -88,22 +89,14 @@ class _Combine(torch.autograd.Function):
         ctx.seed, ctx.count = seed, coefficients.shape[0]
         total = coefficients.new_zeros(shape[0] * shape[1])
         with without_autocast(coefficients):
-            for first, last, block in _blocks(seed, ctx.count, total):
-                total = total + coefficients[first:last] @ block
-        return total.view(shape)
+            for first, last, block in levels(seed, len(total), ctx.count, _CHUNK, total.device):
+                total = total + coefficients[first:last] @ block.to(total.dtype)
+        return total.view(shape) * ctx.count**-0.5
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         flat = grad.reshape(-1)
         with without_autocast(flat):
-            parts = [block @ flat for _, _, block in _blocks(ctx.seed, ctx.count, flat)]
-        return torch.cat(parts), None, None
-
-
-def _blocks(seed: int, count: int, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, last + 1, their matrices flattened (rows, numel) / sqrt(k)) of a basis of `count`, a chunk at a time."""
-    rows = max(1, _CHUNK // like.numel())
-    for first in range(0, count, rows):
-        last = min(first + rows, count)
-        numbers = symmetric(seed, like.numel(), (first, last), like.device)
-        yield first, last, numbers.mul_(count**-0.5).to(like.dtype)
+            blocks = levels(ctx.seed, len(flat), ctx.count, _CHUNK, flat.device)
+            parts = [block.to(flat.dtype) @ flat for _, _, block in blocks]
+        return torch.cat(parts) * ctx.count**-0.5, None, None
