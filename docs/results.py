@@ -162,29 +162,36 @@ def zeroth_order_table() -> list[str]:
 
 
 def adapter_tables() -> list[str]:
-    """Every adapter method at one budget, a table a task, and which of them differ from LoRA."""
-    found = _results("adapters_pico_cpu.json")
-    given = found["settings"]
-    words = (
-        f"`{found['model']}`, {given['steps']} steps, as many trained numbers as LoRA of rank {given['rank']} where "
-        "the method can have them, each at its best learning rate of the lattice 1e-3 * 3^k. Losses are held-out means "
-        "over seeds; beside them the mean difference to LoRA, seed by seed, with its 95 % interval. Kept: bytes that a "
-        "(lean) step keeps for its backward pass. So short a run on so small a model favours methods that move fast."
-    )
-    lines = [words, "", "![Loss against trained numbers, memory and time](../benchmarks/results/adapters_pico_cpu.svg)"]
-    for task, rows in found["tasks"].items():
-        lines += ["", f"### {task}", "", *_verdicts(rows), "", *table(_ADAPTER_COLUMNS, list(map(_adapter_row, rows)))]
+    """Every adapter method at one budget, a table a model and task, and which of them differ from LoRA."""
+    lines = [
+        "All methods with as many trained numbers as LoRA where they can have them, each at its best learning rate of "
+        "the lattice 1e-3 * 3^k. Losses are held-out means over seeds; beside them the mean difference to LoRA, seed "
+        "by seed, with its 95 % interval: of forty such intervals two miss zero by chance. Kept: bytes that a (lean) "
+        "step keeps for its backward pass. So short runs on so small models favour methods that move fast."
+    ]
+    for path in sorted(RESULTS.glob("adapters_*.json"), reverse=True):
+        found = _results(path.name)
+        lines += ["", f"![Loss against trained numbers, memory and time](../benchmarks/results/{path.stem}.svg)"]
+        for task, rows in found["tasks"].items():
+            given = found["settings"][task]
+            size = given["batch"] if task not in LABELLED else 4 * given["batch"]
+            what = f"windows of {given['window']} tokens" if task not in LABELLED else task
+            words = f"{given['steps']} steps of {size} {what}; the count of LoRA at rank {given['rank']}."
+            body = table(_ADAPTER_COLUMNS, list(map(_adapter_row, rows)))
+            lines += ["", f"### {found['model']}, {task}", "", f"{words} {_verdicts(rows)}", "", *body]
     return lines
 
 
+LABELLED = ("questions", "sentences")
+"""Tasks of rows, four times as many a step as windows."""
 _ADAPTER_COLUMNS = ["method", "rate", "loss", "accuracy", "minus LoRA", "trained", "kept", "step"]
 
 
-def _verdicts(rows: list[dict[str, Any]]) -> list[str]:
+def _verdicts(rows: list[dict[str, Any]]) -> str:
     """Which methods beat LoRA, and which do not."""
     groups = {"beats LoRA": "Better than LoRA", "no difference": "No different", "worse than LoRA": "Worse"}
     named = {key: [row["method"] for row in rows if row.get("verdict") == key] for key in groups}
-    return ["; ".join(f"{groups[key]}: {', '.join(names) or 'none'}" for key, names in named.items()) + "."]
+    return "; ".join(f"{groups[key]}: {', '.join(names) or 'none'}" for key, names in named.items()) + "."
 
 
 def _adapter_row(row: dict[str, Any]) -> list[str]:

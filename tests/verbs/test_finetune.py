@@ -74,6 +74,13 @@ def test_welore_trains_the_low_rank_components_and_nothing_else(tiny_directory, 
     assert result["perplexity"] < result["perplexity_before"] and result["loss_last"] < result["loss_first"]
 
 
+def test_a_run_shorter_than_a_log_line_still_says_its_loss(tiny_directory, tokenizer):
+    result = finetune(
+        model_of(tiny_directory), tokenizer, TEXT, "lora", rank=1, **SHORT | {"steps": 2, "log_every": 10}
+    )
+    assert result["loss_first"] == result["loss_last"] > 0
+
+
 def test_methods_that_ask_for_the_runs_length_and_rate_are_told(tiny_directory, tokenizer):
     for method, told in (("sft", {"steps": 4}), ("sorsa", {"lr": 1e-2}), ("soma", {"steps": 4, "lr": 1e-2})):
         model = model_of(tiny_directory)

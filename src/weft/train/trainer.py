@@ -118,7 +118,7 @@ def arguments(recipe: Recipe, directory: Path, model: nn.Module) -> TrainingArgu
         max_grad_norm=recipe.clip,
         save_steps=recipe.saving_steps,
         save_total_limit=2,  # the one before stays until the next is complete
-        logging_steps=recipe.log_every,
+        logging_steps=min(recipe.log_every, recipe.steps),
         logging_nan_inf_filter=False,
         bf16=mixed if recipe.autocast is None else recipe.autocast,
         use_cpu=not on_gpu,

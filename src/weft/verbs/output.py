@@ -26,6 +26,9 @@ from weft.verbs.files import jsonable, write_json
 
 __all__ = ["Workplace", "check_output", "open_output"]
 
+_NAMED = 4
+"""Differing arguments that an error lists."""
+
 
 @dataclass(frozen=True)
 class Workplace:
@@ -118,7 +121,8 @@ def _check_partial(partial: Path, arguments: dict[str, Any]) -> None:
         raise WeftError(f"{partial} does not say which command's unfinished work it holds; {way_out}.") from None
     changed = sorted(k for k in theirs.keys() | arguments.keys() if theirs.get(k) != arguments.get(k))
     if changed:
-        what = ", ".join(f"{k} was {theirs.get(k)!r} and is {arguments.get(k)!r}" for k in changed)
+        what = ", ".join(f"{k} was {theirs.get(k)!r} and is {arguments.get(k)!r}" for k in changed[:_NAMED])
+        what += f", and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
         raise WeftError(
             f"{partial} holds the unfinished work of another command ({what}); repeat it to finish, {way_out}."
         )
