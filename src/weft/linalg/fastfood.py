@@ -8,8 +8,6 @@ functions of a seed (`weft.linalg.counter`). E ||P theta|| = ||theta||.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,8 @@ from weft.linalg.counter import normal, permutation, signs, subseed
 
 __all__ = ["fastfood", "fastfood_transposed", "fwht"]
 
-_RADIX = 16
+_H = torch.tensor([[1.0 - 2.0 * ((i & j).bit_count() % 2) for j in range(16)] for i in range(16)])
+"""H of size 16; its leading blocks are the smaller ones."""
 
 
 def fwht(x: Tensor) -> Tensor:
@@ -27,19 +26,11 @@ def fwht(x: Tensor) -> Tensor:
     """
     size, done = x.numel(), 1
     while done < size:
-        H = _hadamard(min(_RADIX, size // done)).to(x)
-        x = x.view(-1, len(H)) @ H if done == 1 else H @ x.view(-1, len(H), done)
-        done *= len(H)
+        radix = min(len(_H), size // done)
+        H = _H[:radix, :radix].to(x)
+        x = x.view(-1, radix) @ H if done == 1 else H @ x.view(-1, radix, done)
+        done *= radix
     return x.view(-1)
-
-
-@functools.cache
-def _hadamard(size: int) -> Tensor:
-    """H (size, size) fp32."""
-    H = torch.ones(1, 1)
-    while len(H) < size:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H
 
 
 def fastfood(theta: Tensor, seed: int, size: int) -> Tensor:
