@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import weakref
@@ -11,29 +12,27 @@ import pytest
 import torch
 from torch import nn
 
-from weft.memory import lean, lean_report, unlean
+from weft.memory import lean, lean_report, measure, unlean
 from weft.terms import SumLinear
 
 
 def saved_bytes(model, batch):
-    """Bytes of what autograd holds after the forward pass, each storage once, parameters and buffers aside."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    held = weakref.WeakSet()
+    """Bytes of what autograd holds after the forward pass, parameters and buffers aside."""
+    return measure.saved_bytes(lambda: model(**batch), [*model.parameters(), *model.buffers()])
 
-    class Held:
-        def __init__(self, tensor):
-            self.tensor = tensor
 
-    def pack(tensor):
-        holder = Held(tensor)
-        held.add(holder)
-        return holder
+def test_saved_bytes_are_those_of_the_formula_and_let_go():
+    x, W = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+    h = []
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        output = model(**batch)
-    storages = {h.tensor.untyped_storage().data_ptr(): h.tensor.untyped_storage().nbytes() for h in held}
-    del output
-    return sum(size for pointer, size in storages.items() if pointer not in own)
+    def forward():
+        h.append(x.relu())
+        return (h[-1] @ W.T).exp().sum()
+
+    assert measure.saved_bytes(forward, [x, W]) == 4 * (8 * 16 + 8 * 4)  # relu's and exp's outputs
+    output = weakref.ref(h.pop())
+    gc.collect()
+    assert output() is None and not any(type(o) is measure._Held for o in gc.get_objects())
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapted"])

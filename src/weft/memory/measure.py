@@ -16,7 +16,7 @@ class _Held:
     """Lives as long as autograd keeps the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()  # with its graph a saved output would hold itself, for ever
 
 
 def saved_bytes(forward: Callable[[], Any], own: Iterable[Tensor] = ()) -> int:
