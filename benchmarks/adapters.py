@@ -67,7 +67,7 @@ from weft.verbs.loading import load_model, load_tokenizer
 Batch = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"
 CENTRE, FACTOR, COARSE = 1e-3, 3.0, (0, 2, 4, -2)
-BASELINE = "lora"
+BASELINE, UNTRAINED = "lora", "untrained"
 HELD_OUT, HELD_OUT_WINDOWS = {"questions": 400, "sentences": 200}, 32
 COSTLY = ("nola", "said")
 """Methods that compute their matrices at every call, and so are measured merged."""
@@ -294,14 +294,17 @@ def runner(args: argparse.Namespace, path: Path) -> Callable[..., dict[str, Any]
         put_on(model, name, task, args, lr, seed)
         return model
 
+    def figures(name: str, task: Task, lr: float, seed: int) -> dict[str, Any]:
+        if name == UNTRAINED:
+            return task.measure(load_model(args.model, device=torch.device(args.device)))
+        starts_alike = name not in METHODS or "lr" not in METHODS[name].defaults
+        gc.collect()  # hooks and modules of the run before refer to each other
+        return one(name, task, args, lr, seed, copy.deepcopy(start(name, task, seed, 0.0 if starts_alike else lr)))
+
     def run(task_name: str, name: str, task: Task, lr: float, *, seed: int) -> dict[str, Any]:
         line = {"task": task_name, "method": name, "lr": lr, "seed": seed, **settings(args)}
         if _key(line) not in done:
-            starts_alike = name not in METHODS or "lr" not in METHODS[name].defaults
-            model = copy.deepcopy(start(name, task, seed, 0.0 if starts_alike else lr))
-            line |= one(name, task, args, lr, seed, model)
-            del model
-            gc.collect()  # hooks and modules refer to each other
+            line |= figures(name, task, lr, seed)
             done[_key(line)] = line
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -441,7 +444,8 @@ def _free(x: float, y: float, labels: list[tuple[float, float]]) -> float:
 
 
 def report(args: argparse.Namespace, path: Path) -> None:
-    runs = of_last_settings(read(path))
+    every = read(path)
+    runs = of_last_settings([line for line in every if line["method"] != UNTRAINED])
     tables = {task: rows for task, lines in runs.items() if (rows := rows_of(lines, args.seeds))}
     if not tables:
         raise SystemExit(f"No method is through in {path} yet; run without --report first.")
@@ -454,6 +458,11 @@ def report(args: argparse.Namespace, path: Path) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
         "model": Path(args.model).name,
         "settings": {task: {key: runs[task][-1][key] for key in SETTINGS} for task in tables},
+        "untrained": {
+            line["task"]: {key: line[key] for key in ("loss", "accuracy") if key in line}
+            for line in every
+            if line["method"] == UNTRAINED
+        },
         "tasks": tables,
     }
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -490,6 +499,7 @@ def main() -> None:
         if args.tasks and task_name not in args.tasks:
             continue
         task = make()
+        run(task_name, UNTRAINED, task, 0.0, seed=0)
         for name in names:
             at = functools.partial(run, task_name, name, task, seed=0)
             first = first_rates(name, task_name, path, args.start)

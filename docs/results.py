@@ -177,6 +177,8 @@ def adapter_tables() -> list[str]:
             size = given["batch"] if task not in LABELLED else 4 * given["batch"]
             what = f"windows of {given['window']} tokens" if task not in LABELLED else task
             words = f"{given['steps']} steps of {size} {what}; the count of LoRA at rank {given['rank']}."
+            if task in found["untrained"]:
+                words += f" {_untrained(found['untrained'][task])}"
             body = table(_ADAPTER_COLUMNS, list(map(_adapter_row, rows)))
             lines += ["", f"### {found['model']}, {task}", "", f"{words} {_verdicts(rows)}", "", *body]
     return lines
@@ -185,6 +187,11 @@ def adapter_tables() -> list[str]:
 LABELLED = ("questions", "sentences")
 """Tasks of rows, four times as many a step as windows."""
 _ADAPTER_COLUMNS = ["method", "rate", "loss", "accuracy", "minus LoRA", "trained", "kept", "step"]
+
+
+def _untrained(measured: dict[str, float]) -> str:
+    accuracy = f", accuracy {measured['accuracy']:.3f}" if "accuracy" in measured else ""
+    return f"Untrained: loss {measured['loss']:.3f}{accuracy}."
 
 
 def _verdicts(rows: list[dict[str, Any]]) -> str:
