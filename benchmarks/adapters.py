@@ -425,20 +425,20 @@ def _panel(title: str, points: list[tuple[float, float, str, str]], width: int, 
         parts.append(f'<text x="{x:.0f}" y="{bottom + 14}" text-anchor="middle">{tick}</text>')
         parts.append(f'<text x="{left - 4}" y="{y + 3:.0f}" text-anchor="end">{min(ys) + share * span_y:.2f}</text>')
     labels: list[tuple[float, float]] = []
-    for (_, loss, name, verdict), x in sorted(zip(points, xs, strict=True), key=lambda pair: -pair[0][1]):
+    for (_, loss, name, verdict), x in sorted(zip(points, xs, strict=True), key=lambda pair: pair[0][1]):
         px, py = left + (x - min(xs)) / span_x * (right - left), bottom - (loss - min(ys)) / span_y * (bottom - top)
         colour = {"beats LoRA": "#1a7f37", "worse than LoRA": "#c1432e"}.get(verdict, "#1f5fae")
         at = _free(px + 6, py + 3, labels)
         parts.append(f'<path d="M{px:.1f} {py:.1f}L{px + 5:.1f} {at - 3:.1f}" stroke="#bbb" stroke-width=".6"/>')
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>')
-        parts.append(f'<text class="n" x="{px + 6:.1f}" y="{at:.1f}">{escape(name)}</text>')
+        parts.append(f'<text class="n" x="{px + 6:.1f}" y="{at:.1f}" style="fill:{colour}">{escape(name)}</text>')
     return "".join(parts)
 
 
 def _free(x: float, y: float, labels: list[tuple[float, float]]) -> float:
-    """The height, at or below y, at which a label covers no other."""
+    """The height, at or above y, at which a label covers no other."""
     while any(abs(x - other_x) < 62 and abs(y - other_y) < 8 for other_x, other_y in labels):
-        y += 2
+        y -= 2
     labels.append((x, y))
     return y
 
