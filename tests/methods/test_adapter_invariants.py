@@ -42,19 +42,6 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(a.double(), b.double(), atol=tolerance * float(b.abs().max().clamp(min=1e-30)), rtol=0)
 
 
-class One(nn.Module):
-    """A model of one linear layer."""
-
-    def __init__(self, W: Tensor, bias: bool = False) -> None:
-        super().__init__()
-        self.layer = nn.Linear(W.shape[1], W.shape[0], bias=bias)
-        self.layer.weight = nn.Parameter(W.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
-
-
 # ---- lora, rslora, lora+
 
 

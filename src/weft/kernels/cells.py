@@ -26,7 +26,7 @@ class Cells(NamedTuple):
 
 
 def cells(edges: Tensor) -> Cells:
-    """The table of rising edges (n,) in [-1, 1], n < 256.
+    """The table of rising edges (n,) in [-1, 1], n < 256, on their device.
 
     Raises:
         ValueError: two edges share a cell: they are closer than 1/256 of their size, or than 2^-24.
@@ -34,11 +34,11 @@ def cells(edges: Tensor) -> Cells:
     starts = ((torch.arange(_COUNT + 1, dtype=torch.int32) + _FIRST) << 15).view(torch.float32)
     starts[0] = 0.0
     lowest, highest = torch.cat([starts[:-1], -starts[1:]]), torch.cat([starts[1:], -starts[:-1]])
-    edges = edges.float().cpu()
-    below = torch.searchsorted(edges, lowest, out_int32=True)
-    if bool((torch.searchsorted(edges, highest) - below > 1).any()):
+    rising = edges.float().cpu()
+    below = torch.searchsorted(rising, lowest, out_int32=True)
+    if bool((torch.searchsorted(rising, highest) - below > 1).any()):
         raise ValueError("Two edges lie in one cell; use torch.bucketize.")
-    return Cells(below, torch.cat([edges, torch.tensor([torch.inf])]))
+    return Cells(below.to(edges.device), torch.cat([rising, torch.tensor([torch.inf])]).to(edges.device))
 
 
 def bucketize(unit: Tensor, table: Cells) -> Tensor:

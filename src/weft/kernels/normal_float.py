@@ -102,9 +102,8 @@ def levels(bits: int, device: torch.device | str | None = None) -> Tensor:
 
 @functools.cache
 def _edges(bits: int, device: torch.device) -> Cells:
-    table = levels(bits)
-    below, edges = cells((table[1:] + table[:-1]) / 2)
-    return Cells(below.to(device), edges.to(device))
+    table = levels(bits, device)
+    return cells((table[1:] + table[:-1]) / 2)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

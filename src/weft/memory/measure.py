@@ -38,4 +38,5 @@ def saved_bytes(forward: Callable[[], Any], own: Iterable[Tensor] = ()) -> int:
     storages = [holder.tensor.untyped_storage() for holder in held]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     del output  # what it holds was to be counted
-    return sum(size for pointer, size in sizes.items() if pointer not in {t.untyped_storage().data_ptr() for t in own})
+    there = {t.untyped_storage().data_ptr() for t in own}
+    return sum(size for pointer, size in sizes.items() if pointer not in there)

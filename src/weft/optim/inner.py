@@ -134,9 +134,8 @@ def _encode(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _edges(signed: bool, device: torch.device) -> Cells:
-    code = _dynamic_code(signed, torch.device("cpu"))
-    below, edges = cells((code[1:] + code[:-1]) / 2 if signed else code[:-1])
-    return Cells(below.to(device), edges.to(device))
+    code = _dynamic_code(signed, device)
+    return cells((code[1:] + code[:-1]) / 2 if signed else code[:-1])
 
 
 def _decode(codes: Tensor, scale: Tensor, block: int, signed: bool) -> Tensor:
