@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def allocations(method: str, asked: list[str]) -> list[str]:
-    """Those asked for; the sensitivity search, which costs a forward pass a layer and share, for its own method
+    """Those asked for; the sensitivity search, which costs a pass over the text a layer and share, for its own method
     only.
     """
     return [name for name in asked if name != "asvd" or method == "asvd"]

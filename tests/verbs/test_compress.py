@@ -94,6 +94,26 @@ def test_a_budget_of_everything_changes_nothing() -> None:
     assert equal(model, before) and not sums(model)
 
 
+def test_the_sensitivity_search_measures_all_the_calibration_text() -> None:
+    model, data = build("llama"), [{"input_ids": ids(2, 8, 1)}, {"input_ids": ids(1, 20, 2)}]
+    layers = tuple(linear_layers(model))
+    plan = verb.Plan(method=METHODS["svd"], options={}, layers=layers, reads=("spectrum", "measure"))
+    store = Store()
+    verb.survey(model, plan, data, None, store)
+    measure = verb.sensitivity(model, plan, data, store)
+    before, name = copy.deepcopy(model), layers[0]
+    (measured,) = measure(name, [3])
+    assert equal(model, before)
+
+    compress(model, "svd", allocate={n: 3 if n == name else None for n in layers})
+    flat = nn.functional.cross_entropy
+    with torch.no_grad():  # every prediction counts once, whatever the length of its batch
+        each = [(model(input_ids=b["input_ids"]).logits[:, :-1], b["input_ids"][:, 1:]) for b in data]
+    losses = torch.cat([flat(scores.flatten(0, 1), labels.flatten(), reduction="none") for scores, labels in each])
+    assert measured == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert abs(measured - losses[:14].mean().item()) > 1e-3
+
+
 @pytest.mark.parametrize("name", ["svd", "svd-llm", "kfac-svd", "fwsvd", "asvd"])
 def test_a_layer_becomes_the_methods_own_truncation(name: str) -> None:
     model, data = build("llama"), batches("llama")

@@ -5,7 +5,7 @@ cut on that loss common to all layers: a layer takes its smallest share whose lo
 at or below the cut.
 
 The published grid is 0.4 to 0.9; smaller shares, down to the smallest rank, are measured only when the budget cannot be
-met without them. Costs a forward pass a layer and share.
+met without them. Costs a forward pass over all the calibration text a layer and share.
 """
 
 from __future__ import annotations

@@ -182,9 +182,8 @@ def _key(model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | 
 def sensitivity(
     model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store
 ) -> Callable[[str, Sequence[int]], list[float]]:
-    """(layer, ranks) -> the loss on the first calibration batch with only that layer truncated to each rank."""
+    """(layer, ranks) -> the loss a token of all the calibration text, with only that layer truncated to each rank."""
     factors = dict(surveyed_factors(model, plan, store))
-    batch = to_device(batches[0], model)
 
     @torch.no_grad()
     def measure(name: str, ranks: Sequence[int]) -> list[float]:
@@ -192,11 +191,20 @@ def sensitivity(
         with frozen(model):
             for rank in ranks:
                 truncate(model, name, factors[name], rank)
-                losses.append(float(token_loss(model, batch)[0]))
+                losses.append(_loss(model, batches))
                 put_layer(model, name, layer)
         return losses
 
     return measure
+
+
+def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean loss of a prediction over all batches."""
+    total, predictions = 0.0, 0
+    for batch in batches:
+        loss, count = token_loss(model, to_device(batch, model))
+        total, predictions = total + float(loss) * count, predictions + count
+    return total / predictions
 
 
 def _mark(model: nn.Module, method: str) -> None:
