@@ -11,9 +11,9 @@ __all__ = ["One", "close"]
 class One(nn.Module):
     """A model of one linear layer."""
 
-    def __init__(self, W: Tensor) -> None:
+    def __init__(self, W: Tensor, bias: bool = False) -> None:
         super().__init__()
-        self.layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
+        self.layer = nn.Linear(W.shape[1], W.shape[0], bias=bias)
         self.layer.weight = nn.Parameter(W.clone())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import weft
+from tests.methods.one_layer import One, close
 from weft.errors import WeftError
 from weft.methods import METHODS, Site, corda, eva, lora, lora_ga, lora_sb, lora_xs, olora, pissa, soma
 from weft.methods.adapter import scale_of
@@ -36,10 +37,6 @@ def site(W: Tensor, rank: int = R, **moments: Tensor) -> Site:
 
 def moment(x: Tensor) -> dict[str, Tensor]:
     return {"input_moment": (x.double().mT @ x.double()) / len(x), "input_mean": x.double().mean(0)}
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a.double(), b.double(), atol=tolerance * float(b.abs().max().clamp(min=1e-30)), rtol=0)
 
 
 # ---- lora, rslora, lora+
