@@ -2,14 +2,13 @@
 a LoRA.
 
     DIR/weft_adapter.json            method, settings, the spec of every term, the base's fingerprint (`weft.io.base`)
-    DIR/weft_adapter.safetensors     the terms' tensors as they are, "<layer>.<role>.<tensor>"; absent where PEFT's
-                                     tensors are the same
+    DIR/weft_adapter.safetensors     the terms' tensors as they are, "<layer>.<role>.<tensor>"
     DIR/adapter_config.json          PEFT's, for every reader of LoRAs (see `weft.io.peft`)
-    DIR/adapter_model.safetensors
+    DIR/adapter_model.safetensors    the factors of that LoRA
 
-An adapter without PEFT files has no exact LoRA; `why_not_peft` says why. Everything is written beside the directory
-and renamed when complete. Under FSDP2 the shards are gathered on every process and written by the first: call it on
-all of them.
+`weft_adapter.safetensors` is absent where PEFT's tensors are the same. An adapter without PEFT files has no exact LoRA;
+`why_not_peft` says why. Everything is written beside the directory and renamed when complete. Under FSDP2 the shards
+are gathered on every process and written by the first: call it on all of them.
 """
 
 from __future__ import annotations

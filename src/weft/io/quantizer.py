@@ -1,8 +1,10 @@
 """weft in transformers' quantizer registry: `from_pretrained` builds the sums of terms that a checkpoint lists.
 
-    "quantization_config": {"quant_method": "weft", "format": 1, "weft": "0.1.0",
-                            "method": "svd-llm", "settings": {...},
-                            "layers": {"model.layers.0.self_attn.q_proj": SumLinear.spec(), ...}}
+    "quantization_config"   in config.json:
+    quant_method, format    "weft", 1
+    weft                    the version that wrote it
+    method, settings        what made the terms
+    layers                  {"model.layers.0.self_attn.q_proj": SumLinear.spec(), ...}
 
 Everything that can be wrong with a checkpoint is found in its headers, while the model is still on the meta device.
 """

@@ -1,6 +1,6 @@
 """Attention with an infinitely long prefix in two sums a head (NTK-Attention, 2024, arXiv 2406.14036).
 
-    out = (E V + phi(q) Z) / (E 1 + phi(q) |z|),   E = exp(q K^T scale) over the unmasked keys,
+    out = (E V + phi(q) Z) / (E 1 + phi(q) |z|),   E = exp(q K^T scale) over the unmasked keys
     phi(x) = ELU(x / d^(1/4)) + 1 > 0
 
 Letters: q (..., L, d), K and V (..., T, d), Z (..., d, d), z (..., d). A prefix of keys p_i and values u_i whose weight

@@ -8,8 +8,8 @@
   L L^T = k lam I + K, from which products take O(d m) and the diagonal too.
 
 The order of the rows does not matter, so a ring buffer needs no sorting, and rows of zeros change nothing but k.
-Source: Frantar, Kurtic and Alistarh, 2021, arXiv 2107.03356. Deviations: Cholesky for its LU without pivoting and its
-recursion, which give the same numbers.
+Source: Frantar, Kurtic and Alistarh, 2021, arXiv 2107.03356.
+Deviations: Cholesky for its LU without pivoting and its recursion, which give the same numbers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For an input metric C (in, in) and an output metric M (out, out), the rank-r matrix W' that minimises
 tr((W - W')^T M (W - W') C) is
 
-    W' = L^-T U_r U_r^T L^T W,   M = L L^T,   U_r = leading eigenvectors of (L^T W) C (L^T W)^T,
+    W' = L^-T U_r U_r^T L^T W,   M = L L^T,   U_r = leading eigenvectors of (L^T W) C (L^T W)^T
 
 and the error left is the sum of the dropped eigenvalues. No inverse of C appears, so a singular C (fewer tokens than
 channels) is no special case. With M = I this is the truncation-aware SVD of SVD-LLM (Wang et al., 2024, arXiv

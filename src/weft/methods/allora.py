@@ -7,7 +7,7 @@ arXiv 2410.09692).
 c multiplies the step, after Adam's normalisation, which would undo a factor on the gradient; with SGD the two are one.
 Weight decay shortens rows and so lengthens their steps: use none. Without alpha / r, eta is tuned anew for each rank.
 Deviations: the paper writes c on the gradient. Rows are those of the stored factors: one factor an output of B, one a
-    component of A.
+component of A.
 """
 
 from __future__ import annotations

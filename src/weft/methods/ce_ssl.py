@@ -11,8 +11,8 @@ G A^T A = (dL/dB) A is what a zero-started adapter sees of the weight's gradient
 gradient in that step, so that its momentum and decay rest too. The share that the paper tunes by data set is one number
 here.
 Deviations: G is the mean over all batches given, squared once, where the paper averages the squares of its batches; the
-    A of the score has a seed of its own. The third part, which feeds unlabelled data to batch-norm layers, has no
-    counterpart in models without them. Biases are trained where layers have them (`biases=False` leaves a plain LoRA).
+A of the score has a seed of its own. The third part, which feeds unlabelled data to batch-norm layers, has no
+counterpart in models without them. Biases are trained where layers have them (`biases=False` leaves a plain LoRA).
 """
 
 from __future__ import annotations

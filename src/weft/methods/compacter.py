@@ -2,7 +2,7 @@
 whole model shares (Karimi Mahabadi et al., 2021, arXiv 2106.04647, sections 3 and 4).
 
     h + U(gelu(D(h))) for the output h of a sublayer;   D, U: x -> x sum_{i <= n} A_i (x) (s_i t_i) + bias
-    2 r_f (out + b) + out + b trainable numbers a layer for a bottleneck of width b, n^3 (A_1 ... A_n) once, layer norms
+    2 r_f (out + b) + out + b trainable numbers a layer for a bottleneck of width b, n^3 (A_1 ... A_n) once, norms
     s, t Glorot-uniform with gain sqrt(2), A ~ N(0, 1e-4^2), biases 0
 
 `rank` is b (the paper: out / 32), which n must divide, as it must `out`. Adapted are, among the targets, the layers at

@@ -1,8 +1,8 @@
 """dora: train the length of each row of the weight apart from its direction (Liu et al., 2024, arXiv 2402.09353,
 equation 5).
 
-    W' = diag(m / n) (W + s B A),  n_i = ||(W + s B A)_i||_2 held constant in the gradient;   m starts at ||W_i||, so W'
-    = W r (in + out) + out trainable numbers
+    W' = diag(m / n) (W + s B A),   n_i = ||(W + s B A)_i||_2, held constant in the gradient
+    m_i starts at ||W_i||, so that W' = W;   r (in + out) + out trainable numbers
 
 Not a plain LoRA: scaling the rows of W is of full rank. Written in PEFT's own DoRA format.
 """

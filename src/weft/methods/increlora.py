@@ -3,16 +3,16 @@ al., 2023, arXiv 2308.12043).
 
     y = W x + scale U (s * (V x)),  scale = alpha / r;  U, V ~ N(0, 0.02^2), s = 0, and 1e-5 for `increment` in reserve
     growth and score: see `weft.rules.rank_growth`; the total is r times the number of layers
-    capacity c = min(ceiling r, out, in) components a layer: c (in + out + 1) trainable numbers, of which those of live
-    and reserved components are trained, with moments and ages of their own (`EntryAdamW`); only live ones are exported
+    capacity c = min(ceiling r, out, in) components a layer;   c (in + out + 1) trainable numbers
 
-What is new is brought to the full learning rate over `ramp` steps (None: `interval`). The defaults are those of the
-paper's longest task; for short runs lower `warmup` and `interval`.
+Of them those of live and reserved components are trained, with moments and ages of their own (`EntryAdamW`); only live
+ones are exported. What is new is brought to the full learning rate over `ramp` steps (None: `interval`). The defaults
+are those of the paper's longest task; for short runs lower `warmup` and `interval`.
 Deviations: the scale does not jump as alpha / (live rank) does at each growth, so that growing changes no output; the
-    components live in tensors of capacity c, so that a run is resumed, compiled and sharded like any other; growth
-    stops exactly at the total, and of equal scores the first layer wins; the orthonormality holds between the
-    components of a layer, where the released code, one parameter a component, only pulls their norms to 1. On shards
-    (FSDP2) AdamW takes the steps: components then share one age, and only `ramp` softens the first steps of a new one.
+components live in tensors of capacity c, so that a run is resumed, compiled and sharded like any other; growth stops
+exactly at the total, and of equal scores the first layer wins; the orthonormality holds between the components of a
+layer, where the released code, one parameter a component, only pulls their norms to 1. On shards (FSDP2) AdamW takes
+the steps: components then share one age, and only `ramp` softens the first steps of a new one.
 """
 
 from __future__ import annotations

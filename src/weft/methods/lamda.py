@@ -8,9 +8,9 @@ early in the run (Azizi et al., 2024, arXiv 2406.12832).
 x is not kept for backward, for A is frozen: 2 r numbers a token are. Give `steps`, the length T of the run (`weft
 finetune` does); without it nothing is frozen. `eta=0` with `steps` is LoRA-XS between these sides.
 Deviations: the start is taken out of the base as an exact sum; the paper's text leaves open how the model starts at it.
-    The released schedule leaves out the factor r, freezes 3 columns in all, and starts from a random core: here the
-    paper's. LaMDA++, which chooses the ranks by the spectra, is left out: its score and candidates are not published in
-    enough detail; give `ranks=` from an allocation of `weft.allocate` instead.
+The released schedule leaves out the factor r, freezes 3 columns in all, and starts from a random core: here the
+paper's. LaMDA++, which chooses the ranks by the spectra, is left out: its score and candidates are not published in
+enough detail; give `ranks=` from an allocation of `weft.allocate` instead.
 """
 
 from __future__ import annotations

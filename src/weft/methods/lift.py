@@ -1,8 +1,8 @@
 """lift: train the entries of each weight at which its low-rank approximation is largest (Liu et al., 2025, arXiv
 2506.00772, section 3).
 
-    W = U S V;   L = U_f S_f V_f;   mask = the K entries of largest |L|;   K = min(q (in + out), in out) trainable
-    numbers
+    W = U S V;   L = U_f S_f V_f;   mask = the K entries of largest |L|;   K = min(q (in + out), in out)
+    K trainable numbers
 
 q is the rank, so the budget is a LoRA's; f is `filter_rank`, at most min(in, out). Every `interval` steps the mask is
 found again from the weight as it then is; what was learned on entries that leave the mask stays, moments of entries

@@ -5,7 +5,7 @@
 `rslora=True` is rsLoRA, s = alpha / sqrt(r) (Kalajdzievski, 2023, arXiv 2312.03732); `ratio=16` is LoRA+, B learns
 `ratio` times faster than A (Hayou et al., 2024, arXiv 2402.12354).
 Deviations: alpha defaults to the rank, so that the scale is 1 and the learning rate is the only rate (PEFT's default is
-    alpha 8).
+alpha 8).
 """
 
 from __future__ import annotations

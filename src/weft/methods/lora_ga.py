@@ -1,13 +1,13 @@
 """lora-ga: start the factors so that the first step follows the full gradient (Wang et al., 2024, arXiv 2407.05000,
 section 3).
 
-    G = dL/dW = U S V;   A0 = c V_{1..r},  B0 = c U_{r+1..2r},  c = out^(1/4) / sqrt(gamma);   W + s (B A - B0 A0),  s
-    = alpha / sqrt(r) r (in + out) trainable numbers;   B0 B0^T G + G A0^T A0 = c^2 G_{2r}: the first step is the best
-    rank-2r part of the full one
+    G = dL/dW = U S V;   A0 = c V_{1..r},  B0 = c U_{r+1..2r},  c = out^(1/4) / sqrt(gamma)
+    W + s (B A - B0 A0),  s = alpha / sqrt(r);   r (in + out) trainable numbers
+    B0 B0^T G + G A0^T A0 = c^2 G_{2r}: the first step is the best rank-2r part of the full one
 
 Follows the official code, with disjoint singular vectors for A and B and no singular values in them (PEFT's version
-differs in both). Deviations: an exact SVD for the official randomised one; the residual is kept as an exact sum. The
-best learning rate is near that of full fine-tuning, an order of magnitude below LoRA's.
+differs in both). The best learning rate is near that of full fine-tuning, an order of magnitude below LoRA's.
+Deviations: an exact SVD for the official randomised one; the residual is kept as an exact sum.
 """
 
 from __future__ import annotations

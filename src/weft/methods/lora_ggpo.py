@@ -8,8 +8,8 @@
 One forward pass a step, and no noise matrix: see `weft.rules.guided_noise` for the law that is drawn. sigma = beta = 0
 is LoRA, bit for bit. beta has no unit in common with sigma: tune it anew for each batch size.
 Deviations: sigma and beta are those in circulation for a port, the authors' own are not published with the text; s is
-    in B A, which that port drops; w0 is over all rows. The renamed second version, which perturbs along the momentum,
-    is another method.
+in B A, which that port drops; w0 is over all rows. The renamed second version, which perturbs along the momentum, is
+another method.
 """
 
 from __future__ import annotations

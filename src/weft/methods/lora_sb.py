@@ -1,13 +1,13 @@
 """lora-sb: train only an r x r core between two frozen sides that span the first step of full fine-tuning (Ponkshe et
 al., 2024, arXiv 2411.19557, section 4).
 
-    dW = -eta sign(G) ~ U_r diag(S_r) V_r;   B = U_r, R = diag(S_r), A = V_r;   y = W x + B R A x;   r^2 trainable
-    numbers (R)
+    dW = -eta sign(G) ~ U_r diag(S_r) V_r;   B = U_r, R = diag(S_r), A = V_r;   y = W x + B R A x
+    r^2 trainable numbers (R)
 
-eta = lr / warmup, the rate of the first warm-up step of Adam, whose first step is the sign of the gradient. The base
-is not corrected: the model starts one approximated step away. With orthonormal sides a step on R is the best
-approximation of the full step inside {B X A}, whatever the scale. Deviations: exact SVD; gradients below `threshold`
-times the largest count as zero, for rounding noise has a sign too.
+eta = lr / warmup, the rate of the first warm-up step of Adam, whose first step is the sign of the gradient. The base is
+not corrected: the model starts one approximated step away. With orthonormal sides a step on R is the best approximation
+of the full step inside {B X A}, whatever the scale.
+Deviations: exact SVD; gradients below `threshold` times the largest count as zero, for rounding noise has a sign too.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
     P_i, Q_j uniform in [-1, 1] / sqrt(k);  A_0 as LoRA's A;  c = d = 0 at the start
 
 The start and the 1 / sqrt(k) are those of the authors' language-model code. Saved are c, d, the seed and four check
-numbers. Deviations: alpha defaults to the rank (their GPT-2 runs: 8 at r 8; LLaMA-2: 4 at r 16); the random numbers
-are counted, not drawn by a generator, so that a GPU computes those of a CPU, and P and Q have 8 bits each; A_0 too is
-recomputed, where the authors' LLaMA code saves it.
+numbers.
+Deviations: alpha defaults to the rank (their GPT-2 runs: 8 at r 8; LLaMA-2: 4 at r 16); the random numbers are counted,
+not drawn by a generator, so that a GPU computes those of a CPU, and P and Q have 8 bits each; A_0 too is recomputed,
+where the authors' LLaMA code saves it.
 """
 
 from __future__ import annotations

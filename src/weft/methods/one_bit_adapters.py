@@ -7,7 +7,7 @@ and Deng, 2023, arXiv 2307.16867).
 
 q takes the nearest of 2^bits conditional medians of a normal number; its gradient is 1, while the mean and the
 deviation keep theirs. `save_adapter` keeps the latent numbers, to be trained on; `pack(model)` first leaves the bits.
-Deviation: the form for linear layers (Bi-LoRA) alone, neither the bottleneck of Bi-AdaptFormer nor the binary head.
+Deviations: the form for linear layers (Bi-LoRA) alone, neither the bottleneck of Bi-AdaptFormer nor the binary head.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """pissa: start the factors on the r largest singular triplets and freeze the rest (Meng et al., 2024, arXiv 2404.02948,
 equations 2 to 4).
 
-    W = U S V;   B0 = U_r sqrt(S_r / s),  A0 = sqrt(S_r / s) V_r;   W + s (B A - B0 A0);   r (in + out) trainable
-    numbers
+    W = U S V;   B0 = U_r sqrt(S_r / s),  A0 = sqrt(S_r / s) V_r;   W + s (B A - B0 A0)
+    r (in + out) trainable numbers
 
 Deviations: exact SVD (the paper's fast variant is not reproducible on reload); the residual W - s B0 A0 is kept as an
-    exact sum, not rounded into the
-base's dtype.
+exact sum, not rounded into the base's dtype.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ scalings are trained (Albert et al., 2025, arXiv 2502.00987, equation 4).
     Lambda = 0, Gamma = 1 / max(N, min) at the start;  B_n and A random, divided by their standard deviation
 
 The scale is that of the authors' code, whose alpha is 2 r; PEFT's is alpha / r with alpha 640 at r 32. One store of B_n
-and A for the whole model, sliced to each layer, is computed from a seed and not saved. Deviation: every column of B_n
-meets its own row of A; PEFT flattens them in two orders, so its tensors mean another (equally random) map.
+and A for the whole model, sliced to each layer, is computed from a seed and not saved.
+Deviations: every column of B_n meets its own row of A; PEFT flattens them in two orders, so its tensors mean another
+(equally random) map.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     W_i' = W_i + lambda_i P_i(theta);   theta in R^(d - m) shared by the m layers, one lambda_i each;   d numbers
     theta = 0, lambda = 1 at the start;  P_i is Fastfood, so that ||P_i(theta)|| is about ||theta||
 
-`d` None is the rank times the number of layers. `structure_aware=False` is DID: no lambda, theta in R^d. Deviations:
-the gradient is that of the map (the redistributed code divides it by the padded size of each tensor, so that large ones
-are held back); a map pads to d where a layer has fewer entries, instead of dropping coordinates of theta; only the
-targeted linear layers are projected, neither biases nor norms; the code counts one number less than the paper.
+`d` None is the rank times the number of layers. `structure_aware=False` is DID: no lambda, theta in R^d.
+Deviations: the gradient is that of the map (the redistributed code divides it by the padded size of each tensor, so
+that large ones are held back); a map pads to d where a layer has fewer entries, instead of dropping coordinates of
+theta; only the targeted linear layers are projected, neither biases nor norms; the code counts one number less than the
+paper.
 """
 
 from __future__ import annotations

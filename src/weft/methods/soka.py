@@ -1,14 +1,14 @@
 """soka: train the principal Kronecker products of the weight, the rest of it frozen (Chong and Qu, 2025, arXiv
 2506.15251).
 
-    W = sum_k s_k U_k (x) V_k  (Van Loan and Pitsianis);   W + sum over k <= K of (A_k (x) B_k - their start),
+    W = sum_k s_k U_k (x) V_k  (Van Loan and Pitsianis);   W + sum over k <= K of (A_k (x) B_k - their start)
     A_k = sqrt(s_k) U_k (m1, n1),  B_k = sqrt(s_k) V_k (m2, n2);   K (m1 n1 + m2 n2) trainable numbers
 
 K is the smallest number of products that hold `energy` of the squared weight, at most `rank`, and with `elbow` at most
 the elbow of the spectrum: the point farthest below the chord of its logarithm. The threshold and the rule of the elbow
 are ours, as no code was released; spectra of trained weights decay slowly, so `rank`, the cap, often decides. Blocks
-are as square as the layer's divisors allow (64 x 64 of 64 x 64 for 4096), or `block=(m2, n2)`. Deviations: the frozen
-residual is an exact sum, and the SVD exact.
+are as square as the layer's divisors allow (64 x 64 of 64 x 64 for 4096), or `block=(m2, n2)`.
+Deviations: the frozen residual is an exact sum, and the SVD exact.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """soma: start the factors on the r smallest singular triplets and freeze the rest (Yun et al., 2024, arXiv
 2412.04077, section 3.2).
 
-    W = U S V;   B0 = U_min sqrt(S_min / s),  A0 = sqrt(S_min / s) V_min;   W + s (B A - B0 A0);   r (in + out)
-    trainable numbers, and biases
+    W = U S V;   B0 = U_min sqrt(S_min / s),  A0 = sqrt(S_min / s) V_min;   W + s (B A - B0 A0)
+    r (in + out) trainable numbers, and biases
 
 The first blocks (`skip`, a third of them) get no adapter, the biases of the adapted layers are trained, and weight
 decay is annealed by a cosine. MiLoRA is the same start for language models (`skip=0, biases=False, steps=None`).

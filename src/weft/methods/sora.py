@@ -8,8 +8,8 @@ xi is used as it is, not times the learning rate (`by_rate=True` for that). `xi=
 schedule of thresholds (algorithm 1); save the adapter at the end of each. `ones=True` starts the gates at 1 instead,
 where no component is below xi before it has learned anything. Gates are vectors, so they are not decayed.
 Deviations: the exact soft threshold, where the released operator zeroes all |g| < 2 xi (`released=True` for it); the
-    released trainer also adds `penalty` (10 there) times the mean |g| to the loss, which shrinks gates twice: 0 here;
-    the learning rate schedule does not end before the last threshold, as it does there.
+released trainer also adds `penalty` (10 there) times the mean |g| to the loss, which shrinks gates twice: 0 here; the
+learning rate schedule does not end before the last threshold, as it does there.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 arXiv 2409.00055, section 3).
 
     W = U S V;   W + U diag(s) V - (U_r diag(S_r) V_r at the start);   r (in + out + 1) trainable numbers
-    pull: mean over all U and V of ||U^T U - I||_F and ||V V^T - I||_F, times gamma / lr, added to the gradients after
-    clipping
+    pull: gamma / lr times the mean over all U and V of ||U^T U - I||_F and ||V V^T - I||_F, after clipping
 
 `lr` is the peak learning rate of the run: the official trainer divides gamma by it, so that the pull follows the
-schedule. Deviations: x passes through the three factors, where the official layer forms the product; the residual is
-kept as an exact sum.
+schedule.
+Deviations: x passes through the three factors, where the official layer forms the product; the residual is kept as an
+exact sum.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class AdaGrad(Inner):
 class AdaGradNorm(Inner):
     """a <- a + ||R||^2, N = R / (sqrt(a) + eps), with one number a for a weight.
 
-    Source: Ward, Wu and Bottou, 2019, arXiv 1806.01811. Deviations: a number for each weight, not one for the model.
+    Source: Ward, Wu and Bottou, 2019, arXiv 1806.01811.
+    Deviations: a number for each weight, not one for the model.
     """
 
     eps: float = 1e-10

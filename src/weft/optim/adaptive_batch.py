@@ -10,9 +10,10 @@ J micro-batches of mu samples (all processes together) have gradients g_j with t
 Norms are taken while the backward pass hands the gradients over, so nothing is stored but a few numbers.
 
 Sources: AdAdaGrad (Lau, Liu and Kolar, 2024, arXiv 2402.11215) and, from workers' gradients, arXiv 2412.21124; the test
-is Byrd et al.'s, 2012. Deviations: s2 and G2 are unbiased and smoothed (the code tests one batch against ||g||^2, which
-contains the noise: where noise dominates, each failed test multiplies the batch by 1 / eta^2), and the batch grows by a
-bounded factor. The inner-product and orthogonality tests, which need a gradient for each sample, are not here.
+is Byrd et al.'s, 2012.
+Deviations: s2 and G2 are unbiased and smoothed (the code tests one batch against ||g||^2, which contains the noise:
+where noise dominates, each failed test multiplies the batch by 1 / eta^2), and the batch grows by a bounded factor. The
+inner-product and orthogonality tests, which need a gradient for each sample, are not here.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class AdaptiveBatch:
 
         batch = AdaptiveBatch(model.parameters(), micro=4, start=16, limit=512)
         while batch.samples < total:
-            for _ in range(batch.accumulation):                    # micro-batches of 4 samples on this process
+            for _ in range(batch.accumulation):      # micro-batches of 4 samples on this process
                 (loss_of(next(data)) / batch.accumulation).backward()
-            batch.update()                                         # before clipping and before the step
+            batch.update()                           # before clipping and before the step
             optimizer.step()
             optimizer.zero_grad()
 

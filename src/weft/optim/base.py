@@ -76,9 +76,11 @@ class Rows:
 class Refresh:
     """When a projection is chosen anew: at the first step and every `every` steps.
 
-    energy: also as soon as the basis captures less than this share of what it captured when it was fresh (asked every
-        step, which costs one number sent to the host a batch).
-    stagger: spread the weights of a group over the period, so that after the first step no single step pays for all.
+    Args:
+        energy: also as soon as the basis captures less than this share of what it captured when it was fresh (asked
+            every step, which costs one number sent to the host a batch).
+        stagger: spread the weights of a group over the period, so that after the first step no single step pays for
+            all.
     """
 
     every: int = 200

@@ -15,8 +15,8 @@ When the choice changes, a slot that stays keeps its state bit for bit, a slot t
 
 Sources: per-entry ages after SpIEL (Ansell et al., 2024, arXiv 2401.16405); AdamW (Loshchilov and Hutter, 2017).
 Deviations: LIFT's released code keeps one step count for old and new slots, and SpIEL's increments the age after the
-    step, which makes the first update of a slot 0.45 to 3.2 times too large or small; here a slot of age a is
-    corrected with a + 1, as AdamW corrects a new parameter.
+step, which makes the first update of a slot 0.45 to 3.2 times too large or small; here a slot of age a is corrected
+with a + 1, as AdamW corrects a new parameter.
 """
 
 from __future__ import annotations

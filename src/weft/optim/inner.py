@@ -148,8 +148,9 @@ class Adam8bit(Inner):
     """Adam with both moments in 8 bits: runs of up to `block` entries of a row share an fp32 scale and a dynamic code.
 
     Weights with fewer than `threshold` entries of R (or rows shorter than 16) keep fp32 moments. Pure torch, on any
-    device. Source: Dettmers et al. 2022, arXiv 2110.02861. Deviations: blocks do not cross rows, so that rows can be
-    sharded; the second moment is rounded up, so that no step is enlarged by rounding to zero.
+    device. Source: Dettmers et al. 2022, arXiv 2110.02861.
+    Deviations: blocks do not cross rows, so that rows can be sharded; the second moment is rounded up, so that no step
+    is enlarged by rounding to zero.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

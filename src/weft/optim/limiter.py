@@ -16,8 +16,9 @@ __all__ = ["NormGrowth"]
 class NormGrowth:
     """S <- S / c with c = max(||S||_F / (q + 1e-8), gamma) / gamma, q the limited norm of the last step.
 
-    State: q, one number a weight. Source: Chen et al. 2024 (Fira), arXiv 2410.01623. Deviations: a first norm of zero
-    is not remembered, since the official rule would then hold the term near zero for some 1,850 steps.
+    State: q, one number a weight. Source: Chen et al. 2024 (Fira), arXiv 2410.01623.
+    Deviations: a first norm of zero is not remembered, since the official rule would then hold the term near zero for
+    some 1,850 steps.
     """
 
     gamma: float = 1.01

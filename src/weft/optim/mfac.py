@@ -204,9 +204,10 @@ def mfac(
     larger than the memory of its device.
 
     Source: Frantar, Kurtic and Alistarh, 2021, arXiv 2107.03356; lr, m and lam of the released code (its example takes
-    512 and its successor 1e-6). Deviations: the divisor is the number of gradients seen, not m, which
-    makes the first m steps up to m times shorter and is the same afterwards; no subtraction of nearly equal vectors; no
-    sparse mode, since weft's sparse terms train their values alone.
+    512 and its successor 1e-6).
+    Deviations: the divisor is the number of gradients seen, not m, which makes the first m steps up to m times shorter
+    and is the same afterwards; no subtraction of nearly equal vectors; no sparse mode, since weft's sparse terms train
+    their values alone.
     """
     if isinstance(model_or_groups, nn.Module):
         named = [(name, p) for name, p in model_or_groups.named_parameters() if p.requires_grad]

@@ -12,9 +12,10 @@ with d the ratio of the models' widths. At base width every factor is 1 and trai
 
 Sources: muP, Yang and Hu, 2020, arXiv 2011.14522, in the form of Tensor Programs V's table 3 (arXiv 2203.03466), which
 needs no multiplier in the forward pass, so the model stays an ordinary one; weight decay after Fan et al., 2025, arXiv
-2510.15262. Deviations: tied embeddings are refused (that form cannot express them). The head counts as vector-like for
-weight decay, where the paper's summary is silent. Keep the size of an attention head the same in both models: with a
-growing one, muP divides the logits by its size and not its root, which no weight's factor can do.
+2510.15262.
+Deviations: tied embeddings are refused (that form cannot express them). The head counts as vector-like for weight
+decay, where the paper's summary is silent. Keep the size of an attention head the same in both models: with a growing
+one, muP divides the logits by its size and not its root, which no weight's factor can do.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 It is added between clipping and the update, so it passes through momentum and Adam as a gradient does. Which numbers
 are drawn depends on (seed, t, parameter, position) alone: a resumed run, and any sharding, sees the same noise.
 
-Source: Neelakantan et al., 2015, arXiv 1511.06807. Deviations: `scale="relative"` and `spare_zeros` are not the
-paper's.
+Source: Neelakantan et al., 2015, arXiv 1511.06807.
+Deviations: `scale="relative"` and `spare_zeros` are not the paper's.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ w. What is needed for restoring lives as long:
 
 - a copy, for a carrier that is a small part of the model (the temporary cost is one layer);
 - for a large one (an embedding, an output head), only the entries where (w + d) - d differs from w, with their
-positions. These are
-  the entries whose exponent grew, 5 to 8 % for a perturbation of 1e-3 on weights of 0.02; all others are recomputed
-  from d.
+  positions. These are the entries whose exponent grew, 5 to 8 % for a perturbation of 1e-3 on weights of 0.02; all
+  others are recomputed from d.
 
 A carrier that does not run (fused by its parent, compiled away, bypassed by a loss that reads the weight itself) hands
 its weights up to its parent, at last to the closure as a whole, and the evaluation is made again; so the loss is always

@@ -136,8 +136,8 @@ def galore_8bit(
     Weights whose projected gradient has fewer than 4096 entries keep fp32 moments, as in the released code.
 
     Source: Zhao et al. 2024 with Dettmers et al. 2022, arXiv 2110.02861; defaults of the released code, whose inner
-    rule is bitsandbytes' Adam (eps 1e-8 on the corrected moment). Deviations: as `galore` and `Adam8bit`; weight
-    decay comes before the update.
+    rule is bitsandbytes' Adam (eps 1e-8 on the corrected moment).
+    Deviations: as `galore` and `Adam8bit`; weight decay comes before the update.
     """
     return galore(
         model, rank, lr, refresh=refresh, scale=scale, projection=projection, inner=Adam8bit(betas, eps, "torch"),
@@ -166,8 +166,8 @@ def fira(
     residual "official": a = scale, as in the code behind the published numbers; "paper": a = 1.
     Published scale: 0.25 below 1B parameters, 0.0625 from there.
 
-    Source: Chen et al. 2024, arXiv 2410.01623. Deviations: as `galore`, and a first gradient of zero does not freeze
-    the limiter (`NormGrowth`).
+    Source: Chen et al. 2024, arXiv 2410.01623.
+    Deviations: as `galore`, and a first gradient of zero does not freeze the limiter (`NormGrowth`).
     """
     outside = NormScaled(scale if residual == "official" else 1.0)
     return _build(
@@ -198,8 +198,8 @@ def frugal(
     projection: "columns" (the training script's default), "svd", "random", "blocks" (whole matrices in turn), ...
     with the density `rank`; residual_scale 1.0 for pre-training, 0.1 for fine-tuning.
 
-    Source: Zmushko et al. 2024, arXiv 2411.07837. Deviations: the sign of a residual below the rounding of G counts
-    as 0.
+    Source: Zmushko et al. 2024, arXiv 2411.07837.
+    Deviations: the sign of a residual below the rounding of G counts as 0.
     """
     rules: dict[str, Any] = {"adamw": lambda b: AdamW(b, eps), "lion": Lion, "sgd": lambda b: SGD(b[0])}
     if inner not in rules:
@@ -232,7 +232,8 @@ def apollo(
     P is drawn from a seed at every use and never stored; moments are kept when the seed changes.
     Published ranks: 128 / 192 / 256 / 256 for LLaMA 60M / 130M / 350M / 1B.
 
-    Source: Zhu et al. 2024, arXiv 2412.05270, written from the formulas. Deviations: P is not part of the state.
+    Source: Zhu et al. 2024, arXiv 2412.05270, written from the formulas.
+    Deviations: P is not part of the state.
     """
     outside = NormScaled(0.0, granularity, math.sqrt(scale))
     return _build(
@@ -274,9 +275,10 @@ def dct_adamw(
 
     Only r integers a matrix are stored beside the moments.
 
-    Source: Modoranu et al. 2025, arXiv 2505.17967. Deviations: moments follow their basis vector when the choice
-    changes (the paper's rotation, off in the released code) and each column has its own age for the bias correction;
-    DCT-II vectors on both sides; no error feedback; which parameters are projected is decided by `split_parameters`.
+    Source: Modoranu et al. 2025, arXiv 2505.17967.
+    Deviations: moments follow their basis vector when the choice changes (the paper's rotation, off in the released
+    code) and each column has its own age for the bias correction; DCT-II vectors on both sides; no error feedback;
+    which parameters are projected is decided by `split_parameters`.
     """
     settings: Options = {"moments": "rotate", **options}
     return _build(model, partial(DCT, score=score), rank, lr, AdamW(betas, eps), settings, refresh=refresh)
@@ -303,9 +305,9 @@ def gradnormlorp(
     or DDP call `weft.optim.normalize_weights` before sharding). On a model with frozen block weights (adapters) nothing
     is normalised and the trained factors' gradients are projected. `normalize` forces either.
 
-    Source: Huang et al. 2024, arXiv 2412.19616; README defaults. Deviations: one-sided projection (the released code's
-    default; the paper's is two-sided); the released optimizer normalises only the weight it writes and leaves out the
-    tangent term of dV, here the gradient is the true one.
+    Source: Huang et al. 2024, arXiv 2412.19616; README defaults.
+    Deviations: one-sided projection (the released code's default; the paper's is two-sided); the released optimizer
+    normalises only the weight it writes and leaves out the tangent term of dV, here the gradient is the true one.
     """
     if isinstance(model, nn.Module) and (normalize or (normalize is None and _is_plain(model))):
         if isinstance(model, DistributedDataParallel):

@@ -32,7 +32,7 @@ class SeedLog:
     """One run.
 
     config: the run's seed, estimator, inner rule and chunk, and each parameter's name, shape, dtype and kind of device;
-        JSON-able.
+    JSON-able.
     """
 
     config: dict[str, Any]

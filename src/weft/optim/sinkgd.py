@@ -33,7 +33,8 @@ class MultiNorm(Inner):
     SWAN's scheme. Rows and columns that are all zero, or shorter than 1e-7 of the gradient's norm (rounding noise that
     would become a full-size step), count as zero: they stay zero.
 
-    Source: Scetbon et al. 2025, arXiv 2502.06742, algorithm MNGD. Deviations: that floor.
+    Source: Scetbon et al. 2025, arXiv 2502.06742, algorithm MNGD.
+    Deviations: that floor.
     """
 
     norms: tuple[str, ...] = ("row", "column")

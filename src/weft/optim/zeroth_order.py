@@ -9,8 +9,7 @@ plus the moments of the inner rule if it has any. The log of the d_k rebuilds th
 
 Sources: MeZO (Malladi et al., 2023, arXiv 2305.17333); the variants of Zhang et al., 2024 (arXiv 2402.11592).
 Deviations: weights are restored exactly (MeZO's code adds, subtracts and adds again, which drifts 12 % in bf16 over
-    1000
-steps); bf16 and fp16 updates are rounded stochastically, since most are below the weights' spacing; masks keep the
+1000 steps); bf16 and fp16 updates are rounded stochastically, since most are below the weights' spacing; masks keep the
 stated share (ZO-Bench compares normal numbers with it and keeps others); sign is entrywise, and `conservative` compares
 w and w -+ lr g exactly (ZO-Bench passes both through AdamW); with blocks every tensor has its own direction (ZO-Bench
 gives equal shapes the same). Forward gradients (a JVP) and the ZO / first-order hybrid are not here.

@@ -2,8 +2,8 @@
 
 In the benchmark of Glentis et al., 2025, arXiv 2505.22922, the larger part of what restarts gain for factored models (T
 = 200).
-Deviation: the step counter is reset too, where the paper does not say; otherwise the first steps after a reset would be
-far too large, since Adam would take its empty second moment for a settled one.
+Deviations: the step counter is reset too, where the paper does not say; otherwise the first steps after a reset would
+be far too large, since Adam would take its empty second moment for a settled one.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 bit for bit.
 
 What is added to the Trainer: a rule's penalty enters the loss, data order and random numbers are functions of (seed,
-    step), and a
-checkpoint holds only what training changes. Mixed precision, accumulation, schedules, logging and several processes are
-the Trainer's.
+step), and a checkpoint holds only what training changes. Mixed precision, accumulation, schedules, logging and several
+processes are the Trainer's.
 """
 
 from __future__ import annotations

@@ -61,9 +61,8 @@ print(json.dumps({"class": type(model).__name__, "text": tokenizer.decode(out[0]
 def run(out: str | Path = "demo", *, seed: int = 0, device: str | None = None) -> dict[str, Any]:
     """`weft demo`: do the main job under `out`, and return its table.
 
-    Returns: JSON-able: stages (name, perplexity, parameters, bytes, tokens_per_second of the dense, the compressed
-    and the
-        recovered model), curves (perplexity by budget), generated (what a new process made of the saved model), report.
+    Returns: JSON-able: stages (name, perplexity, parameters, bytes, tokens_per_second of the dense, the compressed and
+    the recovered model), curves (perplexity by budget), generated (what a new process made of the saved model), report.
 
     Raises:
         WeftError: `out` holds something else than an earlier demonstration.

@@ -7,9 +7,8 @@ Papers report this token perplexity; lm-evaluation-harness reports word perplexi
 perplexity under the same word. Both are given: they are perplexity ** (tokens / words) and perplexity ** (tokens /
 bytes).
 
-Deviation: lm-evaluation-harness scores a window's first token from one token of context. Published tables leave it
-    out, and so
-does this file; in the two derived figures those tokens are charged the mean loss.
+Deviations: lm-evaluation-harness scores a window's first token from one token of context. Published tables leave it
+out, and so does this file; in the two derived figures those tokens are charged the mean loss.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ def evaluate(
         windows: how many windows from the beginning of the text; all of them by default.
 
     Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words,
-        window, stride, windows, parameters, bytes (of stored parameters and buffers), tokens_per_second (through the
-        model), seconds, peak_memory_bytes (CUDA allocations of this call, else the high-water mark of the process).
+    window, stride, windows, parameters, bytes (of stored parameters and buffers), tokens_per_second (through the
+    model), seconds, peak_memory_bytes (CUDA allocations of this call, else the high-water mark of the process).
 
     Raises WeftError when the text is too short or the window exceeds the model's context.
     """

@@ -71,8 +71,7 @@ def finetune(
         eval_windows: how many windows of it; all by default.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
         **settings: steps, lr, window, batch, accumulate, seed ... (the fields of `weft.train.recipe.Recipe`), and
-        options
-            of the method.
+            options of the method.
 
     Raises:
         WeftError: an unknown method or setting, nothing to train, or no data to learn from.

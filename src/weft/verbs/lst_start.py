@@ -1,7 +1,7 @@
 """Where the side network of `weft.verbs.lst` starts: the rows and columns of the backbone that matter most to the loss.
 
-    F = sum over sequences of (d loss / d W)^2;   a place's worth = the product over all matrices that share it of
-    the sum of F over their other side
+    F = sum over sequences of (d loss / d W)^2
+    worth of a place = the product, over all matrices that share it, of the sums of F over their other side
 
 Residual places are shared by every matrix of every block, so that the blocks fit together; places within a head by q,
 k, v and o of one block (in the pairs j, j + head / 2 that are rotated together), neurons by gate, up and down. Norms

@@ -3,8 +3,7 @@ output's name.
 
     OUT.partial/arguments.json   the fingerprint of the command whose work this is
     OUT.partial/progress/        finished steps, kept when the run is interrupted: the same command goes on from them
-    OUT.partial/output/          the output itself, thrown away when the run is interrupted, and renamed to OUT when
-    it is complete
+    OUT.partial/output/          the output itself, renamed to OUT when complete, thrown away on an interrupt
 
 Only the process of rank 0 checks, clears and renames; the others of a multi-process run share its directories.
 """
