@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -97,11 +98,26 @@ def readme() -> str:
 PAGES = {"methods.md": methods_page, "cli.md": cli_page, "results.md": results_page, "../README.md": readme}
 
 
+def within(page: str, width: int = 130) -> str:
+    """The page with its long lines of prose wrapped; tables, code and the inside of `code` stay as they are."""
+    lines, code = [], False
+    for line in page.splitlines():
+        code ^= line.startswith("```")
+        if code or len(line) <= width + 10 or line.startswith(("|", "```", "![", "[")):
+            lines.append(line)
+            continue
+        whole = re.sub(r"`[^`]*`|\[[^]]*\]\(", lambda match: match[0].replace(" ", "\0"), line)
+        hang = "  " if line.startswith("- ") else ""
+        pieces = textwrap.wrap(whole, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+        lines += [piece.replace("\0", " ") for piece in pieces]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write or check every page."""
     stale = []
     for name, make in PAGES.items():
-        path, text = HERE / name, make()
+        path, text = HERE / name, within(make())
         if "--check" in sys.argv:
             stale += [] if path.is_file() and path.read_text(encoding="utf-8") == text else [name]
         else:

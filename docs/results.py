@@ -165,7 +165,7 @@ def adapter_tables() -> list[str]:
     """Every adapter method at one budget, a table a model and task, and which of them differ from LoRA."""
     lines = [
         "All methods with as many trained numbers as LoRA where they can have them, each at its best learning rate of "
-        "the lattice 1e-3 * 3^k. Losses are held-out means over seeds; beside them the mean difference to LoRA, seed "
+        "the lattice `1e-3 * 3^k`. Losses are held-out means over seeds; beside them the mean difference to LoRA, seed "
         "by seed, with its 95 % interval: of forty such intervals two miss zero by chance. Kept: bytes that a (lean) "
         "step keeps for its backward pass. So short runs on so small models favour methods that move fast."
     ]

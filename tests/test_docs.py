@@ -85,6 +85,17 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+GENERATED = ("cli.md", "methods.md", "results.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_lines_can_be_read(page: Path) -> None:
+    """At most 140 columns; only the rows of generated tables, which Markdown cannot break, may be longer."""
+    rows = page.name in GENERATED and page.parent.name == "docs"
+    long = [line for line in page.read_text().splitlines() if len(line) > 140 and not (rows and line.startswith("|"))]
+    assert not long, "\n".join(long)
+
+
 def test_generated_pages_are_current() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True, check=False
