@@ -58,11 +58,11 @@ from weft.memory import lean, saved_bytes
 from weft.methods import METHODS, Method
 from weft.optim.schedules import cosine
 from weft.rules import Rules
+from weft.runs.loading import load_model, load_tokenizer
 from weft.terms.layers import linear_layers
 from weft.train.sources import read_texts
 from weft.train.windows import token_stream
 from weft.verbs.adapt import adapt, make_optimizer, rules, trainable, weight_shape
-from weft.verbs.loading import load_model, load_tokenizer
 
 Batch = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"

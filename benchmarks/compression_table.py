@@ -28,12 +28,12 @@ from weft.allocate import ALLOCATIONS, Budget
 from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.methods import METHODS
+from weft.runs.loading import load_model, load_tokenizer
 from weft.stats.calibrate import calibrate
 from weft.terms.layers import linear_layers
 from weft.train.windows import calibration_batches
 from weft.verbs.compress import compress, sensitivity
 from weft.verbs.evaluate import evaluate
-from weft.verbs.loading import load_model, load_tokenizer
 from weft.verbs.truncation import Plan, Store, one_shot, survey
 
 READS = ("spectrum", "weight_spectrum", "losses", "measure")

@@ -33,10 +33,10 @@ from search import tuned
 
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError
+from weft.runs.loading import load_tokenizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import SIZES
 from weft.train.sources import read_texts, source_files
-from weft.verbs.loading import load_tokenizer
 from weft.verbs.pretrain import build, pretrain
 
 Run = Callable[[str, float, int], dict[str, Any]]  # (name, learning rate, seed) -> loss, bytes, seconds

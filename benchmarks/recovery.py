@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from weft.embedded.text import calibration_files, default_text
+from weft.files import write_json
+from weft.runs.loading import load_model, load_tokenizer
+from weft.runs.record import begin
 from weft.train.sources import read_texts
 from weft.verbs.compress import run as compress
 from weft.verbs.evaluate import evaluate
-from weft.verbs.files import write_json
 from weft.verbs.finetune import finetune
-from weft.verbs.loading import load_model, load_tokenizer
-from weft.verbs.record import begin
 
 COMPRESSIONS = (("welore", "welore"), ("kfac-svd", "best"))
 WAYS = {"low-rank only": "welore", "full": "full"}

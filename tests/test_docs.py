@@ -137,7 +137,7 @@ assert 0 < sum(p.numel() for p in trained) < sum(p.numel() for p in model.parame
 generator = torch.Generator().manual_seed(0)
 W, x = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 5), (40, 5)))
 moment = x.T @ x / 40
-B, A, s, _ = weft.methods.METHODS["rms-svd"].factorise(W, {"input_moment": moment}, ridge=0.0)
+B, A, s, _ = weft.methods.METHODS["rms-svd"].split.factorise(W, {"input_moment": moment}, ridge=0.0)
 torch.testing.assert_close(B @ A, W)
 error = (W - B[:, :2] @ A[:2]) * moment.diagonal().sqrt()
 torch.testing.assert_close(error.square().sum(), s[2:].square().sum())

@@ -8,8 +8,8 @@ import pytest
 
 from weft.embedded import MODELS, model_path
 from weft.embedded.text import default_text
+from weft.runs.loading import load_model, load_tokenizer
 from weft.verbs.evaluate import evaluate
-from weft.verbs.loading import load_model, load_tokenizer
 
 
 def test_every_embedded_model_is_a_model_directory_with_a_card() -> None:

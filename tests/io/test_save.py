@@ -16,7 +16,7 @@ from weft.embedded import model_path
 from weft.errors import WeftError
 from weft.io.quantizer import mark
 from weft.io.save import model_card, save_model
-from weft.verbs.output import open_output
+from weft.runs.output import open_output
 
 RUN = {
     "command": "compress",

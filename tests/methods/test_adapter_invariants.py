@@ -17,12 +17,12 @@ from weft.methods import METHODS, Site, corda, eva, lora, lora_ga, lora_sb, lora
 from weft.methods.adapter import scale_of
 from weft.rules.annealed_decay import AnnealedDecay
 from weft.rules.orthonormal import Orthonormal, orthonormal_pull
+from weft.seeds import generator
 from weft.stats.calibrate import calibrate
 from weft.terms import CoreLowRank, Dense, LowRank, Magnitude, Shifted, Spectral
 from weft.terms.adapters import adapters_of, find_adapter
 from weft.testing_adapters import RANK, adapted, task, tiny_llama
 from weft.verbs.adapt import adapt, parameter_groups, trainable
-from weft.verbs.seeding import generator
 
 OUT, IN, R = 24, 20, 4
 
@@ -385,19 +385,21 @@ def test_lora_ga_sizes_and_clip() -> None:
 
 def test_lora_sb_starts_on_the_first_adam_step() -> None:
     W, G = drawn(OUT, IN), drawn(OUT, IN, seed=1)
-    term = lora_sb.attach(site(W, mean_grad=G), lr=1e-3, warmup=10, threshold=0.0)[""]
+    term = lora_sb.split(site(W, mean_grad=G), lr=1e-3, warmup=10, threshold=0.0).terms[""]
     assert isinstance(term, CoreLowRank)
     U, s, V = torch.linalg.svd(-1e-4 * G.sign(), full_matrices=False)
     close(term.dense().detach(), (U[:, :R] * s[:R]) @ V[:R])
     close(term.B.mT @ term.B, torch.eye(R))
     close(term.A @ term.A.mT, torch.eye(R))
     assert [n for n, p in term.named_parameters() if p.requires_grad] == ["R"]
-    scaled = lora_sb.attach(site(W, mean_grad=1e-8 * G), lr=1e-3, warmup=10, threshold=0.0)[""]
+    scaled = lora_sb.split(site(W, mean_grad=1e-8 * G), lr=1e-3, warmup=10, threshold=0.0).terms[""]
     close(scaled.dense().detach(), term.dense().detach())
 
 
 def test_lora_sb_step_is_the_projection_of_the_full_step() -> None:
-    term = lora_sb.attach(site(drawn(OUT, IN), mean_grad=drawn(OUT, IN, seed=1)), lr=1e-3, warmup=10, threshold=0.0)[""]
+    term = lora_sb.split(
+        site(drawn(OUT, IN), mean_grad=drawn(OUT, IN, seed=1)), lr=1e-3, warmup=10, threshold=0.0
+    ).terms[""]
     x, target = drawn(9, IN, seed=2), drawn(9, OUT, seed=3)
     (term(x) * target).sum().backward()
     full = target.mT @ x
@@ -410,13 +412,13 @@ def test_lora_sb_step_is_the_projection_of_the_full_step() -> None:
 def test_lora_sb_ignores_gradients_that_are_noise() -> None:
     G = drawn(OUT, IN, seed=1)
     G[:, 0] = 1e-12
-    term = lora_sb.attach(site(drawn(OUT, IN), IN, mean_grad=G), lr=1e-3, warmup=10, threshold=1e-6)[""]
+    term = lora_sb.split(site(drawn(OUT, IN), IN, mean_grad=G), lr=1e-3, warmup=10, threshold=1e-6).terms[""]
     assert term.dense()[:, 0].abs().max() < 1e-9
 
 
 def test_lora_xs_sits_between_the_weights_own_sides() -> None:
     W = drawn(OUT, IN)
-    term = lora_xs.attach(site(W), deviation=1e-5)[""]
+    term = lora_xs.split(site(W), deviation=1e-5).terms[""]
     close((term.B @ term.A).detach(), pissa.initialise(site(W), 1.0)[0] @ pissa.initialise(site(W), 1.0)[1])
     assert 0 < term.R.abs().max() < 1e-4
 

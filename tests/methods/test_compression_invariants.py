@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.methods import METHODS
-from weft.methods.base import Factors, Method, low_rank_terms
+from weft.methods.base import Factors, LowRankSplit, Method, low_rank_terms
 from weft.terms.layers import set_low_rank
 
 COMPRESS = {name: method for name, method in METHODS.items() if method.kind == "compress"}
@@ -44,8 +44,8 @@ class Data:
 
     def factorise(self, method: str, **options: object) -> Factors:
         chosen = METHODS[method]
-        assert chosen.factorise is not None
-        return chosen.factorise(self.W, {need: self.moments[need] for need in chosen.needs}, **options)
+        assert isinstance(chosen.split, LowRankSplit)
+        return chosen.split.factorise(self.W, {need: self.moments[need] for need in chosen.needs}, **options)
 
 
 def low_rank(factors: Factors, rank: int) -> Tensor:
@@ -65,8 +65,8 @@ def tail(M: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("name", COMPRESS)
 def test_defaults_are_those_of_the_function(name: str) -> None:
     method = COMPRESS[name]
-    assert method.factorise is not None
-    parameters = signatures.signature(method.factorise).parameters.values()
+    assert isinstance(method.split, LowRankSplit)
+    parameters = signatures.signature(method.split.factorise).parameters.values()
     assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == dict(method.defaults)
 
 

@@ -19,12 +19,12 @@ from weft.methods import METHODS, Site, kasa, loldu, svfit
 from weft.rules import Rules
 from weft.rules.kept_subspace import KeptSubspace, orthogonality_loss, size_loss
 from weft.rules.spectral_penalty import SpectralPenalty
+from weft.seeds import generator
 from weft.terms import Dense, LowRank, Shifted, Spectral
 from weft.terms.adapters import find_adapter
 from weft.terms.factors import exact_factors
 from weft.testing_adapters import PROPERTIES, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, rules, trainable
-from weft.verbs.seeding import generator
 
 OUT, IN, R = 24, 20, 4
 SHAPES = [(OUT, IN), (IN, OUT), (IN, IN)]
@@ -100,7 +100,7 @@ def test_svfit_energy_chooses_the_rank_up_to_the_cap() -> None:
 
 
 def test_svfit_keeps_nothing_of_the_input_for_the_backward_pass() -> None:
-    term = svfit.attach(site(drawn(OUT, IN)), energy=None, relative=False)[""]
+    term = svfit.split(site(drawn(OUT, IN)), energy=None, relative=False).terms[""]
     kept: list[tuple[int, ...]] = []
     x = drawn(9, IN, seed=1).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t):
@@ -197,7 +197,7 @@ def test_kasa_drops_the_smallest_components(shape: tuple[int, int]) -> None:
 
 def test_kasa_without_its_diagonal_is_lora() -> None:
     W = drawn(OUT, IN)
-    term = kasa.attach(site(W), alpha=8.0, dropout=0.0, beta=0.0, gamma=0.0)[""]
+    term = kasa.split(site(W), alpha=8.0, dropout=0.0, beta=0.0, gamma=0.0).terms[""]
     assert isinstance(term, Spectral) and not term.U.any() and term.s.std() > 0.1
     assert term.V.abs().max() <= 1 / math.sqrt(IN)
     term.U.data, term.s.data = drawn(OUT, R, seed=1), torch.ones(R)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import weft.optim as wo
 from tests.optim import reference
 from weft.optim.projections import DCT, SVD, Columns, Gaussian
-from weft.optim.seeds import mix
+from weft.seeds import mix
 
 SHAPES = [(12, 8), (8, 12), (12, 8), (8, 8), (9, 20)]
 STEPS, EVERY, WD = 30, 12, 0.1

@@ -120,7 +120,7 @@ def test_a_layer_becomes_the_methods_own_truncation(name: str) -> None:
     dense = copy.deepcopy(model)
     stats = calibrate(model, data, METHODS[name].needs)
     done = compress(model, name, budget=0.5, allocate="uniform", batches=data)
-    factorise = METHODS[name].factorise
+    factorise = METHODS[name].split.factorise
     assert factorise is not None
     for layer, rank in done.allocation.items():
         factors = factorise(weight_of(dense.get_submodule(layer), torch.float64), stats[layer]).truncate(rank or 0)

@@ -21,7 +21,7 @@ from weft.verbs.inspect import inspect, run
 
 @pytest.fixture(scope="module")
 def model(tiny_directory: Path) -> nn.Module:
-    from weft.verbs.loading import load_model
+    from weft.runs.loading import load_model
 
     return load_model(tiny_directory, device="cpu")
 

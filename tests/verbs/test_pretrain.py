@@ -20,13 +20,13 @@ from weft.errors import WeftError
 from weft.optim import OPTIMIZERS
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
+from weft.runs.loading import load_tokenizer
 from weft.terms import LowRank
 from weft.train.optimizers import default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import SIZES
 from weft.train.trainer import Seeds
 from weft.verbs import pretrain as verb
-from weft.verbs.loading import load_tokenizer
 from weft.verbs.pretrain import build, pretrain, run
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(150))

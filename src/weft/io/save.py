@@ -31,7 +31,7 @@ def save_model(
 ) -> None:
     """Write everything that `from_pretrained` and `push_to_hub` need into `directory`.
 
-    The directory is not made whole or not at all here: verbs give the one of `weft.verbs.output.open_output`, which is.
+    The directory is not made whole or not at all here: verbs give the one of `weft.runs.output.open_output`, which is.
 
     Args:
         model: with sums of terms or without; its marks are brought up to date.

@@ -6,7 +6,6 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from weft.errors import unknown
 from weft.methods import (
     afm,
     allora,
@@ -54,74 +53,75 @@ from weft.methods import (
     svfit,
     welore,
 )
-from weft.methods.base import Factors, Method, Site
+from weft.methods.base import Factors, Method, Site, Split
+from weft.records import Table
 
-__all__ = ["METHODS", "Factors", "Method", "Site", "find"]
+__all__ = ["METHODS", "Factors", "Method", "Site", "Split", "find"]
 
-METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD
-    for module in (
-        svd,
-        fwsvd,
-        asvd,
-        afm,
-        svd_llm,
-        kfac_svd,
-        welore,
-        full,
-        # starts of a low-rank product
-        lora,
-        dora,
-        pissa,
-        olora,
-        corda,
-        eva,
-        lora_ga,
-        lora_sb,
-        lora_xs,
-        lq_lora,
-        soma,
-        sorsa,
-        # the weight's own factors
-        svfit,
-        loldu,
-        kasa,
-        salt,
-        effort,
-        # other structures
-        bone,
-        soka,
-        compacter,
-        # numbers that layers share, or that nobody keeps
-        nola,
-        randlora,
-        mos,
-        said,
-        one_bit_adapters,
-        # chosen entries
-        random_mask,
-        paca,
-        lift,
-        sft,
-        # rules of training
-        sora,
-        allora,
-        dylora,
-        increlora,
-        lamda,
-        lora_ggpo,
-        ce_ssl,
-        deft,
-    )
-}
+METHODS = Table(
+    Method,
+    (
+        module.METHOD
+        for module in (
+            svd,
+            fwsvd,
+            asvd,
+            afm,
+            svd_llm,
+            kfac_svd,
+            welore,
+            full,
+            # starts of a low-rank product
+            lora,
+            dora,
+            pissa,
+            olora,
+            corda,
+            eva,
+            lora_ga,
+            lora_sb,
+            lora_xs,
+            lq_lora,
+            soma,
+            sorsa,
+            # the weight's own factors
+            svfit,
+            loldu,
+            kasa,
+            salt,
+            effort,
+            # other structures
+            bone,
+            soka,
+            compacter,
+            # numbers that layers share, or that nobody keeps
+            nola,
+            randlora,
+            mos,
+            said,
+            one_bit_adapters,
+            # chosen entries
+            random_mask,
+            paca,
+            lift,
+            sft,
+            # rules of training
+            sora,
+            allora,
+            dylora,
+            increlora,
+            lamda,
+            lora_ggpo,
+            ce_ssl,
+            deft,
+        )
+    ),
+)
 
 
 def find(name: str, *kinds: str) -> Method:
     """The method of that name, of one of these kinds (none: any). Raises WeftError with the nearest names."""
-    among = {key: method for key, method in METHODS.items() if not kinds or method.kind in kinds}
-    if name not in among:
-        raise unknown(f"method to {' or '.join(kinds)}" if kinds else "method", name, among)
-    return among[name]
+    return METHODS.find(name, *kinds)
 
 
 class _Room(ModuleType):

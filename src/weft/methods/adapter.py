@@ -1,7 +1,7 @@
 """What the adapter methods share: the scale of a LoRA, its random start, and turning an initialiser into terms.
 
 An *initialiser* is a function (site, scale, **options) -> (B (out, r), A (r, in)), in fp32 or wider. `low_rank` makes
-it the `attach` of a method: added to the untouched base, or *shifted*: the start s B A is taken out of the base, so
+it the `split` of a method: added to the untouched base, or *shifted*: the start s B A is taken out of the base, so
 that the function is unchanged, by keeping a frozen copy of the start (`weft.terms.Shifted`).
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
-from weft.methods.base import Site
+from weft.methods.base import Site, Split
 from weft.terms import LowRank, Shifted, Term
 
 __all__ = ["SCALING", "Common", "Pair", "kaiming", "lora_count", "low_rank", "no_gradient", "scale_of"]
@@ -56,24 +56,22 @@ def no_gradient(term: Term, *names: str) -> Term:
     return term
 
 
-def low_rank(initialise: Callable[..., Pair], *, shifted: bool = False) -> Callable[..., dict[str, Term]]:
-    """The `attach` of a method whose terms are one LowRank, started by `initialise`.
+def low_rank(initialise: Callable[..., Pair], *, shifted: bool = False) -> Callable[..., Split]:
+    """The `split` of a method whose terms are one LowRank, started by `initialise`.
 
     Args:
         initialise: (site, scale, **options without those of `SCALING`) -> B, A.
         shifted: whether the start is taken out of the base.
     """
 
-    def attach(
-        site: Site, *, alpha: float | None, rslora: bool, dropout: float = 0.0, **options: Any
-    ) -> dict[str, Term]:
+    def split(site: Site, *, alpha: float | None, rslora: bool, dropout: float = 0.0, **options: Any) -> Split:
         # of the nominal rank: where ranks are spread over layers, the scale stays the same on all of them
         scale = scale_of(site.nominal, alpha=alpha, rslora=rslora)
         B, A = (factor.to(site.device, site.dtype) for factor in initialise(site, scale, **options))
         term = LowRank.from_factors(B, A, scale=scale, dropout=dropout)
-        return {"": Shifted.from_term(term) if shifted else term}
+        return Split({"": Shifted.from_term(term) if shifted else term})
 
-    return attach
+    return split
 
 
 class Common:

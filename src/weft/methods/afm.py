@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.linalg.principal import principal_factors
-from weft.methods.base import Factors, Method, Moments, low_rank_terms
+from weft.methods.base import Factors, Method, Moments, low_rank_split, low_rank_terms
 
 __all__ = ["METHOD", "factorise"]
 
@@ -36,7 +36,7 @@ METHOD = Method(
     summary="Principal components of the layer's outputs, with a bias that restores their mean.",
     paper="Yu et al., 2024, arXiv 2405.18146",
     needs=("input_moment", "input_mean"),
-    factorise=factorise,
+    split=low_rank_split(factorise),
     trained=low_rank_terms,
     defaults={"bias": True, "ridge": 1e-4},
 )

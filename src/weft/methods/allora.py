@@ -17,19 +17,19 @@ import math
 from weft.errors import WeftError
 from weft.methods import lora
 from weft.methods.adapter import lora_count
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.row_rates import RowRates
-from weft.terms import LowRank, Term
+from weft.terms import LowRank
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, eta: float) -> dict[str, Term]:
+def split(site: Site, *, eta: float) -> Split:
     """LoRA's start with scale 1."""
     if not 0 < eta < math.inf:
         raise WeftError(f"eta is {eta}: a row of zeros takes eta times its step, so give a positive, finite number.")
     B, A = (factor.to(site.device, site.dtype) for factor in lora.initialise(site, 1.0))
-    return {"": LowRank.from_factors(B, A)}
+    return Split({"": LowRank.from_factors(B, A)})
 
 
 METHOD = Method(
@@ -37,7 +37,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA without dropout and scale, whose rows step the farther the shorter they are.",
     paper="Huang and Balestriero, 2024, arXiv 2410.09692",
-    attach=attach,
+    split=split,
     count=lora_count,
     rules=(RowRates,),
     defaults={"eta": 2.0},

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from weft.linalg.principal import principal_factors
-from weft.methods.base import Factors, Method, Moments, low_rank_terms
+from weft.methods.base import Factors, Method, Moments, low_rank_split, low_rank_terms
 
 __all__ = ["METHOD", "factorise"]
 
@@ -30,7 +30,7 @@ METHOD = Method(
     paper="Yuan et al., 2023, arXiv 2312.05821",
     needs=("input_abs_mean",),
     allocate="asvd",
-    factorise=factorise,
+    split=low_rank_split(factorise),
     trained=low_rank_terms,
     defaults={"alpha": 0.5},
 )

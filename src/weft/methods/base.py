@@ -2,12 +2,13 @@
 
     needs      which statistics of the data it must see first                      (names from `weft.stats`)
     allocate   how a budget is spread over the layers                              (a name from `weft.allocate`)
-    init       how a weight is split into terms: `factorise` for compression, `attach` for adapters
+    split      how a weight is split into terms: (site, **options) -> Split
     rule       what happens around each training step                              (`weft.rules`)
     optimizer  how gradients become updates, and which numbers receive them        (`weft.optim`)
 
 A method is one file in this room that ends in `METHOD = Method(...)`, and one line in the list of
-`weft/methods/__init__.py`.
+`weft/methods/__init__.py`. Whether its terms take the base's place (compress, quantize, pretrain) or stand beside it
+(adapt, compensate) is the verb's affair.
 """
 
 from __future__ import annotations
@@ -20,11 +21,50 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.records import Record
 
-__all__ = ["Factors", "Method", "Moments", "Site", "low_rank_terms", "no_terms", "smaller_side"]
+__all__ = [
+    "Factors",
+    "LowRankSplit",
+    "Method",
+    "Moments",
+    "Shape",
+    "Site",
+    "Size",
+    "Split",
+    "low_rank_sizes",
+    "low_rank_split",
+    "low_rank_terms",
+    "no_terms",
+    "smaller_side",
+]
 
 Moments = Mapping[str, Tensor]
 """The statistics of one layer by name, e.g. {"input_moment": (in, in)}; see `weft.stats`."""
+
+Size = Any
+"""How large a layer's representation is, JSON-able: a rank, bits a weight, a density, a list of them; None is dense."""
+
+
+class Shape(tuple[int, int]):
+    """(out, in) of a weight, which knows the bytes of one of its numbers: `out, inn = shape; shape.itemsize`."""
+
+    itemsize: int
+
+    def __new__(cls, out_features: int, in_features: int, itemsize: int = 4) -> Shape:
+        made = super().__new__(cls, (out_features, in_features))
+        made.itemsize = itemsize
+        return made
+
+    @property
+    def numel(self) -> int:
+        """Numbers of the dense matrix."""
+        return self[0] * self[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense matrix."""
+        return self.numel * self.itemsize
 
 
 class Factors(NamedTuple):
@@ -43,52 +83,144 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Split:
+    """What a site becomes.
+
+    Args:
+        terms: by role; "" for the main one, "base" for one that takes the base's place where the others stand beside
+            it. What shall be trained requires a gradient.
+        bias: the layer's new bias (out,); None where it stays as it is.
+        parts: layer -> its own split, where the site is a group of layers.
+    """
+
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    bias: Tensor | None = None
+    parts: Mapping[str, Split] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Site:
-    """One layer that is about to receive an adapter.
+    """One layer that is about to be split into terms, or a group of layers that are cut together.
 
     Args:
         name: the layer's name in the model.
-        base: its terms, without those of other adapters.
-        rank: of this layer's adapter.
-        nominal: the rank that was asked for; differs from `rank` where ranks are spread over layers.
+        terms: its terms so far, without those of adapters.
+        size: the chosen size: for most methods the rank.
+        nominal: the size that was asked for; differs from `size` where sizes are spread over layers.
         moments: the statistics that the method needs.
         generator: a CPU generator of this layer's own; draw in fp32.
-        dtype: of the trainable tensors.
+        dtype: of the floating-point tensors of the new terms.
         shared: what the method's `share` made for the whole model.
         bias: the layer's bias (out,), or None.
+        original: the weight (out, in) before any method touched it; None where that is the sum of the terms.
+        parts: layer -> its own site, where the method cuts several layers together.
     """
 
     name: str
-    base: Mapping[str, Any]
-    rank: int
-    nominal: int
+    terms: Mapping[str, Any]
+    size: Size
+    nominal: Size
     moments: Moments
     generator: torch.Generator
     dtype: torch.dtype = torch.float32
     shared: Any = None
     bias: Tensor | None = None
+    original: Tensor | None = None
+    parts: Mapping[str, Site] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The size of a method whose sizes are whole numbers."""
+        return int(self.size)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        term = next(iter(self.base.values()))
+        term = next(iter(self.terms.values()))
         return term.out_features, term.in_features
 
     @property
     def device(self) -> torch.device:
         """Where the layer lies."""
-        device: torch.device = next(iter(self.base.values()))._reference().device
+        device: torch.device = next(iter(self.terms.values()))._reference().device
         return device
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W (out, in), the sum of the base's terms."""
-        first, *rest = (term.dense(dtype).detach() for term in self.base.values())
+        """W (out, in), the sum of the terms so far."""
+        first, *rest = (term.dense(dtype).detach() for term in self.terms.values())
         return sum(rest, start=first)
+
+    def missing(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the terms so far lack of the original: (out, in)."""
+        now = self.weight(dtype)
+        return torch.zeros_like(now) if self.original is None else self.original.to(now.device, dtype) - now
 
 
 def smaller_side(out_features: int, in_features: int, options: Mapping[str, Any]) -> int:
     """The rank beyond which a matrix has nothing."""
     return min(out_features, in_features)
+
+
+def low_rank_sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rank, bytes) for every rank at which two factors are smaller than the matrix: r (out + in) numbers."""
+    out_features, in_features = shape
+    unit = out_features + in_features
+    return [(rank, rank * unit * shape.itemsize) for rank in range(1, (shape.numel - 1) // unit + 1)]
+
+
+@dataclass(frozen=True)
+class LowRankSplit:
+    """A `split` whose terms are one LowRank, the first r components of the factors of a weight.
+
+    Its answers of all ranks are nested, so that a survey factorises once and knows the loss of every rank.
+
+    Args:
+        factorise: (W (out, in), moments, **options) -> Factors.
+        role: of the term.
+        of: (site, dtype) -> the matrix to be factorised: the weight, or what is missing of the original.
+        dtype: that the matrix is handed over in.
+    """
+
+    factorise: Callable[..., Factors]
+    role: str = "low_rank"
+    of: Callable[[Site, torch.dtype], Tensor] = Site.weight
+    dtype: torch.dtype = torch.float64
+
+    def __call__(self, site: Site, **options: Any) -> Split:
+        return self.terms(site, self.factors(site, **options))
+
+    def factors(self, site: Site, **options: Any) -> Factors:
+        """Those of the site's weight. Raises WeftError with the layer's name where it cannot be factorised."""
+        W = self.of(site, self.dtype)
+        if not torch.isfinite(W).all():
+            raise WeftError(
+                f"The weight of layer {site.name} holds NaN or infinity; leave it out with a layer pattern."
+            )
+        try:
+            return self.factorise(W, site.moments, **options)
+        except WeftError:
+            raise
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            shape = f"{W.shape[0]} x {W.shape[1]}"
+            raise WeftError(f"{site.name} ({shape}) cannot be factorised: {error}") from error
+
+    def terms(self, site: Site, factors: Factors) -> Split:
+        """The first components of known factors, and the bias that takes up their mean error where they ask for it."""
+        from weft.terms import LowRank
+
+        B, A = (t.to(site.device, site.dtype) for t in factors.truncate(site.rank)[:2])
+        term = LowRank.from_factors(B, A)
+        if factors.mean is None:
+            return Split({self.role: term})
+        # the factors as they are stored, so that their rounding is corrected too
+        error = (self.of(site, torch.float64) - B.double() @ A.double()) @ factors.mean.to(site.device)
+        bias = error if site.bias is None else site.bias.double() + error
+        return Split({self.role: term}, bias.to(site.dtype))
+
+
+def low_rank_split(factorise: Callable[..., Factors]) -> LowRankSplit:
+    """The `split` of a method that is a way to factorise the weight: see `LowRankSplit`."""
+    return LowRankSplit(factorise)
 
 
 def low_rank_terms(model: nn.Module) -> list[nn.Parameter]:
@@ -105,29 +237,27 @@ def no_terms(model: nn.Module) -> list[nn.Parameter]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Record):
     """One method, as data. Frozen; every field but `name`, `summary`, `paper` and `kind` has a default that means "does
     not do this".
 
     Args:
-        name: as in the list of methods and on the command line.
-        summary: one line.
-        paper: authors, year and identifier, or "weft" where it is ours.
-        kind: "compress" (replaces weights by fewer numbers), "adapt" (adds trainable terms), or "train" (changes no
-            weight, chooses what is trained).
-        needs: the statistics that `factorise` or `attach` reads from its `moments`.
+        kind: "compress" (replaces weights by fewer numbers), "quantize" (by codes), "adapt" (adds trainable terms),
+            "compensate" (adds terms that take up what a compression lost), "pretrain" (makes fresh layers), or "train"
+            (changes no weight, chooses what is trained).
+        needs: the statistics that `split` reads from its site's `moments`.
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
         sequential: whether each block is calibrated on the outputs of the blocks already changed.
         correction: share (0 to 1) of the drift of a layer's inputs that the sequential form corrects, see
             `weft.verbs.truncation.sequential`.
-        factorise: (W (out, in) in fp64, moments, **options) -> Factors. For kind "compress".
-        attach: (site, **options) -> terms by role, "" for the main one; what shall be trained requires a gradient. For
-            kind "adapt", as are all below.
+        split: (site, **options) -> Split.
+        sizes: (shape, options) -> [(size, bytes), ...] by rising bytes: what an allocation may choose from.
+        groups: (layer names) -> lists of names that are cut together; None where each layer stands alone.
         count: (out, in, rank, options) -> trainable numbers of one matrix, the paper's formula.
         count_shared: (shapes by layer, rank, options) -> trainable numbers that the layers share, counted once.
         limit: (out, in, options) -> the largest rank that makes sense.
         share: (shapes by layer, rank, generator, options) -> what all layers share (a random store, a pool), handed to
-            each `attach` in its site.
+            each `split` in its site.
         spread: (moments by layer, shapes by layer, rank, options) -> rank by layer; 0 leaves a layer out. Among a
             layer's moments is its "weight" (out, in), made when asked for.
         rates: (options) -> factor of the learning rate by parameter name within a term.
@@ -140,19 +270,15 @@ class Method:
         optimizer: (parameter groups with their "lr" and "weight_decay", options) -> the optimizer that the method was
             published with, where AdamW's state per parameter will not do (an age of each entry, say).
         trained: (model) -> the parameters that training updates; all others are frozen.
-        defaults: the paper's hyperparameters, which are also the names of the options that the method takes.
     """
 
-    name: str
-    summary: str
-    paper: str
-    kind: str
     needs: tuple[str, ...] = ()
     allocate: str = "uniform"
     sequential: bool = False
     correction: float = 0.0
-    factorise: Callable[..., Factors] | None = None
-    attach: Callable[..., Mapping[str, Any]] | None = None
+    split: Callable[..., Split] | None = None
+    sizes: Callable[[Shape, Mapping[str, Any]], Sequence[tuple[Size, int]]] = low_rank_sizes
+    groups: Callable[[Sequence[str]], list[list[str]]] | None = None
     count: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
     count_shared: Callable[[Mapping[str, tuple[int, int]], int, Mapping[str, Any]], int] | None = None
     limit: Callable[[int, int, Mapping[str, Any]], int] = smaller_side
@@ -165,18 +291,6 @@ class Method:
     rules: tuple[Callable[..., Any], ...] = ()
     optimizer: Callable[[list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer] | None = None
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults overridden by what the user gave.
-
-        Raises WeftError for an option that the method does not have.
-        """
-        strange = sorted(set(given) - set(self.defaults))
-        if strange:
-            known = ", ".join(self.defaults) or "none"
-            raise WeftError(f"The method {self.name!r} has no option {strange[0]!r}; its options are: {known}.")
-        return {**self.defaults, **given}
 
     def freeze(self, model: nn.Module) -> list[nn.Parameter]:
         """Make exactly the method's own parameters trainable, and return them.
@@ -197,13 +311,6 @@ class Method:
 
     def record(self) -> dict[str, Any]:
         """What `weft methods` lists, JSON-able."""
-        defaults = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in self.defaults.items()}
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "summary": self.summary,
-            "paper": self.paper,
-            "needs": list(self.needs),
-            "allocate": self.allocate if self.kind == "compress" else None,
-            "defaults": defaults,
-        }
+        allocate = self.allocate if self.kind == "compress" else None
+        head = super().record()
+        return {**head, "needs": list(self.needs), "allocate": allocate}

@@ -19,15 +19,15 @@ from typing import Any
 from torch import nn
 
 from weft.errors import WeftError, unknown
-from weft.methods.base import Method, Site
-from weft.terms import BlockAffine, ShardSum, Term
+from weft.methods.base import Method, Site, Split
+from weft.terms import BlockAffine, ShardSum
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 VARIANTS = ("balance", "mini", "bat")
 
 
-def attach(site: Site, *, variant: str, mini_r: int) -> dict[str, Term]:
+def split(site: Site, *, variant: str, mini_r: int) -> Split:
     """D = 0."""
     out_features, in_features = site.shape
     place: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
@@ -42,7 +42,7 @@ def attach(site: Site, *, variant: str, mini_r: int) -> dict[str, Term]:
     else:
         raise unknown("variant of bone", variant, VARIANTS)
     nn.init.zeros_(term.D)
-    return {"": term}
+    return Split({"": term})
 
 
 def _check_divides(site: Site, side: str, size: int, part: int) -> None:
@@ -67,7 +67,7 @@ METHOD = Method(
     kind="adapt",
     summary="One small matrix shared by all shards of the input (MiSS), or applied to every block of the weight (BAT).",
     paper="Kang, 2024, arXiv 2409.15371",
-    attach=attach,
+    split=split,
     count=_count,
     limit=limit,
     defaults={"variant": "balance", "mini_r": 1},

@@ -26,17 +26,17 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.methods.adapter import lora_count, scale_of
-from weft.methods.base import Method, Moments, Site
+from weft.methods.base import Method, Moments, Site, Split
 from weft.methods.soma import extras
 from weft.rules.gate_draws import GateDraws
-from weft.terms import GatedLowRank, Term
+from weft.terms import GatedLowRank
 
-__all__ = ["METHOD", "attach", "score", "spread"]
+__all__ = ["METHOD", "score", "split", "spread"]
 
 DEVIATION = 0.02
 
 
-def attach(site: Site, *, alpha: float | None, p: float, **_: Any) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, p: float, **_: Any) -> Split:
     """A normal A, a zero B, and the gate that evaluation expects of the coins."""
     if not 0 <= p < 1:
         raise WeftError(f"p is {p}: the chance that a layer sits out a step lies from 0 up to 1, 1 excluded.")
@@ -44,7 +44,7 @@ def attach(site: Site, *, alpha: float | None, p: float, **_: Any) -> dict[str, 
     A = torch.randn(site.rank, in_features, generator=site.generator) * DEVIATION
     B, A = (factor.to(site.device, site.dtype) for factor in (torch.zeros(out_features, site.rank), A))
     gate = torch.full((site.rank,), 1 - p)
-    return {"": GatedLowRank.from_factors(B, A, gate, scale=scale_of(site.nominal, alpha=alpha))}
+    return Split({"": GatedLowRank.from_factors(B, A, gate, scale=scale_of(site.nominal, alpha=alpha))})
 
 
 def score(G: Tensor, A: Tensor, W: Tensor | None = None) -> float:
@@ -86,7 +86,7 @@ METHOD = Method(
     summary="LoRA whose layers sit out steps at random, with half the rank where the gradient's score is low.",
     paper="Zhou et al., 2024, arXiv 2406.14377",
     needs=("mean_grad",),
-    attach=attach,
+    split=split,
     count=lora_count,
     spread=spread,
     extras=extras,

@@ -26,11 +26,11 @@ from torch import nn
 
 from weft.errors import WeftError
 from weft.methods.adapter import Common
-from weft.methods.base import Method, Moments, Site
+from weft.methods.base import Method, Moments, Site, Split
 from weft.rules.replicated import Replicated
-from weft.terms import Bottleneck, Term
+from weft.terms import Bottleneck
 
-__all__ = ["METHOD", "attach", "sublayer_of"]
+__all__ = ["METHOD", "split", "sublayer_of"]
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -68,7 +68,7 @@ def share(shapes: Shapes, rank: int, generator: torch.Generator, options: Mappin
     return Common(A=torch.randn(n, n, n, generator=generator) * 1e-4)
 
 
-def attach(site: Site, *, n: int, r_f: int, attention: bool, norms: bool) -> dict[str, Term]:
+def split(site: Site, *, n: int, r_f: int, attention: bool, norms: bool) -> Split:
     """The adapter around the layer, holding the model's A."""
     out_features, in_features = site.shape
     if out_features % n or site.rank % n:
@@ -83,7 +83,7 @@ def attach(site: Site, *, n: int, r_f: int, attention: bool, norms: bool) -> dic
         projection.s, projection.t = (_glorot(p.shape, site) for p in (projection.s, projection.t))
         nn.init.zeros_(projection.bias)
     term.A = site.shared.on(site)["A"]
-    return {"": term}
+    return Split({"": term})
 
 
 def _glorot(shape: torch.Size, site: Site) -> nn.Parameter:
@@ -116,7 +116,7 @@ METHOD = Method(
     kind="adapt",
     summary="Nonlinear bottlenecks after each sublayer, made of Kronecker products with factors the model shares.",
     paper="Karimi Mahabadi et al., 2021, arXiv 2106.04647",
-    attach=attach,
+    split=split,
     count=_count,
     count_shared=_count_shared,
     limit=limit,

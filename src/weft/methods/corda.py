@@ -44,7 +44,7 @@ METHOD = Method(
     summary="LoRA started on the components of the weight that the inputs use most (ipm), or least (kpm).",
     paper="Yang et al., 2024, arXiv 2406.05223",
     needs=("input_moment",),
-    attach=low_rank(initialise, shifted=True),
+    split=low_rank(initialise, shifted=True),
     count=lora_count,
     defaults={**SCALING, "mode": "ipm", "damp": 0.01},
 )

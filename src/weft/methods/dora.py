@@ -14,17 +14,17 @@ from typing import Any
 
 from weft.methods import lora
 from weft.methods.adapter import lora_count, scale_of
-from weft.methods.base import Method, Site
-from weft.terms import LowRank, Magnitude, Term
+from weft.methods.base import Method, Site, Split
+from weft.terms import LowRank, Magnitude
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, alpha: float | None, rslora: bool) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, rslora: bool) -> Split:
     """LoRA's start under a vector of row lengths."""
     scale = scale_of(site.nominal, alpha=alpha, rslora=rslora)
     B, A = (factor.to(site.device, site.dtype) for factor in lora.initialise(site, scale))
-    return {"": Magnitude.from_update(LowRank.from_factors(B, A, scale=scale), site.base)}
+    return Split({"": Magnitude.from_update(LowRank.from_factors(B, A, scale=scale), site.terms)})
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -36,7 +36,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA on the direction of the weight's rows, a trained vector for their lengths.",
     paper="Liu et al., 2024, arXiv 2402.09353",
-    attach=attach,
+    split=split,
     count=_count,
     defaults={"alpha": None, "rslora": False},
 )

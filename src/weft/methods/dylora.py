@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from weft.errors import WeftError
 from weft.methods import lora
 from weft.methods.adapter import lora_count, scale_of
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.gate_draws import GateDraws
-from weft.terms import GatedLowRank, Term
+from weft.terms import GatedLowRank
 from weft.terms.adapters import find_adapter
 
-__all__ = ["METHOD", "attach", "truncate"]
+__all__ = ["METHOD", "split", "truncate"]
 
 
-def attach(site: Site, *, alpha: float | None, frozen: bool) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, frozen: bool) -> Split:
     """LoRA's start, all components open."""
     scale = scale_of(site.nominal, alpha=alpha)
     B, A = (factor.to(site.device, site.dtype) for factor in lora.initialise(site, scale))
-    return {"": GatedLowRank.from_factors(B, A, torch.ones(site.rank), scale=scale)}
+    return Split({"": GatedLowRank.from_factors(B, A, torch.ones(site.rank), scale=scale)})
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA cut to a random rank at every step, which can then be cut to any rank without training again.",
     paper="Valipour et al., 2022, arXiv 2210.07558",
-    attach=attach,
+    split=split,
     count=lora_count,
     rules=(_sampler,),
     defaults={"alpha": None, "frozen": True},

@@ -20,18 +20,18 @@ import torch
 
 from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import lora_count
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.kept_subspace import KeptSubspace
-from weft.terms import Shifted, Spectral, Term
+from weft.terms import Shifted, Spectral
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, orthogonality: float, norm: float) -> dict[str, Term]:
+def split(site: Site, *, orthogonality: float, norm: float) -> Split:
     """The minor triplets, taken out of the base."""
     U, s, V = (factor.to(site.dtype) for factor in truncated_svd(site.weight(torch.float64)))
     r = site.rank
-    return {"": Shifted.from_term(Spectral.from_factors(U[:, -r:], s[-r:], V[-r:]))}
+    return Split({"": Shifted.from_term(Spectral.from_factors(U[:, -r:], s[-r:], V[-r:]))})
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -47,7 +47,7 @@ METHOD = Method(
     kind="adapt",
     summary="The smallest singular components of the weight trained as three factors, the rest of it frozen.",
     paper="Yan et al., 2024, arXiv 2411.15633",
-    attach=attach,
+    split=split,
     count=_count,
     rules=(_kept,),
     defaults={"orthogonality": 0.0, "norm": 0.0},

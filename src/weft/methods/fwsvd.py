@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.linalg.principal import principal_factors
-from weft.methods.base import Factors, Method, Moments, low_rank_terms
+from weft.methods.base import Factors, Method, Moments, low_rank_split, low_rank_terms
 
 __all__ = ["METHOD", "factorise"]
 
@@ -37,7 +37,7 @@ METHOD = Method(
     summary="SVD weighted by the Fisher information of each input (or output) channel.",
     paper="Hsu et al., 2022, arXiv 2207.00112",
     needs=("fisher_columns", "fisher_rows"),
-    factorise=factorise,
+    split=low_rank_split(factorise),
     trained=low_rank_terms,
     defaults={"axis": "input", "floor": 1e-6},
 )

@@ -25,15 +25,15 @@ from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError
 from weft.methods.adapter import lora_count, scale_of
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.optim.entries import EntryAdamW
 from weft.rules.rank_growth import RESERVE, Growth, RankGrowth
-from weft.terms import Spectral, Term
+from weft.terms import Spectral
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, alpha: float | None, start: int, ceiling: float, **options: Any) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, start: int, ceiling: float, **options: Any) -> Split:
     """Random sides between which nothing, or nearly nothing, stands."""
     if not 1 <= start <= site.rank:
         raise WeftError(f"Layers start with {start} components and shall have {site.rank}; give start= from 1 to that.")
@@ -43,7 +43,7 @@ def attach(site: Site, *, alpha: float | None, start: int, ceiling: float, **opt
     s = torch.zeros(capacity)
     s[start : start + _growth(start=start, **options).gain(site.nominal)] = RESERVE if start < site.rank else 0
     factors = (factor.to(site.device, site.dtype) for factor in (U, s, V.mT))
-    return {"": Spectral.from_factors(*factors, scale=scale_of(site.nominal, alpha=alpha))}
+    return Split({"": Spectral.from_factors(*factors, scale=scale_of(site.nominal, alpha=alpha))})
 
 
 def _capacity(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -74,7 +74,7 @@ METHOD = Method(
     kind="adapt",
     summary="Layers start at rank 1 and gain components, trained in advance, where the loss is most sensitive.",
     paper="Zhang et al., 2023, arXiv 2308.12043",
-    attach=attach,
+    split=split,
     count=_count,
     rules=(_rule,),
     optimizer=_optimizer,

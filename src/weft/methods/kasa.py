@@ -20,14 +20,14 @@ import torch
 
 from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import kaiming, lora_count, scale_of
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.spectral_penalty import SpectralPenalty
-from weft.terms import Removed, Spectral, Term
+from weft.terms import Removed, Spectral
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, alpha: float, dropout: float, beta: float, gamma: float) -> dict[str, Term]:
+def split(site: Site, *, alpha: float, dropout: float, beta: float, gamma: float) -> Split:
     """The update under "", what leaves the base under "minor"."""
     out_features, in_features = site.shape
     A = kaiming(site.rank, in_features, site.generator)
@@ -36,7 +36,7 @@ def attach(site: Site, *, alpha: float, dropout: float, beta: float, gamma: floa
     update = Spectral.from_factors(B, d, A, scale=scale_of(site.nominal, alpha=alpha), dropout=dropout)
     # the smallest components need a full SVD, and its digits
     U, s, V = (factor.to(site.dtype) for factor in truncated_svd(site.weight(torch.float64)))
-    return {"": update, "minor": Removed.of(U[:, -site.rank :] * s[-site.rank :], V[-site.rank :])}
+    return Split({"": update, "minor": Removed.of(U[:, -site.rank :] * s[-site.rank :], V[-site.rank :])})
 
 
 def limit(out_features: int, in_features: int, options: Mapping[str, Any]) -> int:
@@ -57,7 +57,7 @@ METHOD = Method(
     kind="adapt",
     summary="The smallest singular components of the weight dropped, an update in SVD form learnt in their stead.",
     paper="Wang et al., 2024, arXiv 2412.06071",
-    attach=attach,
+    split=split,
     count=_count,
     limit=limit,
     deviates="The r smallest singular components of every weight are missing from the start.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from weft.linalg.principal import principal_factors
-from weft.methods.base import Factors, Method, Moments, low_rank_terms
+from weft.methods.base import Factors, Method, Moments, low_rank_split, low_rank_terms
 
 __all__ = ["METHOD", "factorise"]
 
@@ -28,7 +28,7 @@ METHOD = Method(
     paper="weft, 2026",
     needs=("input_moment", "output_grad_moment"),
     allocate="best",
-    factorise=factorise,
+    split=low_rank_split(factorise),
     trained=low_rank_terms,
     defaults={"ridge": 1e-4},
 )

@@ -22,19 +22,19 @@ import torch
 
 from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import no_gradient, scale_of
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.freeze_columns import FreezeColumns
-from weft.terms import CoreLowRank, Shifted, Term
+from weft.terms import CoreLowRank, Shifted
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, alpha: float | None, **_: Any) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, **_: Any) -> Split:
     """The principal triplets, taken out of the base."""
     scale = scale_of(site.nominal, alpha=alpha)
     U, s, V = truncated_svd(site.weight(), site.rank)
     factors = (factor.to(site.device, site.dtype) for factor in (U, torch.diag(s / scale), V))
-    return {"": Shifted.from_term(no_gradient(CoreLowRank.from_factors(*factors, scale=scale), "A"))}
+    return Split({"": Shifted.from_term(no_gradient(CoreLowRank.from_factors(*factors, scale=scale), "A"))})
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -50,7 +50,7 @@ METHOD = Method(
     kind="adapt",
     summary="A trained core between the weight's singular sides; the output side is frozen column by column.",
     paper="Azizi et al., 2024, arXiv 2406.12832",
-    attach=attach,
+    split=split,
     count=_count,
     rules=(_freeze,),
     defaults={"alpha": None, "eta": 0.3, "steps": None},

@@ -22,22 +22,22 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.methods.random_mask import entry_count
 from weft.optim.entries import EntryAdamW
 from weft.rules.principal_mask import PrincipalMask, principal_entries
-from weft.terms import MovingSparse, Term
+from weft.terms import MovingSparse
 
-__all__ = ["METHOD", "attach", "entry_optimizer"]
+__all__ = ["METHOD", "entry_optimizer", "split"]
 
 
-def attach(site: Site, *, filter_rank: int, randomized: bool, **_: Any) -> dict[str, Term]:
+def split(site: Site, *, filter_rank: int, randomized: bool, **_: Any) -> Split:
     """Zeros at the principal entries."""
     if filter_rank < 1:
         raise WeftError(f"filter_rank is {filter_rank}: give the rank of the approximation, at least 1 (default 64).")
     count = entry_count(*site.shape, site.rank, {})
     chosen = principal_entries(site.weight(), filter_rank, count, randomized=randomized, generator=site.generator)
-    return {"": MovingSparse.at(chosen, *site.shape, dtype=site.dtype)}
+    return Split({"": MovingSparse.at(chosen, *site.shape, dtype=site.dtype)})
 
 
 def entry_optimizer(
@@ -66,7 +66,7 @@ METHOD = Method(
     kind="adapt",
     summary="Entries where the weight's low-rank approximation is largest, chosen anew as training goes on.",
     paper="Liu et al., 2025, arXiv 2506.00772",
-    attach=attach,
+    split=split,
     count=entry_count,
     rules=(_refresh,),
     optimizer=_optimizer,

@@ -19,20 +19,20 @@ from torch import Tensor
 from weft.errors import unknown
 from weft.linalg.svd import widen
 from weft.methods.adapter import scale_of
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.methods.svfit import diagonal_count, trained_diagonal
-from weft.terms import Term
 
-__all__ = ["METHOD", "attach", "first", "ldu"]
+__all__ = ["METHOD", "first", "ldu", "split"]
 
 STARTS = ("lu", "uniform", "normal", "constant", "ones", "zeros")
 
 
-def attach(site: Site, *, alpha: float | None, start: str) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, start: str) -> Split:
     """The change of the diagonal, between the triangular sides."""
     L, D, U = ldu(site.weight(torch.float64))
     L, D, U = L[:, : site.rank], D[: site.rank], U[: site.rank]
-    return {"": trained_diagonal(site, scale_of(site.nominal, alpha=alpha) * L, first(start, D, site.generator) - D, U)}
+    change = first(start, D, site.generator) - D
+    return Split({"": trained_diagonal(site, scale_of(site.nominal, alpha=alpha) * L, change, U)})
 
 
 def ldu(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ METHOD = Method(
     kind="adapt",
     summary="Entries of the diagonal of the weight's LU decomposition trained alone, between the triangular factors.",
     paper="Shi et al., 2024, arXiv 2410.13618",
-    attach=attach,
+    split=split,
     count=diagonal_count,
     defaults={"alpha": 8.0, "start": "lu"},
 )

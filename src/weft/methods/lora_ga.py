@@ -84,7 +84,7 @@ METHOD = Method(
     summary="LoRA whose first step follows the full gradient: factors from the gradient's singular vectors.",
     paper="Wang et al., 2024, arXiv 2407.05000",
     needs=("mean_grad",),
-    attach=low_rank(initialise, shifted=True),
+    split=low_rank(initialise, shifted=True),
     count=lora_count,
     limit=_limit,
     defaults={

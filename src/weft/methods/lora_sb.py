@@ -20,18 +20,18 @@ from torch import Tensor
 
 from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import no_gradient
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.terms import CoreLowRank, Term
 
-__all__ = ["METHOD", "attach", "core_count", "frozen_sides"]
+__all__ = ["METHOD", "core_count", "frozen_sides", "split"]
 
 
-def attach(site: Site, *, lr: float, warmup: int, threshold: float) -> dict[str, Term]:
+def split(site: Site, *, lr: float, warmup: int, threshold: float) -> Split:
     """The truncated first step, its core trainable."""
     G = site.moments["mean_grad"].to(site.device)
     noise = G.abs() <= threshold * G.abs().amax()
     U, s, V = truncated_svd(-(lr / warmup) * torch.sign(G).masked_fill(noise, 0), site.rank)
-    return {"": frozen_sides(site, U, torch.diag(s), V)}
+    return Split({"": frozen_sides(site, U, torch.diag(s), V)})
 
 
 def frozen_sides(site: Site, B: Tensor, R: Tensor, A: Tensor) -> Term:
@@ -51,7 +51,7 @@ METHOD = Method(
     summary="An r x r core between two frozen sides that span the first step of full fine-tuning.",
     paper="Ponkshe et al., 2024, arXiv 2411.19557",
     needs=("mean_grad",),
-    attach=attach,
+    split=split,
     count=core_count,
     deviates="It starts one approximated Adam step of size lr / warmup away from the base.",
     defaults={"lr": 1e-4, "warmup": 31, "threshold": 1e-6},

@@ -11,18 +11,17 @@ from __future__ import annotations
 import torch
 
 from weft.linalg.svd import truncated_svd
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.methods.lora_sb import core_count, frozen_sides
-from weft.terms import Term
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, deviation: float) -> dict[str, Term]:
+def split(site: Site, *, deviation: float) -> Split:
     """The weight's own principal sides around a core of nearly zero."""
     U, s, V = truncated_svd(site.weight(), site.rank)
     R = torch.randn(site.rank, site.rank, generator=site.generator) * deviation
-    return {"": frozen_sides(site, U * s, R, V)}
+    return Split({"": frozen_sides(site, U * s, R, V)})
 
 
 METHOD = Method(
@@ -30,7 +29,7 @@ METHOD = Method(
     kind="adapt",
     summary="An r x r core between the frozen principal singular vectors of the weight.",
     paper="Bałazy et al., 2024, arXiv 2405.17604",
-    attach=attach,
+    split=split,
     count=core_count,
     deviates="Its core starts at random numbers of standard deviation 1e-5.",
     defaults={"deviation": 1e-5},

@@ -26,10 +26,10 @@ from weft.kernels.normal_float import NF4, Format
 from weft.linalg.subspace import rayleigh_ritz, subspace_iteration
 from weft.linalg.svd import low_rank_factors
 from weft.methods.adapter import lora_count, scale_of
-from weft.methods.base import Method, Moments, Site
-from weft.terms import LowRank, NormalFloat, Replacement, Term
+from weft.methods.base import Method, Moments, Site, Split
+from weft.terms import LowRank, NormalFloat, Replacement
 
-__all__ = ["GRID", "METHOD", "SHORT_GRID", "Decomposition", "attach", "decompose", "fisher_roots"]
+__all__ = ["GRID", "METHOD", "SHORT_GRID", "Decomposition", "decompose", "fisher_roots", "split"]
 
 GRID = tuple(
     Format(*numbers)
@@ -102,14 +102,14 @@ def fisher_roots(moments: Moments) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def attach(site: Site, *, alpha: float | None, rslora: bool, iterations: int, **numbers: Any) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, rslora: bool, iterations: int, **numbers: Any) -> Split:
     """The code in the base's place, and the factors beside it."""
     found = decompose(site.weight(), site.rank, Format(**numbers), iterations=iterations)
     scale = scale_of(site.nominal, alpha=alpha, rslora=rslora)
     # the size that the scale takes away is put back, half into each factor
     B, A = (factor.div(scale**0.5).to(site.device, site.dtype) for factor in (found.B, found.A))
-    code = found.code.to(next(iter(site.base.values()))._reference().dtype)
-    return {"": Replacement(code.in_features, code.out_features, code, LowRank.from_factors(B, A, scale=scale))}
+    code = found.code.to(next(iter(site.terms.values()))._reference().dtype)
+    return Split({"": Replacement(code.in_features, code.out_features, code, LowRank.from_factors(B, A, scale=scale))})
 
 
 def _factors(M: Tensor, rank: int, weights: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ METHOD = Method(
     kind="adapt",
     summary="A NormalFloat code and low-rank factors found together; only the factors are trained.",
     paper="Guo et al., 2023, arXiv 2311.12023",
-    attach=attach,
+    split=split,
     count=lora_count,
     deviates="by the quantisation error that the factors do not take up",
     defaults={"alpha": None, "rslora": False, "iterations": 100, **NF4._asdict()},

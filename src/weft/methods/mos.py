@@ -23,11 +23,11 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.methods.adapter import Common, kaiming, scale_of
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.replicated import Replicated
-from weft.terms import PooledLowRank, Term
+from weft.terms import PooledLowRank
 
-__all__ = ["METHOD", "Pool", "attach", "equivalent_rank", "kinds", "share"]
+__all__ = ["METHOD", "Pool", "equivalent_rank", "kinds", "share", "split"]
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -75,9 +75,9 @@ def equivalent_rank(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> in
     return max(-(-rank // 4), private - (private - rank) // fewest)
 
 
-def attach(
+def split(
     site: Site, *, equivalent_rank: int | None, private_rank: int, shards: int, alpha: float | None, dropout: float
-) -> dict[str, Term]:
+) -> Split:
     """The layer's own indices into the pool of its kind."""
     pool: Pool = site.shared[site.name]
     if site.rank != pool.rank:
@@ -97,7 +97,7 @@ def attach(
     pieces = pool.pieces.on(site)
     term.pool_A, term.pool_B = pieces["A"], pieces["B"]
     term.index_A, term.index_B = (index.to(site.device) for index in pool.indices[site.name])
-    return {"": term}
+    return Split({"": term})
 
 
 def _indices(
@@ -144,7 +144,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA factors of a high rank put together from a pool of vector pieces that all blocks share.",
     paper="Wang et al., 2024, arXiv 2410.00938",
-    attach=attach,
+    split=split,
     share=share,
     count=_no_own,
     count_shared=_count_pools,

@@ -21,13 +21,13 @@ from torch import nn
 
 from weft.errors import WeftError
 from weft.methods.adapter import scale_of
-from weft.methods.base import Method, Site
-from weft.terms import RandomCombination, Term
+from weft.methods.base import Method, Site, Split
+from weft.terms import RandomCombination
 
-__all__ = ["METHOD", "attach", "seed_of"]
+__all__ = ["METHOD", "seed_of", "split"]
 
 
-def attach(site: Site, *, num_basis: int, alpha: float | None, dropout: float) -> dict[str, Term]:
+def split(site: Site, *, num_basis: int, alpha: float | None, dropout: float) -> Split:
     """Coefficients of zero: B is 0, and A_0 is not, so d moves first."""
     if num_basis < 1:
         raise WeftError(f"NOLA combines at least one random matrix a factor; num_basis={num_basis} is none.")
@@ -45,7 +45,7 @@ def attach(site: Site, *, num_basis: int, alpha: float | None, dropout: float) -
     )
     nn.init.zeros_(term.c)
     nn.init.zeros_(term.d)
-    return {"": term}
+    return Split({"": term})
 
 
 def seed_of(generator: torch.Generator) -> int:
@@ -62,7 +62,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA factors as learned combinations of random matrices recomputed from a seed: 2k numbers a layer.",
     paper="Koohpayegani et al., 2023, arXiv 2310.02556",
-    attach=attach,
+    split=split,
     count=_count,
     defaults={"num_basis": 512, "alpha": None, "dropout": 0.0},
 )

@@ -26,7 +26,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA started on the leading columns of the weight's QR decomposition, which leave the frozen base.",
     paper="Büyükakyüz, 2024, arXiv 2406.01775",
-    attach=low_rank(initialise, shifted=True),
+    split=low_rank(initialise, shifted=True),
     count=lora_count,
     defaults=SCALING,
 )

@@ -20,15 +20,15 @@ from torch import nn
 from weft.errors import WeftError
 from weft.kernels.median_code import BITS
 from weft.methods.adapter import kaiming, lora_count
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.terms import CodedFactors, Term
 from weft.terms.adapters import Adapter, activate, adapters_of, detach, find_adapter
 from weft.terms.adapters import attach as put_on
 
-__all__ = ["METHOD", "attach", "pack"]
+__all__ = ["METHOD", "pack", "split"]
 
 
-def attach(site: Site, *, bits: int, scale: float, dropout: float) -> dict[str, Term]:
+def split(site: Site, *, bits: int, scale: float, dropout: float) -> Split:
     """Latent factors of full precision under the quantiser."""
     if bits not in BITS:
         raise WeftError(f"A factor is quantised to 1, 2, 4 or 8 bits, not to {bits}; for 32 bits use method 'lora'.")
@@ -37,7 +37,7 @@ def attach(site: Site, *, bits: int, scale: float, dropout: float) -> dict[str, 
     B = nn.init.trunc_normal_(torch.empty(out_features, site.rank), std=1e-3, a=-2e-3, b=2e-3, generator=site.generator)
     A = kaiming(site.rank, in_features, site.generator)
     term.A, term.B = (nn.Parameter(factor.to(site.device, site.dtype)) for factor in (A, B))
-    return {"": term}
+    return Split({"": term})
 
 
 def pack(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -71,7 +71,7 @@ METHOD = Method(
     kind="adapt",
     summary="A LoRA trained through a quantiser, down to one bit for each number of its factors.",
     paper="Jie, Wang and Deng, 2023, arXiv 2307.16867",
-    attach=attach,
+    split=split,
     count=lora_count,
     deviates="B starts at quantised random numbers of standard deviation 1e-3.",
     defaults={"bits": 1, "scale": 1.0, "dropout": 0.1},

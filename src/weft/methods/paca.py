@@ -13,7 +13,6 @@ quantised base (QPaCA) the columns start from their quantised values.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from weft.methods.adapter import scale_of
-from weft.methods.base import Method, Site
-from weft.terms import Columns, Term
+from weft.methods.base import Method, Site, Split
+from weft.seeds import generator as own_generator
+from weft.terms import Columns
 
-__all__ = ["METHOD", "attach", "share"]
+__all__ = ["METHOD", "share", "split"]
 
 
 def share(
@@ -36,17 +36,15 @@ def share(
 
 
 def _permutation(seed: int, parent: str, columns: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}\0{parent}\0{columns}".encode()).digest()
-    own = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randperm(columns, generator=own)
+    return torch.randperm(columns, generator=own_generator(seed, parent, str(columns)))
 
 
-def attach(site: Site, *, alpha: float | None) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None) -> Split:
     """The first r columns of the layer's permutation, their change zero."""
     columns = site.shared[site.name][: site.rank].to(site.device)
     B = torch.zeros(site.shape[0], site.rank, device=site.device, dtype=site.dtype)
     scale = scale_of(site.nominal, alpha=alpha)
-    return {"": Columns.from_columns(B, columns, site.shape[1], scale=scale)}
+    return Split({"": Columns.from_columns(B, columns, site.shape[1], scale=scale)})
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -62,7 +60,7 @@ METHOD = Method(
     kind="adapt",
     summary="Random input columns of each weight trained in place; the backward pass keeps only their input channels.",
     paper="Woo et al., 2025, arXiv 2503.01905",
-    attach=attach,
+    split=split,
     share=share,
     count=_count,
     limit=_columns,

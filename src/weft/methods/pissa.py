@@ -29,7 +29,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA started on the principal singular triplets of the weight, which leave the frozen base.",
     paper="Meng et al., 2024, arXiv 2404.02948",
-    attach=low_rank(initialise, shifted=True),
+    split=low_rank(initialise, shifted=True),
     count=lora_count,
     defaults=SCALING,
 )

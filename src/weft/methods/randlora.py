@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from weft.errors import WeftError
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.methods.nola import seed_of
-from weft.terms import RandomProducts, RandomStore, Term
+from weft.terms import RandomProducts, RandomStore
 
-__all__ = ["METHOD", "attach", "share"]
+__all__ = ["METHOD", "share", "split"]
 
 
 def share(
@@ -36,7 +36,7 @@ def share(
     return RandomStore(seed_of(generator), rank, -(-short // rank), long, short, options["law"])
 
 
-def attach(site: Site, *, alpha: float | None, law: str) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, law: str) -> Split:
     """Scalings of zero on one side, of a small constant on the other."""
     if site.rank != site.shared.rank:
         raise WeftError(
@@ -49,7 +49,7 @@ def attach(site: Site, *, alpha: float | None, law: str) -> dict[str, Term]:
     term = RandomProducts(in_features, out_features, site.shared, scale=scale, device=site.device, dtype=site.dtype)
     nn.init.zeros_(term.Lambda)
     nn.init.constant_(term.Gamma, 1 / max(term.Gamma.shape))
-    return {"": term}
+    return Split({"": term})
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -62,7 +62,7 @@ METHOD = Method(
     kind="adapt",
     summary="A full-rank sum of random products shared by all layers; only diagonal scalings are trained.",
     paper="Albert et al., 2025, arXiv 2502.00987",
-    attach=attach,
+    split=split,
     share=share,
     count=_count,
     defaults={"alpha": None, "law": "uniform"},

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.methods.base import Method, Site
-from weft.terms import Sparse, Term
+from weft.methods.base import Method, Site, Split
+from weft.terms import Sparse
 
-__all__ = ["METHOD", "attach", "entry_count", "random_entries"]
+__all__ = ["METHOD", "entry_count", "random_entries", "split"]
 
 
 def entry_count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -41,11 +41,11 @@ def random_entries(site: Site, density: float | None) -> Tensor:
     return chosen[keep].sort().values.to(site.device)
 
 
-def attach(site: Site, *, density: float | None) -> dict[str, Term]:
+def split(site: Site, *, density: float | None) -> Split:
     """Zeros at random entries, fixed for good."""
     mask = torch.zeros(site.shape, dtype=torch.bool, device=site.device)
     mask.view(-1)[random_entries(site, density)] = True
-    return {"": Sparse.from_mask(torch.zeros(site.shape, dtype=site.dtype, device=site.device), mask)}
+    return Split({"": Sparse.from_mask(torch.zeros(site.shape, dtype=site.dtype, device=site.device), mask)})
 
 
 METHOD = Method(
@@ -53,7 +53,7 @@ METHOD = Method(
     kind="adapt",
     summary="Entries of each weight drawn at random, trained in place: the baseline of methods that choose them.",
     paper="Bhardwaj et al., 2024, arXiv 2406.13175",
-    attach=attach,
+    split=split,
     count=entry_count,
     defaults={"density": None},
 )

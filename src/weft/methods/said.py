@@ -21,12 +21,12 @@ from torch import nn
 
 from weft.errors import WeftError
 from weft.methods.adapter import Common, no_gradient
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.methods.nola import seed_of
 from weft.rules.replicated import Replicated
-from weft.terms import Projected, Term
+from weft.terms import Projected
 
-__all__ = ["METHOD", "attach", "share"]
+__all__ = ["METHOD", "share", "split"]
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -48,7 +48,7 @@ def dimension(shapes: Shapes, rank: int, options: Mapping[str, Any]) -> int:
     return rank * len(shapes) if options["d"] is None else int(options["d"])
 
 
-def attach(site: Site, *, d: int | None, structure_aware: bool) -> dict[str, Term]:
+def split(site: Site, *, d: int | None, structure_aware: bool) -> Split:
     """The layer's own map of the shared vector."""
     theta = site.shared.on(site)["theta"]
     out_features, in_features = site.shape
@@ -56,7 +56,7 @@ def attach(site: Site, *, d: int | None, structure_aware: bool) -> dict[str, Ter
     term = Projected(in_features, out_features, len(theta), seed, device=site.device, dtype=site.dtype)
     term.theta = theta
     nn.init.ones_(term.gain)
-    return {"": term if structure_aware else no_gradient(term, "gain")}
+    return Split({"": term if structure_aware else no_gradient(term, "gain")})
 
 
 def _no_own(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -73,7 +73,7 @@ METHOD = Method(
     kind="adapt",
     summary="All layers moved by d numbers in total, through a fixed random projection each: the intrinsic dimension.",
     paper="Aghajanyan et al., 2020, arXiv 2012.13255",
-    attach=attach,
+    split=split,
     share=share,
     count=_no_own,
     count_shared=dimension,

@@ -25,19 +25,19 @@ import torch
 from weft.errors import WeftError
 from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import no_gradient
-from weft.methods.base import Method, Site
-from weft.terms import SingularBasis, Term
+from weft.methods.base import Method, Site, Split
+from weft.terms import SingularBasis
 
-__all__ = ["METHOD", "attach", "head_of"]
+__all__ = ["METHOD", "head_of", "split"]
 
 
-def attach(site: Site, *, head: float, relu: bool) -> dict[str, Term]:
+def split(site: Site, *, head: float, relu: bool) -> Split:
     """The weight's own basis, nothing changed in it."""
     U, s, V = (factor.to(site.dtype) for factor in truncated_svd(site.weight()))
     tail = len(s) - head_of(len(s), head)
     X = (torch.rand(tail, site.rank, generator=site.generator) * 2 - 1) * math.sqrt(6 / site.rank)
     X, Y = (factor.to(site.device, site.dtype) for factor in (X, torch.zeros(site.rank, tail)))
-    return {"": no_gradient(SingularBasis.from_factors(U, s, V, X, Y, relu=relu), "U", "s", "V")}
+    return Split({"": no_gradient(SingularBasis.from_factors(U, s, V, X, Y, relu=relu), "U", "s", "V")})
 
 
 def head_of(size: int, head: float) -> int:
@@ -67,7 +67,7 @@ METHOD = Method(
     kind="adapt",
     summary="Scale and shift of the leading singular values, a low-rank change of the others, in the weight's basis.",
     paper="Elsayed et al., 2025, arXiv 2503.16055",
-    attach=attach,
+    split=split,
     count=_count,
     limit=limit,
     defaults={"head": 0.1, "relu": False},

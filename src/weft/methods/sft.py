@@ -24,17 +24,17 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.methods.lift import entry_optimizer
 from weft.methods.random_mask import entry_count, random_entries
 from weft.optim.sm3 import SM3
 from weft.rules.drop_and_grow import DropAndGrow
-from weft.terms import MovingSparse, Term
+from weft.terms import MovingSparse
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, density: float | None, grow: str, interval: int, phase: int, **_: Any) -> dict[str, Term]:
+def split(site: Site, *, density: float | None, grow: str, interval: int, phase: int, **_: Any) -> Split:
     """Zeros at random entries."""
     if grow not in ("ag", "ma"):
         raise WeftError(f"grow is {grow!r}: give 'ag' (summed gradients, AdamW) or 'ma' (SM3's accumulators).")
@@ -43,7 +43,7 @@ def attach(site: Site, *, density: float | None, grow: str, interval: int, phase
             f"A selection phase of {phase} steps every {interval} is not possible: the first step proposes entries and "
             "the others judge them, so give phase= at least 2 and at most interval=."
         )
-    return {"": MovingSparse.at(random_entries(site, density), *site.shape, dtype=site.dtype)}
+    return Split({"": MovingSparse.at(random_entries(site, density), *site.shape, dtype=site.dtype)})
 
 
 def _optimizer(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -65,7 +65,7 @@ METHOD = Method(
     kind="adapt",
     summary="Scattered entries of each weight; those that moved least make room for others of large gradient.",
     paper="Ansell et al., 2024, arXiv 2401.16405",
-    attach=attach,
+    split=split,
     count=entry_count,
     rules=(_rule,),
     optimizer=_optimizer,

@@ -23,18 +23,18 @@ from weft.errors import WeftError
 from weft.linalg.kronecker import balanced_divisor, kronecker_svd, rearrange
 from weft.linalg.spectrum import rank_for_energy
 from weft.linalg.svd import singular_values
-from weft.methods.base import Method, Moments, Site
+from weft.methods.base import Method, Moments, Site, Split
 from weft.methods.svfit import check_share
-from weft.terms import Kronecker, Shifted, Term
+from weft.terms import Kronecker, Shifted
 
-__all__ = ["METHOD", "attach", "blocks", "elbow_of", "spread"]
+__all__ = ["METHOD", "blocks", "elbow_of", "split", "spread"]
 
 
-def attach(site: Site, *, energy: float | None, elbow: bool, block: Sequence[int] | None) -> dict[str, Term]:
+def split(site: Site, *, energy: float | None, elbow: bool, block: Sequence[int] | None) -> Split:
     """The principal products, taken out of the base."""
     U, s, V = kronecker_svd(site.weight(), blocks(*site.shape, block), site.rank)
     root = s.sqrt().view(-1, 1, 1)
-    return {"": Shifted.from_term(Kronecker.from_factors((root * U).to(site.dtype), (root * V).to(site.dtype)))}
+    return Split({"": Shifted.from_term(Kronecker.from_factors((root * U).to(site.dtype), (root * V).to(site.dtype)))})
 
 
 def spread(
@@ -93,7 +93,7 @@ METHOD = Method(
     kind="adapt",
     summary="The principal Kronecker products of the weight trained, as many as its spectrum suggests.",
     paper="Chong and Qu, 2025, arXiv 2506.15251",
-    attach=attach,
+    split=split,
     count=_count,
     limit=limit,
     spread=spread,

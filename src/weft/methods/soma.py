@@ -60,7 +60,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA started on the smallest singular triplets of the weight, which leave the frozen base.",
     paper="Yun et al., 2024, arXiv 2412.04077",
-    attach=low_rank(initialise, shifted=True),
+    split=low_rank(initialise, shifted=True),
     count=lora_count,
     spread=spread,
     extras=extras,

@@ -23,21 +23,21 @@ from torch import nn
 from weft.errors import WeftError
 from weft.methods import lora
 from weft.methods.adapter import lora_count, scale_of
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.proximal import Proximal
 from weft.terms import Spectral, Term
 from weft.terms.adapters import find_adapter
 
-__all__ = ["METHOD", "attach", "prune"]
+__all__ = ["METHOD", "prune", "split"]
 
 
-def attach(site: Site, *, alpha: float | None, rslora: bool, dropout: float, ones: bool, **_: Any) -> dict[str, Term]:
+def split(site: Site, *, alpha: float | None, rslora: bool, dropout: float, ones: bool, **_: Any) -> Split:
     """LoRA's start with a gate between the factors."""
     scale = scale_of(site.nominal, alpha=alpha, rslora=rslora)
     B, A = lora.initialise(site, scale)
     gate = torch.ones(site.rank) if ones else torch.randn(site.rank, generator=site.generator)
     factors = (factor.to(site.device, site.dtype) for factor in (B, gate, A))
-    return {"": Spectral.from_factors(*factors, scale=scale, dropout=dropout)}
+    return Split({"": Spectral.from_factors(*factors, scale=scale, dropout=dropout)})
 
 
 def prune(model: nn.Module, name: str | None = None) -> dict[str, int]:
@@ -95,7 +95,7 @@ METHOD = Method(
     kind="adapt",
     summary="LoRA with a gate on each component, closed exactly by proximal steps: the ranks fall out.",
     paper="Ding et al., 2023, arXiv 2311.11696",
-    attach=attach,
+    split=split,
     count=_count,
     rules=(_shrink,),
     defaults={

@@ -17,17 +17,17 @@ from typing import Any
 
 from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import lora_count
-from weft.methods.base import Method, Site
+from weft.methods.base import Method, Site, Split
 from weft.rules.orthonormal import Orthonormal
-from weft.terms import Shifted, Spectral, Term
+from weft.terms import Shifted, Spectral
 
-__all__ = ["METHOD", "attach"]
+__all__ = ["METHOD", "split"]
 
 
-def attach(site: Site, *, gamma: float, lr: float) -> dict[str, Term]:
+def split(site: Site, *, gamma: float, lr: float) -> Split:
     """The principal triplets, taken out of the base."""
     factors = (t.to(site.dtype) for t in truncated_svd(site.weight(), site.rank))
-    return {"": Shifted.from_term(Spectral.from_factors(*factors))}
+    return Split({"": Shifted.from_term(Spectral.from_factors(*factors))})
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:
@@ -43,7 +43,7 @@ METHOD = Method(
     kind="adapt",
     summary="The principal singular triplets trained as three factors, the singular vectors kept near orthonormal.",
     paper="Cao, 2024, arXiv 2409.00055",
-    attach=attach,
+    split=split,
     count=_count,
     rules=(_pull,),
     defaults={"gamma": 4e-4, "lr": 3e-5},

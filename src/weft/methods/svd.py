@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from weft.linalg.principal import principal_factors
-from weft.methods.base import Factors, Method, Moments, low_rank_terms
+from weft.methods.base import Factors, Method, Moments, low_rank_split, low_rank_terms
 
 __all__ = ["METHOD", "factorise"]
 
@@ -20,6 +20,6 @@ METHOD = Method(
     kind="compress",
     summary="Truncated SVD of the weight alone; the floor that every data-aware method must beat.",
     paper="Eckart and Young, 1936, doi:10.1007/BF02288367",
-    factorise=factorise,
+    split=low_rank_split(factorise),
     trained=low_rank_terms,
 )

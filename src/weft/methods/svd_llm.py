@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from weft.linalg.principal import principal_factors
-from weft.methods.base import Factors, Method, Moments, low_rank_terms
+from weft.methods.base import Factors, Method, Moments, low_rank_split, low_rank_terms
 
 __all__ = ["METHOD", "factorise"]
 
@@ -32,7 +32,7 @@ METHOD = Method(
     summary="SVD whitened by the inputs' second moment: each dropped value is the output error it causes.",
     paper="Wang et al., 2024, arXiv 2403.07378; V2, 2025, arXiv 2503.12340",
     needs=("input_moment",),
-    factorise=factorise,
+    split=low_rank_split(factorise),
     trained=low_rank_terms,
     defaults={"ridge": 1e-2},
 )

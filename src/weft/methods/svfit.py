@@ -22,16 +22,16 @@ from weft.errors import WeftError
 from weft.linalg.spectrum import rank_for_energy
 from weft.linalg.svd import singular_values, truncated_svd
 from weft.methods.adapter import no_gradient
-from weft.methods.base import Method, Moments, Site
+from weft.methods.base import Method, Moments, Site, Split
 from weft.terms import Spectral, Term
 
-__all__ = ["METHOD", "attach", "check_share", "diagonal_count", "spread", "trained_diagonal"]
+__all__ = ["METHOD", "check_share", "diagonal_count", "split", "spread", "trained_diagonal"]
 
 
-def attach(site: Site, *, energy: float | None, relative: bool) -> dict[str, Term]:
+def split(site: Site, *, energy: float | None, relative: bool) -> Split:
     """A diagonal of zeros between the weight's own principal sides."""
     U, s, V = truncated_svd(site.weight(), site.rank)
-    return {"": trained_diagonal(site, U * s if relative else U, torch.zeros(site.rank), V)}
+    return Split({"": trained_diagonal(site, U * s if relative else U, torch.zeros(site.rank), V)})
 
 
 def spread(
@@ -68,7 +68,7 @@ METHOD = Method(
     kind="adapt",
     summary="The leading singular values of the weight trained alone, between their frozen singular vectors.",
     paper="Sun et al., 2024, arXiv 2409.05926",
-    attach=attach,
+    split=split,
     count=diagonal_count,
     spread=spread,
     defaults={"energy": None, "relative": False},

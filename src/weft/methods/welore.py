@@ -10,7 +10,7 @@ LLaMA-2; biases are kept.
 
 from __future__ import annotations
 
-from weft.methods.base import Method, low_rank_terms
+from weft.methods.base import Method, low_rank_split, low_rank_terms
 from weft.methods.svd import factorise
 
 __all__ = ["METHOD"]
@@ -21,6 +21,6 @@ METHOD = Method(
     summary="Ranks by one threshold on normalised singular values; only the low-rank components are fine-tuned.",
     paper="Jaiswal et al., 2024, arXiv 2407.11239",
     allocate="welore",
-    factorise=factorise,
+    split=low_rank_split(factorise),
     trained=low_rank_terms,
 )

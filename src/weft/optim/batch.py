@@ -17,7 +17,7 @@ from weft.optim.distributed import Layout, layout_of, local
 from weft.optim.dither import stochastic_round
 from weft.optim.limiter import NormGrowth
 from weft.optim.projections import Blocks, Whole
-from weft.optim.seeds import mix
+from weft.seeds import mix
 
 __all__ = ["COUNTERS", "Batch", "Member", "Recipe", "member_of", "part"]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.optim.seeds import Draw, mix, normal, runs, signs, uniform
+from weft.optim.seeds import Draw, normal, runs, signs, uniform
+from weft.seeds import mix
 
 __all__ = ["Directions", "Estimator"]
 

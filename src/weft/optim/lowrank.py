@@ -18,8 +18,8 @@ from weft.optim.inner import Adam
 from weft.optim.limiter import NormGrowth
 from weft.optim.projections import Blocks, Subspace, Whole
 from weft.optim.refresh import refresh_subspaces
-from weft.optim.seeds import mix
 from weft.optim.state import restore
+from weft.seeds import mix
 
 __all__ = ["LowRank"]
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from weft.errors import WeftError, unknown
 from weft.linalg.fisher_window import window_coefficients, window_combination, window_dots
 from weft.optim.dither import stochastic_round
-from weft.optim.seeds import mix
 from weft.optim.state import restore, state_bytes
+from weft.seeds import mix
 
 __all__ = ["MFAC", "mfac"]
 

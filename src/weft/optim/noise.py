@@ -19,7 +19,8 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.optim.distributed import layout_of, local
-from weft.optim.seeds import mix, normal, runs
+from weft.optim.seeds import normal, runs
+from weft.seeds import mix
 
 __all__ = ["add_gradient_noise", "noise_deviation"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from weft.linalg.dct import dct_basis, dct_columns
 from weft.linalg.subspace import canonical_signs, cholesky_qr, rayleigh_ritz, subspace_iteration, upcast
 from weft.optim.base import Field, Frame, Matrix, Move, Projection, Rows, State
-from weft.optim.seeds import mix
+from weft.seeds import mix
 
 __all__ = ["DCT", "SVD", "Blocks", "Columns", "Gaussian", "Orthogonal", "RandomizedSVD", "Sparse", "Subspace", "Whole"]
 

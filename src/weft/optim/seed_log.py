@@ -10,7 +10,6 @@ Source: MeZO (Malladi et al., 2023, arXiv 2305.17333), section 2.1.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.errors import WeftError
+from weft.files import replacing
 
 __all__ = ["SeedLog"]
 
@@ -49,10 +49,9 @@ class SeedLog:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, in place of an older one only when it is whole."""
-        beside = Path(f"{path}.partial")
         metadata = {"format": _FORMAT, "config": json.dumps(self.config)}
-        save_file({"differences": self.differences, "rates": self.rates}, beside, metadata=metadata)
-        os.replace(beside, path)
+        with replacing(Path(path)) as beside:
+            save_file({"differences": self.differences, "rates": self.rates}, beside, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> SeedLog:

@@ -12,23 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "mix", "normal", "runs", "signs", "uniform"]
+from weft.seeds import mix
+
+__all__ = ["Draw", "normal", "runs", "signs", "uniform"]
 
 Draw = Callable[[int, int, torch.device], Tensor]
 """(seed, size, device) -> (size,) fp32."""
-
-_MASK = (1 << 64) - 1
-
-
-def mix(*numbers: int) -> int:
-    """One 63-bit seed from several integers: a splitmix64 round each (Steele, Lea and Flood, 2014)."""
-    state = 0
-    for number in numbers:
-        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state >> 1
 
 
 def runs(

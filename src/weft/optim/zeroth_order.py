@@ -33,9 +33,9 @@ from weft.optim.directions import Directions, Estimator
 from weft.optim.inner import SGD, Adam, Lion
 from weft.optim.perturb import Edit, InPlace, write
 from weft.optim.seed_log import SeedLog
-from weft.optim.seeds import mix
 from weft.optim.sinkgd import Sign
 from weft.optim.state import restore, state_bytes
+from weft.seeds import mix
 
 __all__ = ["Estimator", "ZerothOrder", "mezo", "replay"]
 

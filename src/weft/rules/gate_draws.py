@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from weft.optim.seeds import mix
 from weft.rules.base import Rule, State
 from weft.rules.sharded import sharded_like
+from weft.seeds import mix
 from weft.terms import GatedLowRank
 from weft.terms.adapters import find_adapter
 

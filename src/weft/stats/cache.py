@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weft.files import replacing
 from weft.stats.collect import Collector
 
 __all__ = ["Snapshots", "fingerprint"]
@@ -84,9 +84,8 @@ class Snapshots:
         }
         tensors = {f"{name}:{need}": t.cpu() for name, sums in collector.sums.items() for need, t in sums.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
-        save_file(tensors, beside, metadata={"state": json.dumps(state)})
-        os.replace(beside, self.path)
+        with replacing(self.path) as beside:
+            save_file(tensors, beside, metadata={"state": json.dumps(state)})
 
 
 def _device(collector: Collector, name: str) -> torch.device:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from weft.errors import unknown
+from weft.errors import WeftError, unknown
 from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
 from weft.terms.bottleneck import Bottleneck
@@ -71,6 +71,7 @@ __all__ = [
     "Wrapper",
     "build",
     "build_sum",
+    "register_term",
 ]
 
 TERMS: dict[str, type[Term]] = {
@@ -104,6 +105,19 @@ TERMS: dict[str, type[Term]] = {
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
+
+
+def register_term(term: type[Term]) -> type[Term]:
+    """Add a structure of your own, so that saved models that hold it can be read; usable as a decorator.
+
+    Raises:
+        WeftError: it is no subclass of `Term`, has no `kind`, or the kind is another's.
+    """
+    if not (isinstance(term, type) and issubclass(term, Term) and isinstance(term.__dict__.get("kind"), str)):
+        raise WeftError(f"{term!r} is no term: give a subclass of weft.terms.Term with a kind of its own.")
+    if TERMS.setdefault(term.kind, term) is not term:
+        raise WeftError(f"There is a term of kind {term.kind!r} already; give {term.__name__} another kind.")
+    return term
 
 
 def build(spec: Spec, *, device: Any = None, dtype: torch.dtype | None = None) -> Term:

@@ -11,7 +11,6 @@ last, so its presence says that the checkpoint is complete.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weft.errors import WeftError
+from weft.files import replacing
 from weft.rules import Rule, State
 
 __all__ = ["RULES_FILE", "RuleCallback", "load_rule_state", "save_rule_state"]
@@ -70,9 +70,8 @@ def save_rule_state(rule: Rule, directory: Path) -> None:
     state = rule.state_dict()
     tensors = {name: value.detach().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    temporary = directory / (RULES_FILE + ".tmp")
-    save_file(tensors, temporary, metadata={"numbers": json.dumps(numbers)})
-    os.replace(temporary, directory / RULES_FILE)
+    with replacing(directory / RULES_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"numbers": json.dumps(numbers)})
 
 
 def load_rule_state(directory: Path) -> State:

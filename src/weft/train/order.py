@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ["Order", "derived_seed"]
+from weft.seeds import derived_seed
 
-
-def derived_seed(*numbers: int) -> int:
-    """A 32-bit seed out of several numbers, well mixed (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+__all__ = ["Order"]
 
 
 class Order(Sampler[int]):

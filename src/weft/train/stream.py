@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from weft.errors import WeftError
-from weft.train.order import derived_seed
+from weft.seeds import derived_seed
 from weft.train.packing import IGNORED
 from weft.train.sources import texts_of
 from weft.train.windows import closed

@@ -32,11 +32,11 @@ from transformers import (
 
 from weft.memory import lean, lean_report, unlean
 from weft.rules import Rule, Rules
+from weft.seeds import derived_seed
 from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
 from weft.train.interrupt import Interrupt
 from weft.train.metrics import MetricsLog
-from weft.train.order import derived_seed
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
 from weft.train.stream import StreamedRows

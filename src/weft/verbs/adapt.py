@@ -21,6 +21,7 @@ from weft.errors import WeftError, nearest
 from weft.io.quantizer import remark
 from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
+from weft.seeds import generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import Columns, Factored, LowRank, RandomProducts, Spectral, SumLinear, Term
 from weft.terms.adapters import (
@@ -36,7 +37,6 @@ from weft.terms.adapters import (
     unwrapped,
 )
 from weft.terms.layers import bias_of, linear_layers, weight_of
-from weft.verbs.seeding import generator
 
 __all__ = [
     "Trainable",
@@ -361,7 +361,7 @@ def _terms(
     options: Mapping[str, Any],
 ) -> dict[str, dict[str, Term]]:
     """layer -> term name -> term, as the method makes them; nothing in the model is touched."""
-    assert method.attach is not None
+    assert method.split is not None
     shared = None
     if method.share is not None:
         shapes = {layer: weight_shape(model.get_submodule(layer)) for layer in layers}
@@ -371,6 +371,6 @@ def _terms(
         base = base_terms(model, layer)
         bias = bias_of(model.get_submodule(layer))
         site = Site(layer, base, r, rank, moments[layer], generator(seed, method.name, layer), dtype, shared, bias)
-        roles = method.attach(site, **options)
+        roles = method.split(site, **options).terms
         made[layer] = {f"{name}_{role}" if role else name: term for role, term in roles.items()}
     return made

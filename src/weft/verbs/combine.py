@@ -26,13 +26,13 @@ from weft.io.adapters import LooseAdapter, check_directory, read_adapter
 from weft.io.base import Base, other_weights
 from weft.io.peft import why_not_peft
 from weft.merging import MERGERS, Pair
+from weft.runs.output import check_output, open_output
+from weft.runs.progress import say
+from weft.runs.record import begin
+from weft.seeds import check_seed, generator
 from weft.terms import LowRank, Term
 from weft.terms.adapters import Adapter
 from weft.terms.factors import sum_factors
-from weft.verbs.output import check_output, open_output
-from weft.verbs.progress import say
-from weft.verbs.record import begin
-from weft.verbs.seeding import check_seed, generator
 
 __all__ = ["combine", "common_base", "common_pairs", "run"]
 

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from weft.errors import WeftError
 from weft.io.quantizer import remark
 from weft.linalg.principal import principal_factors
+from weft.runs.loading import load_model
 from weft.stats.calibrate import Batch
 from weft.stats.walk import walk
 from weft.terms import LowRank
 from weft.terms.adapters import Adapter, attach, base_terms, detach, sum_dense, unwrapped
 from weft.terms.layers import linear_layers, shape_of, weight_of
 from weft.verbs.adapt import resolve_targets
-from weft.verbs.loading import load_model
 
 __all__ = ["compensate"]
 

@@ -20,6 +20,11 @@ from weft.errors import WeftError
 from weft.io.save import save_model
 from weft.methods import find
 from weft.methods.base import Method
+from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
+from weft.runs.output import check_output, open_output
+from weft.runs.progress import track
+from weft.runs.record import begin
+from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate, frozen, to_device, token_loss
 from weft.terms.layers import linear_layers, shape_of
@@ -36,11 +41,6 @@ from weft.verbs.compress_checks import (
     reads,
 )
 from weft.verbs.evaluate import check_context, model_size
-from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device
-from weft.verbs.output import check_output, open_output
-from weft.verbs.progress import track
-from weft.verbs.record import begin
-from weft.verbs.seeding import check_seed
 from weft.verbs.truncation import Plan, Store, one_shot, sequential, survey, surveyed_factors, truncate
 
 __all__ = ["Compressed", "calibrate", "compress", "needs", "run", "sensitivity"]

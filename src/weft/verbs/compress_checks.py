@@ -12,7 +12,7 @@ from torch import nn
 from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
 from weft.allocate.base import check_ranks, check_reach
 from weft.errors import WeftError, unknown
-from weft.methods.base import Method
+from weft.methods.base import LowRankSplit, Method
 from weft.stats.calibrate import Batch, Stats
 from weft.terms.layers import stored_weight, weight_of
 from weft.verbs.evaluate import model_size
@@ -86,10 +86,10 @@ def check_round(multiple: int) -> None:
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
     """Options that cannot work are told by factorising one number."""
-    assert method.factorise is not None
+    assert isinstance(method.split, LowRankSplit)
     ones = {need: torch.ones(1, 1) if need.endswith(("moment", "grad")) else torch.ones(1) for need in method.needs}
     try:
-        method.factorise(torch.ones(1, 1, dtype=torch.float64), ones, **options)
+        method.split.factorise(torch.ones(1, 1, dtype=torch.float64), ones, **options)
     except WeftError:
         raise
     except (TypeError, ValueError) as error:

@@ -21,14 +21,14 @@ from torch import nn
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
+from weft.files import jsonable, write_text
+from weft.runs.loading import load_model, load_tokenizer, resolve_device
+from weft.runs.progress import say
+from weft.runs.record import begin
 from weft.train.windows import calibration_batches
 from weft.verbs import compress, evaluate, finetune
-from weft.verbs.files import jsonable, write_text
+from weft.verbs.demo_page import Curves, demo_page
 from weft.verbs.inspect import inspect
-from weft.verbs.loading import load_model, load_tokenizer, resolve_device
-from weft.verbs.progress import say
-from weft.verbs.record import begin
-from weft.verbs.report.demo import Curves, demo_page
 
 __all__ = ["run"]
 

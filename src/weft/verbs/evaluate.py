@@ -29,10 +29,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
+from weft.runs.loading import load_config, load_model, load_tokenizer
+from weft.seeds import check_seed
 from weft.train.sources import read_texts
 from weft.train.windows import Window, evaluation_windows, token_stream
-from weft.verbs.loading import load_config, load_model, load_tokenizer
-from weft.verbs.seeding import check_seed
 
 __all__ = ["check_causal", "check_context", "evaluate", "model_size", "peak_memory", "reset_peak_memory", "run"]
 

@@ -24,6 +24,10 @@ from weft.methods import find
 from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
 from weft.rules import Rule
+from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
+from weft.runs.output import check_output, open_output
+from weft.runs.progress import say
+from weft.runs.record import begin
 from weft.train.data import training_rows
 from weft.train.optimizers import WITHOUT_BACKWARD, check_options
 from weft.train.packing import Rows
@@ -35,10 +39,6 @@ from weft.verbs.adapt import adapt, effective_rates, parameter_groups, trainable
 from weft.verbs.adapt import make_optimizer as adapter_optimizer
 from weft.verbs.adapt import rules as adapter_rules
 from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memory, reset_peak_memory
-from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device
-from weft.verbs.output import check_output, open_output
-from weft.verbs.progress import say
-from weft.verbs.record import begin
 
 __all__ = ["finetune", "run"]
 

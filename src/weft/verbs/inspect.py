@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.files import jsonable, write_json, write_text
 from weft.linalg import spectrum
+from weft.runs import record
+from weft.runs.loading import load_model, resolve_device, resolve_dtype
+from weft.runs.progress import say, track
+from weft.runs.report.spectra import spectra_page
+from weft.seeds import check_seed
 from weft.terms import SumLinear
 from weft.terms.layers import is_linear, linear_layers, weight_of
-from weft.verbs import record
-from weft.verbs.files import jsonable, write_json, write_text
-from weft.verbs.loading import load_model, resolve_device, resolve_dtype
-from weft.verbs.progress import say, track
-from weft.verbs.report.spectra import spectra_page
-from weft.verbs.seeding import check_seed
 
 __all__ = ["Matrix", "Report", "inspect", "run"]
 

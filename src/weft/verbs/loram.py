@@ -27,15 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.files import write_json
 from weft.io.adapters import LooseAdapter, read_adapter
 from weft.io.base import Base, base_of
+from weft.seeds import check_seed, generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import LowRank, Term
 from weft.terms.adapters import Adapter, unwrapped
 from weft.terms.layers import block_stacks, linear_layers, replace
 from weft.verbs.combine import common_pairs
-from weft.verbs.files import write_json
-from weft.verbs.seeding import check_seed, generator
 
 __all__ = ["Kept", "choose", "recover"]
 

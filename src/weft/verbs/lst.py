@@ -36,11 +36,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from weft.errors import WeftError
 from weft.io.checkpoint import Checkpoint
 from weft.linalg.svd import widen
+from weft.runs.output import open_output
+from weft.seeds import check_seed
 from weft.stats.calibrate import Batch, frozen
 from weft.terms.layers import block_stacks
 from weft.verbs.lst_start import LAYERS, cut_out, fisher, stack_of
-from weft.verbs.output import open_output
-from weft.verbs.seeding import check_seed
 
 __all__ = ["Ladder", "ladder", "load_ladder"]
 

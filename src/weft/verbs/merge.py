@@ -19,15 +19,15 @@ from weft.errors import WeftError
 from weft.io.adapters import check_directory, load_adapter
 from weft.io.quantizer import unmark
 from weft.io.save import save_model
+from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from weft.runs.output import check_output, open_output
+from weft.runs.progress import say, track
+from weft.runs.record import begin
 from weft.terms import SumLinear
 from weft.terms.adapters import forget
 from weft.terms.adapters import merge as fold
 from weft.terms.layers import replace
 from weft.verbs.evaluate import model_size
-from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
-from weft.verbs.output import check_output, open_output
-from weft.verbs.progress import say, track
-from weft.verbs.record import begin
 
 __all__ = ["merge", "run"]
 

@@ -28,8 +28,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from weft.errors import WeftError
 from weft.io.checkpoint import Checkpoint
 from weft.kernels.prefix_attention import prefix_attention
-from weft.verbs.output import open_output
-from weft.verbs.seeding import check_seed, generator
+from weft.runs.output import open_output
+from weft.seeds import check_seed, generator
 
 __all__ = ["Prefix", "add_prefix", "load_prefix", "remove_prefix", "save_prefix"]
 

@@ -27,6 +27,9 @@ from weft.optim.state import state_bytes
 from weft.rules import Rule
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
+from weft.runs.loading import load_tokenizer, resolve_dtype
+from weft.runs.output import check_output, open_output
+from weft.runs.record import begin
 from weft.train.optimizers import WITHOUT_BACKWARD, check_options, default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import configuration, factorised, fresh_model
@@ -36,9 +39,6 @@ from weft.train.trainer import METRICS_FILE, train
 from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_memory
 from weft.verbs.finetune import training_device
-from weft.verbs.loading import load_tokenizer, resolve_dtype
-from weft.verbs.output import check_output, open_output
-from weft.verbs.record import begin
 
 __all__ = ["build", "pretrain", "run"]
 

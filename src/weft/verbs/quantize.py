@@ -21,14 +21,14 @@ from weft.kernels.normal_float import NF4, Format
 from weft.methods.adapter import scale_of
 from weft.methods.base import Moments
 from weft.methods.lq_lora import SHORT_GRID, decompose, fisher_roots
+from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
+from weft.runs.output import check_output, open_output
+from weft.runs.record import begin
 from weft.terms import Dense, Int8, LowRank, NormalFloat, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
 from weft.terms.layers import bias_of, is_conv1d, replace
 from weft.verbs.adapt import resolve_targets
 from weft.verbs.evaluate import model_size
-from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve_device
-from weft.verbs.output import check_output, open_output
-from weft.verbs.record import begin
 
 __all__ = ["SCHEMES", "choose_formats", "quantize", "run"]
 

@@ -29,10 +29,10 @@ from weft.io.adapters import LooseAdapter, read_adapter
 from weft.io.checkpoint import Checkpoint
 from weft.linalg.svd import widen
 from weft.merging.signatures import Code, block_of, decode, encode, factored_orthogonal_part, orthogonal_part
+from weft.runs.output import check_output, open_output
 from weft.terms import LowRank, Term
 from weft.terms.adapters import Adapter
 from weft.verbs.combine import common_base, common_pairs
-from weft.verbs.output import check_output, open_output
 
 __all__ = ["Signature", "adapter_signature", "patch", "patched", "read_signature", "weight_signature"]
 

@@ -29,7 +29,7 @@ from weft.errors import WeftError
 from weft.linalg.principal import tail_losses
 from weft.linalg.svd import singular_values
 from weft.linalg.whiten import moment_root
-from weft.methods.base import Factors, Method, Moments
+from weft.methods.base import Factors, LowRankSplit, Method, Moments
 from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
 from weft.stats.collect import INPUT_NEEDS
 from weft.stats.walk import walk
@@ -246,9 +246,9 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _factorise(name: str, W: Tensor, moments: Moments, plan: Plan) -> Factors:
-    assert plan.method.factorise is not None
+    assert isinstance(plan.method.split, LowRankSplit)
     try:
-        return plan.method.factorise(W, moments, **plan.options)
+        return plan.method.split.factorise(W, moments, **plan.options)
     except WeftError:
         raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from weft.verbs.report.pages import figures, page, section, table
-from weft.verbs.report.plots import Series, line_chart
-from weft.verbs.report.spectra import block_grid, spectra_charts
+from weft.runs.report.pages import figures, page, section, table
+from weft.runs.report.plots import Series, line_chart
+from weft.runs.report.spectra import block_grid, spectra_charts
 
 if TYPE_CHECKING:
     from weft.verbs.inspect import Report

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import weft
-from weft.verbs.files import jsonable
-from weft.verbs.record import begin
+from weft.files import jsonable
+from weft.runs.record import begin
 
 
 def test_a_record_names_versions_arguments_seed_times_and_metrics(tmp_path: Path) -> None:

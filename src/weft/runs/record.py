@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import weft
-from weft.verbs.files import jsonable, write_json
+from weft.files import jsonable, write_json
 
 __all__ = ["Run", "begin"]
 

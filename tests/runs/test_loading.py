@@ -11,7 +11,7 @@ import torch
 
 from weft.embedded import model_path
 from weft.errors import WeftError
-from weft.verbs.loading import load_config, load_model, load_tokenizer, resolve, resolve_device, resolve_dtype
+from weft.runs.loading import load_config, load_model, load_tokenizer, resolve, resolve_device, resolve_dtype
 
 
 @pytest.fixture

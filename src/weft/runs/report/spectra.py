@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from weft.verbs.report.pages import figures, page, section, table
-from weft.verbs.report.plots import Series, heat_map, line_chart, ramp
+from weft.runs.report.pages import figures, page, section, table
+from weft.runs.report.plots import Series, heat_map, line_chart, ramp
 
 __all__ = ["block_grid", "spectra_charts", "spectra_page"]
 

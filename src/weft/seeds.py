@@ -14,7 +14,9 @@ import torch
 
 from weft.errors import WeftError
 
-__all__ = ["check_seed", "generator", "seed_globals"]
+__all__ = ["check_seed", "derived_seed", "generator", "mix", "seed_globals"]
+
+_MASK = (1 << 64) - 1
 
 
 def check_seed(seed: int) -> int:
@@ -37,3 +39,19 @@ def seed_globals(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several integers: a splitmix64 round each (Steele, Lea and Flood, 2014)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 32-bit seed out of several numbers, well mixed (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

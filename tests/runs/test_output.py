@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from weft.errors import WeftError
-from weft.verbs.files import replacing, write_text
-from weft.verbs.output import check_output, open_output
+from weft.files import replacing, write_text
+from weft.runs.output import check_output, open_output
 
 ARGUMENTS = {"model": "pico", "budget": 0.6}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.verbs.files import jsonable, write_json
+from weft.files import jsonable, write_json
 
 __all__ = ["Workplace", "check_output", "open_output"]
 
