@@ -232,6 +232,27 @@ def test_in_whatever_order_things_are_imported(saved: Path, order: str) -> None:
     assert done.stdout.strip() == "SumLinear", done.stderr
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import weft; from transformers.quantizers import AutoQuantizationConfig",
+        "from transformers.quantizers import AutoQuantizationConfig; import weft",
+        "import weft, transformers.quantizers.auto; from transformers.quantizers import AutoQuantizationConfig",
+        "import weft, transformers.quantizers; from transformers.quantizers.auto import AutoQuantizationConfig",
+    ],
+)
+def test_the_tables_know_weft_before_any_model_is_imported(order: str) -> None:
+    """Evaluation harnesses ask for the quantisation config alone, and first."""
+    program = f"""
+import sys
+{order}
+config = AutoQuantizationConfig.from_dict({{"quant_method": "weft", "format": 1, "layers": {{}}}})
+print(type(config).__name__, "transformers.modeling_utils" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "WeftConfig False", done.stderr
+
+
 def test_wrong_class_is_refused(saved: Path) -> None:
     with pytest.raises(WeftError, match="GPT2LMHeadModel has no linear layer"):
         GPT2LMHeadModel.from_pretrained(saved)

@@ -1,8 +1,8 @@
 """Teaching transformers to load weft models, without importing transformers.
 
-`weft.io.quantizer` registers itself with transformers' quantizer registry. It must be imported before the first
-`from_pretrained`, and importing it costs seconds; so it is imported right after `transformers.modeling_utils`, which
-every model of transformers imports first.
+`weft.io.quantizer` registers itself in transformers' tables of quantisation methods. Whoever looks into them, be it a
+`from_pretrained` or `AutoQuantizationConfig.from_dict` alone, has imported `transformers.quantizers.auto`, where they
+lie. So weft's quantizer is imported right after that module; it imports no models of transformers.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-_MODELS = "transformers.modeling_utils"
+_TABLES = "transformers.quantizers.auto"
 _QUANTIZER = "weft.io.quantizer"
 
 
 def install() -> None:
-    """Register weft's quantizer: now if transformers' models are loaded, else when they are. Safe to repeat."""
-    if _MODELS in sys.modules:
+    """Register weft's quantizer: now if transformers' tables are loaded, else when they are. Safe to repeat."""
+    if _TABLES in sys.modules:
         importlib.import_module(_QUANTIZER)
-    elif not any(isinstance(finder, _ModelsFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ModelsFinder())
+    elif not any(isinstance(finder, _TablesFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TablesFinder())
 
 
-class _ModelsFinder(MetaPathFinder):
-    """Lets the usual finders find `transformers.modeling_utils`, and has weft's quantizer imported after it."""
+class _TablesFinder(MetaPathFinder):
+    """Lets the usual finders find `transformers.quantizers.auto`, and has weft's quantizer imported after it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _MODELS:
+        if name != _TABLES:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -15,10 +15,9 @@ import copy
 import re
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,6 +28,9 @@ from weft.io.headers import check_tensors, keep_mixed_precision
 from weft.terms import Spec, SumLinear, build_sum
 from weft.terms.layers import is_linear, replace, weight_of
 from weft.terms.random_products import share_stores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # at run time when it is needed: the hook comes before the models
 
 __all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "tied_tensors", "unmark"]
 
@@ -142,6 +144,8 @@ def remark(model: nn.Module) -> None:
     """Marks where the model holds sums of terms, none where it holds none; nothing for a module that is not
     transformers'.
     """
+    from transformers import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         if sum_specs(model):
             mark(model)
@@ -163,6 +167,8 @@ def tied_tensors(model: nn.Module) -> dict[str, str]:
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    from transformers import PreTrainedModel
+
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
