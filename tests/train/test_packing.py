@@ -48,6 +48,18 @@ def test_best_fit_places_everything_once_and_is_never_twice_too_long(lengths):
     assert all(a + b > window for i, a in enumerate(loads) for b in loads[i + 1 :])
 
 
+def test_each_piece_of_a_long_text_begins_as_a_text_does():
+    whole = torch.arange(100, 125)
+    begun = Example(torch.cat([torch.tensor([1]), whole]), torch.ones(26, dtype=torch.bool))
+    made = rows([begun], window=10, packed=False, before=(1,))
+    pieces = [row["input_ids"][row["attention_mask"].bool()].tolist() for row in made]
+    assert all(piece[0] == 1 for piece in pieces)
+    assert [token for piece in sorted(pieces, key=lambda p: p[1]) for token in piece[1:]] == whole.tolist()
+    learned = [row["labels"] for row in made]
+    # what has only the beginning in front of it is learned at the document's own beginning alone
+    assert sum(int((labels != IGNORED).sum()) for labels in learned) == 25 - 2
+
+
 def test_best_fit_is_fast_enough_for_a_large_corpus():
     lengths = torch.randint(1, 4097, (100_000,), generator=torch.Generator().manual_seed(0)).tolist()
     bins = best_fit(lengths, 4096)

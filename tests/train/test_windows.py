@@ -10,7 +10,15 @@ from transformers import AutoTokenizer
 
 from weft.embedded import model_path
 from weft.errors import WeftError
-from weft.train.windows import batches, calibration_batches, evaluation_windows, token_stream, token_windows
+from weft.train.windows import (
+    batches,
+    calibration_batches,
+    check_ids,
+    evaluation_windows,
+    opening,
+    token_stream,
+    token_windows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +107,47 @@ def test_calibration_refuses_a_short_text(tokenizer):
         calibration_batches(tokenizer, TEXT, 100, 16)
     with pytest.raises(WeftError, match="at least 1"):
         calibration_batches(tokenizer, TEXT, 0, 16)
+
+
+@pytest.fixture
+def beginning(tokenizer):
+    """The embedded tokenizer, made to begin every text with a token of its own, as Gemma's and Llama's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    other = AutoTokenizer.from_pretrained(model_path("pico"))
+    other.add_special_tokens({"bos_token": "<bos>"})
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", other.bos_token_id)]
+    )
+    assert other("x = 1")["input_ids"] == [other.bos_token_id, *tokenizer("x = 1")["input_ids"]]
+    return other
+
+
+def test_the_opening_is_what_the_tokenizer_puts_in_front(tokenizer, beginning):
+    assert opening(tokenizer) == () and opening(beginning) == (beginning.bos_token_id,)
+    assert opening(beginning, bos=False) == () and opening(beginning, bos=True) == opening(beginning)
+    assert opening(tokenizer, bos=True) == (tokenizer.bos_token_id,)
+    tokenizer = AutoTokenizer.from_pretrained(model_path("pico"))
+    tokenizer.bos_token = None
+    with pytest.raises(WeftError, match="no beginning-of-text token: leave --bos away"):
+        opening(tokenizer, bos=True)
+
+
+def test_every_window_begins_as_a_text_does_and_holds_the_same_text(tokenizer, beginning):
+    """Measured on Gemma-3-270M, windows without their <bos> double the perplexity."""
+    begin = beginning.bos_token_id
+    stream = token_stream(beginning, [TEXT, TEXT])
+    assert torch.equal(stream, token_stream(tokenizer, [TEXT, TEXT])) and begin not in stream
+    windows = token_windows(beginning, TEXT, 16)
+    plain = token_windows(beginning, TEXT, 15, bos=False)
+    assert (windows[:, 0] == begin).all() and torch.equal(windows[:, 1:], plain)
+    (batch,) = calibration_batches(beginning, TEXT, 4, 16, 4)
+    assert (batch["input_ids"][:, 0] == begin).all() and (batch["input_ids"][:, 1:] != begin).all()
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named(tokenizer):
+    from transformers import LlamaConfig
+
+    check_ids(torch.tensor([0, 5]), LlamaConfig(vocab_size=6), tokenizer)
+    with pytest.raises(WeftError, match=r"number 6 of the tokenizer, and the model has rows for 6 tokens"):
+        check_ids(torch.tensor([0, 6]), LlamaConfig(vocab_size=6), tokenizer)

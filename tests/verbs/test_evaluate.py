@@ -48,6 +48,24 @@ def test_loss_equals_a_slow_computation(loaded, window, stride, count):
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+def test_a_beginning_is_in_front_of_every_window_and_never_scored(loaded):
+    """As the model sees the first window of a text; the tokens scored are the same with and without it."""
+    model, tokenizer = loaded
+    found = evaluate(model, tokenizer, TEXT, 17, bos=True)
+    plain = evaluate(model, tokenizer, TEXT, 16)
+    assert found["bos"] and not plain["bos"] and found["tokens"] == plain["tokens"]
+    stream = [*tokenizer(TEXT)["input_ids"], tokenizer.eos_token_id]
+    starts = range(0, len(stream) - 15, 16)
+    total, tokens = 0.0, 0
+    for start, stop in [*((s, s + 16) for s in starts), (len(stream) - 16, len(stream))]:
+        ids = torch.tensor([[tokenizer.bos_token_id, *stream[start:stop]]])
+        with torch.no_grad():
+            losses = -model(input_ids=ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        new = losses[1:] if start in starts else losses[starts[-1] + 16 - start :]
+        total, tokens = total + float(new.sum()), tokens + len(new)
+    assert tokens == found["tokens"] and found["loss"] == pytest.approx(total / tokens, abs=2e-6)
+
+
 def test_small_and_large_batches_give_the_same_loss(loaded, monkeypatch):
     model, tokenizer = loaded
     one = evaluate(model, tokenizer, TEXT, 16)["loss"]

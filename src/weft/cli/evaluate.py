@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Device, Dtype, Json, Model, Seed, TrustRemoteCode, Window
+from weft.cli.options import Bos, Device, Dtype, Json, Model, Seed, TrustRemoteCode, Window
 
 __all__ = ["command"]
 
@@ -24,6 +24,7 @@ def command(
         int | None, typer.Option(help="Tokens from one window to the next; the window.", show_default=False)
     ] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows; all.", show_default=False)] = None,
+    bos: Bos = None,
     seed: Seed = 0,
     json: Json = False,
     device: Device = None,

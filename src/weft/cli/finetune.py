@@ -9,6 +9,7 @@ import typer
 
 from weft.cli.answer import print_facts, print_json, work
 from weft.cli.options import (
+    Bos,
     Device,
     Dtype,
     Json,
@@ -71,7 +72,9 @@ def command(
     prompt_field: _Field = None,
     completion_field: _Field = None,
     messages_field: _Field = None,
+    skip_bad: Annotated[int, typer.Option(help="Leave out up to so many records that cannot be read.")] = 0,
     option: MethodOptions = None,
+    bos: Bos = None,
     seed: Seed = 0,
     json: Json = False,
     device: Device = None,

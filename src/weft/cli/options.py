@@ -12,6 +12,7 @@ import typer
 from weft.errors import WeftError
 
 __all__ = [
+    "Bos",
     "Device",
     "Dtype",
     "Json",
@@ -39,6 +40,14 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help="float32, bfloat16, float16 or auto (the checkpoint's own); auto on a GPU, float32 on a CPU.",
+        show_default=False,
+    ),
+]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Begin every window with the beginning-of-text token; as the tokenizer does.",
         show_default=False,
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Device, Dtype, Json, MethodOptions, Out, Seed, Window, method_options
+from weft.cli.options import Bos, Device, Dtype, Json, MethodOptions, Out, Seed, Window, method_options
 
 __all__ = ["command"]
 
@@ -69,6 +69,7 @@ def command(
         int | None, typer.Option(help="Steps between checkpoints; a tenth of all.", show_default=False)
     ] = None,
     option: MethodOptions = None,
+    bos: Bos = None,
     seed: Seed = 0,
     json: Json = False,
     device: Device = None,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from weft.errors import WeftError
 from weft.train.examples import encode
 from weft.train.packing import Rows, collate, packing_refusal, rows
 from weft.train.sources import Document, Fields, read_documents, read_texts
-from weft.train.windows import batches, calibration_batches, evaluation_windows, token_stream, token_windows
+from weft.train.windows import (
+    batches,
+    calibration_batches,
+    check_ids,
+    evaluation_windows,
+    opening,
+    token_stream,
+    token_windows,
+)
 
 __all__ = [
     "Document",
@@ -17,8 +26,10 @@ __all__ = [
     "Rows",
     "batches",
     "calibration_batches",
+    "check_ids",
     "collate",
     "evaluation_windows",
+    "opening",
     "read_documents",
     "read_texts",
     "token_stream",
@@ -28,12 +39,26 @@ __all__ = [
 
 
 def training_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], window: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    window: int,
+    bos: bool | None = None,
+    refuse: Callable[[WeftError], None] | None = None,
 ) -> tuple[Rows, str | None]:
     """The documents as rows of `window` tokens for this model, packed where it can be; and why not, where it cannot.
 
-    Raises WeftError when the documents give nothing to learn.
+    Args:
+        bos: whether texts and their pieces begin with the beginning-of-text token; None for what the tokenizer itself
+            puts in front of a text.
+        refuse: what to do with the error of a document that cannot be encoded; None raises it.
+
+    Raises WeftError when the documents give nothing to learn, or hold tokens that the model has no row for.
     """
     refusal = packing_refusal(model)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return rows(encode(documents, tokenizer), window, padding, packed=refusal is None), refusal
+    before = opening(tokenizer, bos)
+    examples = encode(documents, tokenizer, before, refuse)
+    for example in examples:
+        check_ids(example.ids, model.config, tokenizer)
+    return rows(examples, window, padding, packed=refusal is None, before=before), refusal

@@ -1,24 +1,26 @@
 """From documents to tokens: which ids a document becomes, and which of them the loss counts.
 
 Text         tokens + end of text; every token is learned
-Completion   tokens of prompt + completion + end of text; learned from where they part from the prompt's own tokens on
-Chat         tokens of the tokenizer's chat template; the assistant's turns are learned
+Completion   tokens of prompt + completion + end of text; the completion's are learned
+Chat         tokens of the tokenizer's chat template; the assistant's turns are learned (`weft.train.chats`)
+
+A part of a text is found by the places of its characters, so a token across its border belongs to it: the tokens are
+those of the whole text, as the model will see it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from itertools import takewhile
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from weft.errors import WeftError
+from weft.train.chats import TEMPLATE_ERRORS, Span, marked, rendered, shared
 from weft.train.sources import Chat, Completion, Document, Text
-from weft.train.windows import closed
+from weft.train.windows import closed, opening
 
 __all__ = ["Example", "encode"]
 
@@ -30,83 +32,99 @@ class Example(NamedTuple):
     learned: Tensor  # (n,) bool: the tokens that the loss counts
 
 
-def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def encode(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    before: Sequence[int] | None = None,
+    refuse: Callable[[WeftError], None] | None = None,
+) -> list[Example]:
     """Each document as an `Example`, in order.
 
-    Raises WeftError for a chat when the tokenizer has no chat template, or one that does not let the assistant's
-    turns be found.
+    Args:
+        before: the ids in front of a text, and of a prompt; None for those that the tokenizer puts there. A chat
+            begins as its template says.
+        refuse: what to do with the error of a document that cannot be encoded, which is then left out; None raises it.
+
+    Raises WeftError, naming the record, for a chat when the tokenizer has no chat template, or one that refuses this
+    conversation or does not let the assistant's turns be found.
     """
+    front = list(opening(tokenizer) if before is None else before)
     texts = [document.text for document in documents if isinstance(document, Text)]
     encoded = iter(_ids(tokenizer, texts) if texts else [])
     examples = []
     for document in documents:
         match document:
             case Text():
-                ids = closed(next(encoded), tokenizer.eos_token_id)
+                ids = closed([*front, *next(encoded)], tokenizer.eos_token_id)
                 learned = [True] * len(ids)
             case Completion(prompt, completion):
-                ids, learned = _completion(tokenizer, prompt, completion)
-            case Chat(messages):
-                ids, learned = _chat(tokenizer, messages)
+                ids, learned = _completion(tokenizer, prompt, completion, front)
+            case Chat():
+                try:
+                    ids, learned = _chat(tokenizer, document)
+                except WeftError as error:
+                    if refuse is None:
+                        raise
+                    refuse(error)
+                    continue
         examples.append(Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(learned, dtype=torch.bool)))
     return examples
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     # verbose=False: what exceeds the context is cut later, so its length is no cause for the tokenizer's warning
-    ids: list[list[int]] = tokenizer(texts, verbose=False, return_attention_mask=False)["input_ids"]
+    options = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
+    ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
     return ids
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-    """Tokenised as one text, so that the completion's first token is the one that training on the whole text would
-    see.
-    """
-    alone, whole = _ids(tokenizer, [prompt, prompt + completion])
-    ids = closed(whole, tokenizer.eos_token_id)
-    start = shared_prefix(alone, ids)
-    return ids, [position >= start for position in range(len(ids))]
-
-
-def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first entries are equal."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError:
-        raise WeftError(
-            "The tokenizer has no chat template, so data with messages cannot be formatted: use the model's chat "
-            "(instruct) "
-            "version, set tokenizer.chat_template, or give data with text or prompt and completion."
-        ) from None
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template) and tokenizer.is_fast:
-        out = _format(tokenizer, messages, return_assistant_tokens_mask=True)
-        return out["input_ids"], [bool(flag) for flag in out["assistant_masks"]]
-    return _chat_by_prefixes(tokenizer, messages)
-
-
-def _chat_by_prefixes(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, front: list[int]
 ) -> tuple[list[int], list[bool]]:
-    """A template that marks no turns: an assistant's turn is what its message adds to the conversation before it."""
-    ids = _format(tokenizer, messages)["input_ids"]
-    learned = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _format(tokenizer, messages[:i], add_generation_prompt=True)["input_ids"] if i else []
-            after = _format(tokenizer, messages[: i + 1])["input_ids"]
-            if ids[: len(before)] != before or ids[: len(after)] != after:
-                raise WeftError(
-                    "The tokenizer's chat template rewrites earlier turns and does not mark the assistant's with "
-                    "{% generation %}, so its tokens cannot be found: add that mark to the template, or give data "
-                    "with one prompt and completion a record."
-                )
-            learned[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return ids, learned
+    text = prompt + completion
+    ids, learned = _tokens(tokenizer, text, [(len(prompt), len(text))])
+    whole = closed([*front, *ids], tokenizer.eos_token_id)
+    return whole, ([False] * len(front) + learned + [True])[: len(whole)]
 
 
-def _format(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-    return tokenizer.apply_chat_template([dict(m) for m in messages], return_dict=True, **options)
+def _chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[list[int], list[bool]]:
+    """Tokens and what is learned of them, by the template's own marks where it has them."""
+    place = f"{chat.place}: " if chat.place else ""
+    try:
+        found = marked(tokenizer, chat)
+        if found is None:
+            text, spans = rendered(tokenizer, chat)
+            found = _tokens(tokenizer, text, spans)
+    except WeftError as error:
+        raise WeftError(f"{place}{error}") from None
+    except TEMPLATE_ERRORS as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise WeftError(
+            f"{place}the tokenizer's chat template refuses this conversation ({reason}); change the record, or leave "
+            "it out with --skip-bad."
+        ) from error
+    if not any(found[1]):
+        raise WeftError(f"{place}the tokenizer's chat template leaves out what the assistant says.")
+    return found
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+    """The tokens of a text, and which of them reach into one of the spans [start, stop) and end there."""
+    if not tokenizer.is_fast:
+        return _tokens_by_prefixes(tokenizer, text, spans)
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    places = found["offset_mapping"]
+    return list(found["input_ids"]), [any(a < b and start < b <= stop for start, stop in spans) for a, b in places]
+
+
+def _tokens_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
+) -> tuple[list[int], list[bool]]:
+    """The same for a tokenizer that tells no places: a part begins where the tokens part from those of the text before
+    it.
+    """
+    cuts = [text[:place] for span in spans for place in span]
+    ids, *parts = _ids(tokenizer, [text, *cuts])
+    ends = [shared(ids, part) for part in parts]
+    inside = list(zip(ends[::2], ends[1::2], strict=True))
+    return ids, [any(start <= i < stop for start, stop in inside) for i in range(len(ids))]

@@ -62,7 +62,9 @@ class Rows(Dataset[dict[str, Tensor]]):
         return int((self.positions >= 0).sum())
 
 
-def rows(examples: Sequence[Example], window: int, padding: int = 0, packed: bool = True) -> Rows:
+def rows(
+    examples: Sequence[Example], window: int, padding: int = 0, packed: bool = True, before: Sequence[int] = ()
+) -> Rows:
     """Examples as rows of `window` tokens.
 
     Text longer than the window is cut into several pieces; a prompt and completion, or a chat, is cut at its end.
@@ -71,12 +73,14 @@ def rows(examples: Sequence[Example], window: int, padding: int = 0, packed: boo
     Args:
         padding: the token id that fills the ends of rows.
         packed: several documents a row, or one.
+        before: the ids that the tokenizer puts in front of a text, which each further piece begins with too
+            (`weft.train.windows.opening`).
 
     Raises WeftError when nothing is left to learn.
     """
     kept, dropped, shortened = [], 0, 0
     for example in examples:
-        pieces = _pieces(example, window)
+        pieces = _pieces(example, window, torch.tensor(before, dtype=torch.int64))
         shortened += len(example.ids) > window and not example.learned.all()
         dropped += not pieces
         kept += pieces
@@ -91,12 +95,16 @@ def rows(examples: Sequence[Example], window: int, padding: int = 0, packed: boo
     return Rows(*tensors, packed=packed, examples=len(examples) - dropped, dropped=dropped, shortened=shortened)
 
 
-def _pieces(example: Example, window: int) -> list[Example]:
+def _pieces(example: Example, window: int, before: Tensor) -> list[Example]:
     """What of a document goes into rows: pieces of at most `window` tokens with something to learn after their first
-    token.
+    token, which in a further piece has nothing but `before` to be predicted from.
     """
-    cut = range(0, len(example.ids), window) if example.learned.all() else [0]
-    pieces = [Example(example.ids[i : i + window], example.learned[i : i + window]) for i in cut]
+    pieces = [Example(example.ids[:window], example.learned[:window])]
+    if example.learned.all():  # a text, of which every token is learned
+        further = [
+            torch.cat([before, body]) for body in torch.split(example.ids[window:], window - len(before)) if len(body)
+        ]
+        pieces += [Example(ids, torch.arange(len(ids)) > len(before)) for ids in further]
     return [piece for piece in pieces if piece.learned[1:].any()]
 
 

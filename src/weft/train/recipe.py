@@ -31,6 +31,8 @@ class Recipe:
         lean: keep fewer activations and no logits for the backward pass, with the same gradients (`weft.lean`).
         checkpointing: recompute activations in the backward pass instead of keeping them.
         autocast: compute in bf16 where the weights are wider; None where there is a GPU or a half-precision weight.
+        bos: whether texts, and windows cut out of them, begin with the beginning-of-text token; None for what the
+            tokenizer itself puts in front of a text.
         seed: of the order of data and of dropout; both depend on nothing but the seed and the step.
     """
 
@@ -49,6 +51,7 @@ class Recipe:
     lean: bool = True
     checkpointing: bool = False
     autocast: bool | None = None
+    bos: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

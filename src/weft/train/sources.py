@@ -1,8 +1,10 @@
 """Reading training data: files, directories and `datasets` folders become a list of documents.
 
-    a text file, or a directory of them      each file is one document
+    a text file (.txt, .md, .py ...)         one document
     JSONL (.jsonl, .ndjson), JSON list       one record a line or item, its fields chosen by `Fields`
-    Parquet, a `datasets` save_to_disk folder   the same, one record a row
+    CSV and TSV with a first line of names, Parquet, a `datasets` save_to_disk folder
+                                             the same, one record a row
+    a directory                              its files of these kinds, in the order of their names; others are named
 
 A document is one of `Text`, `Completion` (loss on the completion only) and `Chat` (loss on the assistant's turns only).
 """
@@ -10,24 +12,30 @@ A document is one of `Text`, `Completion` (loss on the completion only) and `Cha
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError, nearest
+from weft.errors import WeftError
+from weft.train.records import Numbered, files_of, folder_records, is_datasets_folder, records_of, utf8
 
 __all__ = [
     "Chat",
     "Completion",
     "Document",
     "Fields",
+    "Skipped",
     "Text",
     "read_documents",
     "read_texts",
     "source_files",
     "texts_of",
 ]
+
+NAMED = 5
+"""Files that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages {"role": ..., "content": ...}; only the assistant's are learned."""
+    """Messages {"role": ..., "content": ...}; only the assistant's are learned.
+
+    Args:
+        tools: descriptions of the tools that the template tells the model of; None for none.
+        place: file and line or row it was read from.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
+    tools: list[Any] | None = None
+    place: str = field(default="", compare=False)
 
 
 Document = Text | Completion | Chat
@@ -92,21 +107,49 @@ class Fields:
         return [name for name in (self.text, self.prompt, self.completion, self.messages) if name is not None]
 
 
+@dataclass
+class Skipped:
+    """Records left out because something is wrong with them, at most `limit` of them.
+
+    Raises WeftError, when called, with the error of the first one too many.
+    """
+
+    limit: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def __call__(self, error: WeftError) -> None:
+        """Leave one more out, for this error."""
+        if len(self.errors) >= self.limit:
+            more = f" (after {self.limit} others, the limit of --skip-bad)" if self.limit else ""
+            raise WeftError(f"{str(error).rstrip('.')}{more}.") from None
+        self.errors.append(str(error))
+
+
 def read_documents(
-    paths: str | Path | Sequence[str | Path], fields: Fields | None = None, split: str = "train"
+    paths: str | Path | Sequence[str | Path],
+    fields: Fields | None = None,
+    split: str = "train",
+    skipped: Skipped | None = None,
 ) -> list[Document]:
     """All documents of `paths`, in the order given; the files of a directory in the order of their names.
 
     Args:
         fields: names of the record fields, where they are not the usual ones.
         split: which part of a `datasets` folder that has several.
+        skipped: gets the records that are left out; None leaves none out.
 
-    Raises WeftError, naming file and line or row, for a missing path, text that is not UTF-8, a bad JSON line, a
-    missing field, a field of the wrong type, or when there is no text at all.
+    Raises WeftError, naming file and line or row, for a missing path, a file of an unknown ending, text that is not
+    UTF-8, a bad JSON line, a missing field, a field of the wrong type, fields asked of a plain text, or when there is
+    no text at all. Warns of the files of a directory that are left out.
     """
     fields = (fields or Fields()).chosen()
-    several = [paths] if isinstance(paths, str | Path) else paths
-    documents = [document for path in several for document in _read(Path(path), fields, split)]
+    several = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    documents = [
+        document
+        for path in several
+        for file in _data_files(path)
+        for document in _read(file, fields, split, skipped or Skipped())
+    ]
     if not any(map(has_content, documents)):
         raise WeftError(f"The data is empty: {', '.join(map(str, several))} holds no text.")
     return [document for document in documents if has_content(document)]
@@ -120,16 +163,17 @@ def read_texts(paths: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def source_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files under `paths` (a `datasets` folder counts as one), in the order given, without reading them. Raises as
-    `read_documents` for a missing path.
+    """The files under `paths` (a `datasets` folder counts as one), in the order given, without reading them. Raises
+    and warns as `read_documents` for a path.
     """
     several = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    return [file for path in several for file in _files_of(path)]
+    return [file for path in several for file in _data_files(path)]
 
 
 def texts_of(file: Path) -> Iterator[str]:
     """The texts of one of `source_files`, empty ones left out."""
-    return (plain_text(document) for document in _read(file, Fields(), "train") if has_content(document))
+    documents = _read(file, Fields(), "train", Skipped())
+    return (plain_text(document) for document in documents if has_content(document))
 
 
 def plain_text(document: Document) -> str:
@@ -148,112 +192,35 @@ def has_content(document: Document) -> bool:
     return bool((document.completion if isinstance(document, Completion) else plain_text(document)).strip())
 
 
-def _read(path: Path, fields: Fields, split: str) -> Iterable[Document]:
-    if _is_datasets_folder(path):
-        return _records(_datasets_folder(path, split), fields, f"{path}, row")
-    return [document for file in _files_of(path) for document in _read_file(file, fields)]
+def _data_files(path: Path) -> list[Path]:
+    files, left = files_of(path)
+    if left:
+        names = ", ".join(str(p.relative_to(path)) for p in left[:NAMED])
+        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+        warnings.warn(f"Left out of the data in {path}: {names}{more}.", stacklevel=3)
+    return files
 
 
-def _files_of(path: Path) -> list[Path]:
-    if not path.exists():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = f"; beside it there are: {', '.join(nearest(path.name, beside))}" if beside else ""
-        raise WeftError(f"There is no data at {path}{hint}.")
-    if not path.is_dir() or _is_datasets_folder(path):
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-
-
-def _is_datasets_folder(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__pycache__")) for part in path.parts)
-
-
-def _read_file(path: Path, fields: Fields) -> Iterable[Document]:
-    match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
-            return _records(_json_lines(path), fields, f"{path}, line")
-        case ".json":
-            return _records(_json_list(path), fields, f"{path}, item")
-        case ".parquet":
-            return _records(_parquet(path), fields, f"{path}, row")
-        case _:
-            return [Text(_utf8(path))]
-
-
-def _utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+def _read(path: Path, fields: Fields, split: str, skipped: Skipped) -> Iterable[Document]:
+    records = folder_records(path, split) if is_datasets_folder(path) else records_of(path)
+    if records is not None:
+        return _documents(records, fields, skipped)
+    if fields != Fields():
         raise WeftError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out of the data."
-        ) from None
+            f"{path} is one plain text, which has no field {fields.names()[0]!r}: fields are for JSONL, JSON, CSV, "
+            "TSV, Parquet and datasets folders."
+        )
+    return [Text(utf8(path))]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line that is not blank."""
-    for number, line in enumerate(_utf8(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise WeftError(f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}).") from None
-
-
-def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        items = json.loads(_utf8(path))
-    except json.JSONDecodeError as error:
-        raise WeftError(
-            f"{path} is not JSON ({error.msg} at line {error.lineno}); a file with one record a line must end in "
-            ".jsonl."
-        ) from None
-    if not isinstance(items, list):
-        raise WeftError(f"{path} holds a JSON {type(items).__name__}: a list of records is needed.")
-    return iter(enumerate(items, start=1))
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    datasets = _datasets()
-    try:
-        return _rows(datasets.Dataset.from_parquet(str(path)))
-    except Exception as error:  # pyarrow and datasets share no base class for a damaged file
-        raise WeftError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
-
-
-def _datasets_folder(path: Path, split: str) -> Iterator[tuple[int, Any]]:
-    datasets = _datasets()
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise WeftError(f"{path} cannot be read as a datasets folder: {str(error).splitlines()[0]}.") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise WeftError(f"{path} has no split {split!r}; it has: {', '.join(loaded)}.")
-        loaded = loaded[split]
-    return _rows(loaded)
-
-
-def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
-    return iter(enumerate(dataset, start=1))
-
-
-def _datasets() -> Any:
-    try:
-        import datasets  # an optional extra, and slow to import
-    except ImportError:
-        raise WeftError(
-            "Reading Parquet and datasets folders needs the datasets package: pip install 'weft[data]'."
-        ) from None
-    return datasets
-
-
-def _records(numbered: Iterable[tuple[int, Any]], fields: Fields, place: str) -> list[Document]:
-    """The records as documents; an error says at which `place` (a file and what its numbers count)."""
-    return [_document(record, fields, f"{place} {number}") for number, record in numbered]
+def _documents(records: Numbered, fields: Fields, skipped: Skipped) -> Iterator[Document]:
+    for place, record in records:
+        try:
+            if isinstance(record, WeftError):
+                raise record
+            yield _document(record, fields, place)
+        except WeftError as error:
+            skipped(error)
 
 
 def _document(record: Any, fields: Fields, place: str) -> Document:
@@ -267,7 +234,7 @@ def _document(record: Any, fields: Fields, place: str) -> Document:
             f"--prompt-field and --completion-field, or --messages-field."
         )
     if fields.messages is not None:
-        return Chat(_messages(record[fields.messages], place))
+        return Chat(_messages(record[fields.messages], place), _tools(record.get("tools"), place), place)
     texts = [_string(record[name], name, place) for name in fields.names()]
     return Text(*texts) if fields.text is not None else Completion(*texts)
 
@@ -275,15 +242,75 @@ def _document(record: Any, fields: Fields, place: str) -> Document:
 def _string(value: Any, name: str, place: str) -> str:
     if not isinstance(value, str):
         raise WeftError(f"{place}: the field {name!r} holds a {type(value).__name__} where text is needed.")
+    return _encodable(value, name, place)
+
+
+def _encodable(value: str, name: str, place: str) -> str:
+    """The text itself; JSON can spell halves of characters (lone surrogates), which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise WeftError(
+            f"{place}: the field {name!r} holds half a character ({half!a}, at character {error.start + 1}), which is "
+            "no text."
+        ) from None
     return value
 
 
 def _messages(value: Any, place: str) -> tuple[Mapping[str, Any], ...]:
-    good = isinstance(value, Sequence) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
-    if not good:
-        raise WeftError(f'{place}: messages must be a list of {{"role": ..., "content": ...}} with text in both.')
+    if not (isinstance(value, Sequence) and all(map(_is_message, value))):
+        raise WeftError(
+            f'{place}: messages must be a list of {{"role": ..., "content": ...}} with text in both, or with '
+            "tool_calls and no content."
+        )
     if not any(message["role"] == "assistant" for message in value):
         raise WeftError(f"{place}: no message has the role 'assistant', so there is nothing to learn from it.")
-    return tuple(value)
+    for message in value:
+        _encodable(json.dumps(message, ensure_ascii=False, default=str), "messages", place)
+    return tuple(map(_message, value))
+
+
+def _message(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message as templates expect it: a text for its content, which they would write out as None, and the
+    arguments of a tool call as a record, which they would quote twice.
+    """
+    calls = message.get("tool_calls")
+    return {
+        **message,
+        "content": message.get("content") or "",
+        **({"tool_calls": [_call(call) for call in calls]} if calls else {}),
+    }
+
+
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _is_message(message: Any) -> bool:
+    if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+        return False
+    calls = message.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        return False
+    return isinstance(message.get("content"), str) or (message.get("content") is None and bool(calls))
+
+
+def _tools(value: Any, place: str) -> list[Any] | None:
+    """The tools of a conversation, which some data sets write as JSON in a text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise WeftError(f"{place}: the field 'tools' is a text that is not JSON ({error.msg}).") from None
+    if not value:
+        return None
+    if not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value)):
+        raise WeftError(f"{place}: the field 'tools' must be a list of descriptions, each a record.")
+    return list(value)

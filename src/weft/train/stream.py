@@ -2,8 +2,9 @@
 
 The files, in an order drawn from the seed, become one stream of tokens on disk, each document ending with the
 end-of-text token. Row i is a window of it, shuffled within blocks of 1024 windows; once the text is used up, the next
-epoch takes the windows in another order. Positions restart with each document, so that none attends to the one before
-it (`weft.train.packing`). All of it is a pure function of files, seed and i.
+epoch takes the windows in another order. A window that begins within a document has in front what the tokenizer puts
+in front of a text, and loses as many tokens at its end. Positions restart with each document, so that none attends to
+the one before it (`weft.train.packing`). All of it is a pure function of files, seed and i.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from weft.errors import WeftError
 from weft.seeds import derived_seed
 from weft.train.packing import IGNORED
 from weft.train.sources import texts_of
-from weft.train.windows import closed
+from weft.train.windows import closed, opening
 
 __all__ = ["StreamedRows"]
 
@@ -40,6 +41,7 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
     Args:
         tokens: the file to write the token stream to; overwritten.
         count: rows that training will ask for; the thread stops when it has enough.
+        bos: as in `weft.train.windows.opening`.
     """
 
     packed = True
@@ -52,12 +54,14 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         count: int,
         seed: int,
         tokens: Path,
+        bos: bool | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise WeftError("Pre-training needs a tokenizer with an end-of-text token, which ends every document.")
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(derived_seed(seed, 0, 0)))
         self.files, self.tokenizer, self.path = [files[i] for i in order.tolist()], tokenizer, tokens
         self.window, self.count, self.seed = window, count, seed
+        self.before = torch.tensor(opening(tokenizer, bos), dtype=torch.int64)
         self.written, self.finished, self.stopped = 0, False, False
         self.error: BaseException | None = None
         self.news = threading.Condition()
@@ -82,6 +86,8 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = self._place(index) * self.window
         ids = torch.from_numpy(self._read(start).astype(np.int64))
+        if len(self.before) and not torch.equal(ids[: len(self.before)], self.before):
+            ids = torch.cat([self.before, ids])[: self.window]
         positions = _positions(ids, int(self.tokenizer.eos_token_id))  # type: ignore[arg-type]
         return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, IGNORED), "position_ids": positions}
 
@@ -143,8 +149,9 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
         end = self.tokenizer.eos_token_id
         pieces = list(_pieces(text))
         for number, piece in enumerate(pieces, start=1):
-            ids = self.tokenizer(piece, verbose=False, return_attention_mask=False, add_special_tokens=number == 1)
-            closing = closed(ids["input_ids"], end)
+            ids = self.tokenizer(piece, verbose=False, return_attention_mask=False, add_special_tokens=False)
+            front = self.before.tolist() if number == 1 else []
+            closing = closed([*front, *ids["input_ids"]], end)
             yield closing if number == len(pieces) else closing[:-1]
 
 

@@ -1,7 +1,8 @@
 """Windows of contiguous tokens: what calibration and perplexity are measured on.
 
-Texts become one stream of n tokens, documents joined by the end-of-text token. A window is `window` consecutive
-tokens of it:
+Texts become one stream of n tokens, documents joined by the end-of-text token. A window is `window` tokens: what the
+tokenizer itself puts in front of a text (`opening`: Gemma's <bos>, nothing for GPT-2), then consecutive tokens of the
+stream:
 
     evaluation:   starts 0, stride, 2 stride, ...; a token is scored once, in the first window that gives it any context
     calibration:  one window out of each of `windows` equal parts of the stream, at a place drawn by `seed`
@@ -16,11 +17,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
 
-__all__ = ["Window", "batches", "calibration_batches", "evaluation_windows", "token_stream", "token_windows"]
+__all__ = [
+    "Window",
+    "batches",
+    "calibration_batches",
+    "check_ids",
+    "closed",
+    "cut",
+    "evaluation_windows",
+    "opening",
+    "token_stream",
+    "token_windows",
+]
 
 
 class Window(NamedTuple):
@@ -30,8 +42,29 @@ class Window(NamedTuple):
     context: int
 
 
+def opening(tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> tuple[int, ...]:
+    """The ids that stand in front of every window: those that the tokenizer puts in front of a text.
+
+    Args:
+        bos: False for none; True for the beginning-of-text token even where the tokenizer does not put it there.
+
+    Raises WeftError for True when the tokenizer has no such token.
+    """
+    if bos is False:
+        return ()
+    whole: list[int] = tokenizer("a")["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), 0)
+    if start or bos is None:
+        return tuple(whole[:start])
+    if tokenizer.bos_token_id is None:
+        raise WeftError("The tokenizer has no beginning-of-text token: leave --bos away.")
+    return (int(tokenizer.bos_token_id),)  # type: ignore[arg-type]
+
+
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str]) -> Tensor:
-    """All texts as one int64 stream (n,), each followed by the end-of-text token where the tokenizer has one.
+    """All texts as one int64 stream (n,), each followed by the end-of-text token where the tokenizer has one, without
+    the tokens in front of a text: these belong to windows.
 
     Raises WeftError when there is nothing but white space.
     """
@@ -39,8 +72,20 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str])
     if not documents:
         raise WeftError("The text is empty: give a file that holds some text.")
     # verbose=False: the stream is cut into windows, so its length is no cause for the tokenizer's warning
-    encoded = tokenizer(documents, verbose=False, return_attention_mask=False)["input_ids"]
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
     return torch.cat([torch.tensor(closed(ids, tokenizer.eos_token_id), dtype=torch.int64) for ids in encoded])
+
+
+def check_ids(ids: Tensor, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises WeftError for a token that the model of this configuration has no row for."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    most = int(ids.max()) if len(ids) else 0
+    if rows is not None and most >= rows:
+        raise WeftError(
+            f"The text holds the token {tokenizer.convert_ids_to_tokens(most)!r}, number {most} of the tokenizer, and "
+            f"the model has rows for {rows} tokens: take the tokenizer that belongs to the model, or resize its "
+            "embeddings to the tokenizer."
+        )
 
 
 def closed(ids: list[int], end: int | None) -> list[int]:
@@ -98,15 +143,18 @@ def token_windows(
     window: int,
     count: int | None = None,
     stride: int | None = None,
+    bos: bool | None = None,
 ) -> Tensor:
-    """The token windows (k, window), int64, of `texts` by the plan of `evaluation_windows`."""
-    stream = token_stream(tokenizer, texts)
-    return cut(stream, [w.start for w in evaluation_windows(len(stream), window, stride, count)], window)
+    """The token windows (k, window), int64, of `texts` by the plan of `evaluation_windows`; `bos` as in `opening`."""
+    stream, before = token_stream(tokenizer, texts), opening(tokenizer, bos)
+    room = window - len(before)
+    return cut(stream, [w.start for w in evaluation_windows(len(stream), room, stride, count)], window, before)
 
 
-def cut(stream: Tensor, starts: Sequence[int], window: int) -> Tensor:
-    """The windows (k, window) of a stream (n,) that begin at `starts`."""
-    return torch.stack([stream[start : start + window] for start in starts])
+def cut(stream: Tensor, starts: Sequence[int], window: int, before: Sequence[int] = ()) -> Tensor:
+    """The windows (k, window) of a stream (n,) whose text begins at `starts`, each with the ids `before` in front."""
+    front, room = torch.tensor(before, dtype=stream.dtype), window - len(before)
+    return torch.stack([torch.cat([front, stream[start : start + room]]) for start in starts])
 
 
 def batches(windows: Tensor, batch: int) -> Iterator[dict[str, Tensor]]:
@@ -122,24 +170,30 @@ def calibration_batches(
     window: int = 512,
     batch: int = 4,
     seed: int = 0,
+    bos: bool | None = None,
 ) -> list[dict[str, Tensor]]:
     """`windows` windows of `window` tokens spread evenly over the texts, as model inputs in batches of `batch`.
 
     The stream is cut into `windows` equal parts and one window is drawn uniformly inside each: no two overlap, every
     part of the text is seen, and the same arguments give the same tokens.
 
-    Raises WeftError when the text holds fewer than windows * window tokens.
+    Args:
+        bos: as in `opening`.
+
+    Raises WeftError when the text holds too few tokens.
     """
     if windows < 1 or batch < 1:
         raise WeftError(f"--windows is {windows} and the batch {batch}: give at least 1 of each.")
-    stream = token_stream(tokenizer, texts)
-    check_window(len(stream), window)
+    stream, before = token_stream(tokenizer, texts), opening(tokenizer, bos)
+    room = window - len(before)
+    check_window(len(stream), room)
     part = len(stream) // windows
-    if part < window:
+    if part < room:
         raise WeftError(
-            f"The text is too short: {windows} windows of {window} tokens need {windows * window} tokens and it has "
+            f"The text is too short: {windows} windows of {window} tokens need {windows * room} tokens and it has "
             f"{len(stream)}; give a longer text, fewer --windows or a smaller --window."
         )
     generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randint(0, part - window + 1, (windows,), generator=generator).tolist()
-    return list(batches(cut(stream, [i * part + offset for i, offset in enumerate(offsets)], window), batch))
+    offsets = torch.randint(0, part - room + 1, (windows,), generator=generator).tolist()
+    starts = [i * part + offset for i, offset in enumerate(offsets)]
+    return list(batches(cut(stream, starts, window, before), batch))

@@ -32,7 +32,7 @@ from weft.errors import WeftError
 from weft.runs.loading import load_config, load_model, load_tokenizer
 from weft.seeds import check_seed
 from weft.train.sources import read_texts
-from weft.train.windows import Window, evaluation_windows, token_stream
+from weft.train.windows import Window, check_ids, cut, evaluation_windows, opening, token_stream
 
 __all__ = ["check_causal", "check_context", "evaluate", "model_size", "peak_memory", "reset_peak_memory", "run"]
 
@@ -47,6 +47,7 @@ def evaluate(
     window: int = 512,
     stride: int | None = None,
     windows: int | None = None,
+    bos: bool | None = None,
 ) -> dict[str, Any]:
     """Perplexity of `model` on `text` (one text or several), with its size, speed and peak memory.
 
@@ -54,30 +55,34 @@ def evaluate(
         window: tokens the model sees at once.
         stride: tokens between two window starts; `window` (the default) makes windows disjoint, less gives context.
         windows: how many windows from the beginning of the text; all of them by default.
+        bos: whether every window begins with the beginning-of-text token; None for what the tokenizer itself puts in
+            front of a text. The first token of the text in a window is scored with or without it by the same rule.
 
-    Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words,
-    window, stride, windows, parameters, bytes (of stored parameters and buffers), tokens_per_second (through the
-    model), seconds, peak_memory_bytes (CUDA allocations of this call, else the high-water mark of the process).
+    Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words, bos
+        (whether windows began with such a token), window, stride, windows, parameters, bytes (of stored parameters and
+        buffers), tokens_per_second (through the model), seconds, peak_memory_bytes (CUDA allocations of this call, else
+        the high-water mark of the process).
 
     Raises WeftError when the text is too short or the window exceeds the model's context.
     """
     check_context(model, window)
-    stream = token_stream(tokenizer, text)
-    plan = evaluation_windows(len(stream), window, stride, windows)
+    stream, before = token_stream(tokenizer, text), opening(tokenizer, bos)
+    plan = plan_of(stream, before, window, stride, windows)
     device = next(model.parameters()).device
     reset_peak_memory(device)
     began = time.perf_counter()
-    nll, tokens = total_loss(model, stream, plan, window, device)
+    nll, tokens = total_loss(model, stream, plan, window, device, before)
     seconds = time.perf_counter() - began
     loss = nll / tokens
     parameters, nbytes = model_size(model)
     return {
         "perplexity": exponential(loss),
-        **text_perplexities(tokenizer, stream, plan, window, loss),
+        **text_perplexities(tokenizer, stream, plan, window - len(before), loss),
         "loss": loss,
         "tokens": tokens,
+        "bos": bool(before),
         "window": window,
-        "stride": stride or window,
+        "stride": min(stride or window, window - len(before)),
         "windows": len(plan),
         "parameters": parameters,
         "bytes": nbytes,
@@ -85,6 +90,13 @@ def evaluate(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(device),
     }
+
+
+def plan_of(
+    stream: Tensor, before: Sequence[int], window: int, stride: int | None, windows: int | None
+) -> list[Window]:
+    """The windows of a text in a model's windows of `window` tokens, which begin with the ids `before`."""
+    return evaluation_windows(len(stream), window - len(before), None if stride == window else stride, windows)
 
 
 def check_context(model: PreTrainedModel | PreTrainedConfig, window: int) -> None:
@@ -112,6 +124,7 @@ def run(
     window: int = 512,
     stride: int | None = None,
     windows: int | None = None,
+    bos: bool | None = None,
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
@@ -132,18 +145,26 @@ def run(
     check_causal(config)
     check_context(config, window)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    evaluation_windows(
-        len(token_stream(tokenizer, texts)), window, stride, windows
-    )  # says whether the text is too short
+    stream = token_stream(tokenizer, texts)
+    check_ids(stream, config, tokenizer)
+    plan_of(stream, opening(tokenizer, bos), window, stride, windows)  # says whether the text is too short
     source = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    return {"model": model, **evaluate(source, tokenizer, texts, window=window, stride=stride, windows=windows)}
+    found = evaluate(source, tokenizer, texts, window=window, stride=stride, windows=windows, bos=bos)
+    return {"model": model, **found}
 
 
 @torch.no_grad()
 def total_loss(
-    model: nn.Module, stream: Tensor, plan: Sequence[Window], window: int, device: torch.device
+    model: nn.Module,
+    stream: Tensor,
+    plan: Sequence[Window],
+    window: int,
+    device: torch.device,
+    before: Sequence[int] = (),
 ) -> tuple[float, int]:
-    """Sum of the negative log-likelihoods of all scored tokens, and how many they are."""
+    """Sum of the negative log-likelihoods of all scored tokens, and how many they are; every window begins with the
+    ids `before`, which are not scored.
+    """
     was_training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
@@ -151,9 +172,9 @@ def total_loss(
     try:
         while plan:
             batch, plan = plan[:rows], plan[rows:]
-            ids = torch.stack([stream[w.start : w.start + window] for w in batch]).to(device)
+            ids = cut(stream, [w.start for w in batch], window, before).to(device)
             logits = model(input_ids=ids, use_cache=False).logits  # (rows, window, vocabulary)
-            scored = scored_positions(batch, window, device)
+            scored = scored_positions([Window(w.start, w.context + len(before)) for w in batch], window, device)
             total += summed_nll(logits, ids, scored)
             tokens += int(scored.sum())
             rows = max(1, LOGIT_BYTES // (logits[0].numel() * logits.element_size()))

@@ -32,7 +32,7 @@ from weft.train.data import training_rows
 from weft.train.optimizers import WITHOUT_BACKWARD, check_options
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
-from weft.train.sources import Document, Fields, Text, plain_text, read_documents, read_texts
+from weft.train.sources import Document, Fields, Skipped, Text, plain_text, read_documents, read_texts
 from weft.train.trainer import METRICS_FILE, train
 from weft.train.windows import calibration_batches, evaluation_windows, token_stream
 from weft.verbs.adapt import adapt, effective_rates, parameter_groups, trainable
@@ -58,6 +58,7 @@ def finetune(
     evaluation: str | Sequence[str] | None = None,
     eval_windows: int | None = None,
     directory: Path | None = None,
+    skipped: Skipped | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train `model` in place by `method`, and return what was measured.
@@ -70,6 +71,7 @@ def finetune(
         evaluation: text whose perplexity is measured before, after, and every `eval_every` steps.
         eval_windows: how many windows of it; all by default.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
+        skipped: gets the chats that are left out because the template refuses them; None leaves none out.
         **settings: steps, lr, window, batch, accumulate, seed ... (the fields of `weft.train.recipe.Recipe`), and
             options of the method.
 
@@ -80,7 +82,7 @@ def finetune(
     recipe, options = split_settings(settings)
     documents = [Text(d) if isinstance(d, str) else d for d in ([data] if isinstance(data, str) else data)]
     check_context(model, recipe.window)
-    rows, refusal = training_rows(model, tokenizer, documents, recipe.window)
+    rows, refusal = training_rows(model, tokenizer, documents, recipe.window, recipe.bos, skipped)
     if refusal:
         say(f"Training with one document a row and padding: {refusal}.")
     chosen = find(method, *KINDS)
@@ -91,7 +93,7 @@ def finetune(
     def measure() -> dict[str, Any]:
         if evaluation is None:
             return {}
-        figures = evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows)
+        figures = evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows, bos=recipe.bos)
         return {"perplexity": figures["perplexity"]}
 
     before, device = measure(), next(model.parameters()).device
@@ -153,7 +155,7 @@ def calibration(
     """Windows of the training data, as many as it has up to 32."""
     texts = [plain_text(document) for document in documents]
     windows = min(CALIBRATION_WINDOWS, max(1, len(token_stream(tokenizer, texts)) // recipe.window))
-    return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed)
+    return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed, recipe.bos)
 
 
 def make_optimizer(name: str | None, model: PreTrainedModel, recipe: Recipe, rank: int | None) -> torch.optim.Optimizer:
@@ -211,6 +213,7 @@ def run(
     prompt_field: str | None = None,
     completion_field: str | None = None,
     messages_field: str | None = None,
+    skip_bad: int = 0,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
@@ -221,6 +224,7 @@ def run(
     Args:
         data: files or directories as `weft.train.sources.read_documents` takes them; None for Python's own sources.
         eval_text: text to measure perplexity on, before and after; of it, `eval_windows` windows.
+        skip_bad: records in which something is wrong that may be left out; they are listed.
         **settings: fields of `Recipe` (steps, lr, window, batch, seed ...), and options of the method.
 
     An interrupted run keeps its last checkpoint beside `out`, and the same call goes on from it to the same bits.
@@ -235,8 +239,11 @@ def run(
     check_optimizer(optimizer)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     check_output(out, arguments)
+    skipped = Skipped(skip_bad)
     documents = (
-        read_documents(data, names, split) if data is not None else [*map(Text, read_texts(calibration_files()))]
+        read_documents(data, names, split, skipped)
+        if data is not None
+        else [*map(Text, read_texts(calibration_files()))]
     )
     evaluation = None if eval_text is None else read_texts(eval_text)
     config = load_config(model, trust_remote_code=trust_remote_code)
@@ -251,8 +258,9 @@ def run(
     with open_output(out, arguments) as place:
         metrics = finetune(
             source, tokenizer, documents, method, rank=rank, optimizer=optimizer, evaluation=evaluation,
-            eval_windows=eval_windows, directory=place.progress, **settings,
+            eval_windows=eval_windows, directory=place.progress, skipped=skipped, **settings,
         )  # fmt: skip
+        metrics |= {"skipped": skipped.errors} if skip_bad else {}
         if int(os.environ.get("RANK", "0")) == 0:
             save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
             (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())

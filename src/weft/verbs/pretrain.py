@@ -108,7 +108,8 @@ def pretrain(
     def measure() -> dict[str, Any]:
         if evaluation is None:
             return {}
-        return {"perplexity": evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows)["perplexity"]}
+        found = evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows, bos=recipe.bos)
+        return {"perplexity": found["perplexity"]}
 
     made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
     plan = _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
@@ -119,7 +120,8 @@ def pretrain(
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     count = recipe.steps * recipe.batch * recipe.accumulate * processes
     began = time.perf_counter()
-    with StreamedRows(files, tokenizer, recipe.window, count, recipe.seed, directory / f"tokens-{rank}.bin") as rows:
+    tokens = directory / f"tokens-{rank}.bin"
+    with StreamedRows(files, tokenizer, recipe.window, count, recipe.seed, tokens, recipe.bos) as rows:
         rows[0]  # says whether the text is too short, before anything is kept
         log = train(
             model,
