@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError, nearest
+from weft.terms.hooks import carry_hooks, is_offloaded
 from weft.terms.low_rank import LowRank
 from weft.terms.sum_linear import SumLinear
 
@@ -101,9 +102,19 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` points, keeping the train/eval mode of what was there."""
+    """Put `module` where `name` points, keeping the mode and the hooks of what was there.
+
+    Raises:
+        WeftError: accelerate keeps the layer's weights elsewhere between forward passes.
+    """
     old = model.get_submodule(name)
+    if is_offloaded(old):
+        raise WeftError(
+            f"The weights of {name} are offloaded to the disk or another device, where weft cannot replace them; load "
+            "the model without offloading, for example with device_map='cpu'."
+        )
     module.train(old.training)
+    carry_hooks(old, module)
     model.set_submodule(name, module)
 
 
