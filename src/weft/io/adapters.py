@@ -27,13 +27,14 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError, nearest
 from weft.io import peft
 from weft.io.base import Base, base_of, other_weights, sample
+from weft.tensors import read_tensors
 from weft.terms import LowRank, Term, build
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
 from weft.terms.layers import linear_layers
@@ -316,7 +317,7 @@ def _read(path: Path, name: str | None) -> LooseAdapter:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         _check_format(path, config)
         own = path / TENSORS
-        state = load_file(own) if own.is_file() else peft.plain_state(path, config["layers"])
+        state = read_tensors(own) if own.is_file() else peft.plain_state(path, config["layers"])
         adapter = Adapter(name or config["name"], config["method"], {}, config["settings"], config["rates"])
         base = Base.from_json(config["base"])
         state |= {tied: state[home] for tied, home in config["tied"].items()}

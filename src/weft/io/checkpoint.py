@@ -10,12 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weft.errors import WeftError
+from weft.tensors import read_tensor
 
 __all__ = ["Checkpoint"]
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """name -> tensor, on the CPU in its stored dtype.
+    """name -> tensor, on the CPU in its stored dtype and in memory of its own.
 
     Args:
         directory: of a model, or of anything else in safetensors files.
@@ -37,9 +38,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise WeftError(f"The weight file {file} is damaged or cut short ({error}); fetch it again.") from error
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor
+        return read_tensor(self._files[name], name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

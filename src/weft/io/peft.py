@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.io.base import Base
+from weft.tensors import read_tensors
 from weft.terms import LowRank, Magnitude, Term
 from weft.terms.adapters import Adapter
 from weft.terms.factors import exact_factors, sum_factors
@@ -75,7 +76,7 @@ def write(directory: Path, base: Base, terms: Mapping[str, list[Term]]) -> bool:
 
 def plain_state(path: Path, layers: Iterable[str]) -> dict[str, Tensor]:
     """PEFT's tensors under the names of our own format, for an adapter that `write` found to be itself."""
-    state = load_file(path / TENSORS)
+    state = read_tensors(path / TENSORS)
     parts = {"A": "lora_A.weight", "B": "lora_B.weight"}
     return {
         f"{layer}.main.{name}": state[f"{_PREFIX}{layer}.{part}"] for layer in layers for name, part in parts.items()
@@ -94,7 +95,7 @@ def read(path: Path, name: str, parameters: Container[str] | None = None) -> tup
     """
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        state = load_file(path / TENSORS)
+        state = read_tensors(path / TENSORS)
     except Exception as error:  # safetensors, json and the system each have their own
         raise WeftError(f"The adapter in {path} is damaged or incomplete ({error}); fetch it again.") from error
     _check_config(config, path)

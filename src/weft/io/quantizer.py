@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from weft import __version__
 from weft.errors import WeftError
 from weft.io.headers import check_tensors, keep_mixed_precision
+from weft.tensors import own_memory
 from weft.terms import Spec, SumLinear, build_sum
 from weft.terms.layers import is_linear, replace, weight_of
 from weft.terms.random_products import share_stores
@@ -113,6 +114,7 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
             keep_mixed_precision(model, list(placed), stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        own_memory(model)
         share_stores([model])
         _forget_quantizer(model)
         _adopt(model, self.quantization_config)

@@ -34,11 +34,13 @@ def window_dots(G: Tensor, g: Tensor) -> Tensor:
 
 
 def window_combination(G: Tensor, c: Tensor) -> Tensor:
-    """G^T c (d,) in fp32, or fp64 for fp64 rows: the sum of the rows of G (m, d) with the weights c (m,)."""
-    high = torch.promote_types(G.dtype, torch.float32)
-    out, c = torch.empty(G.shape[1], dtype=high, device=G.device), c.to(high)
+    """G^T c (d,) in fp32, or fp64 for fp64 rows: the sum of the rows of G (m, d) with the weights c (m,).
+
+    Summed in fp64: among rows that are near-copies of each other the weights are large and cancel.
+    """
+    out = torch.empty(G.shape[1], dtype=torch.promote_types(G.dtype, torch.float32), device=G.device)
     for columns in _pieces(G):
-        out[columns] = c @ G[:, columns].to(high)
+        out[columns] = (c.double() @ G[:, columns].double()).to(out.dtype)
     return out
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.errors import WeftError
 from weft.files import replacing
+from weft.tensors import read_metadata, read_tensors
 
 __all__ = ["SeedLog"]
 
@@ -57,15 +58,12 @@ class SeedLog:
     def load(cls, path: str | Path) -> SeedLog:
         """Read what `save` wrote. Raises WeftError for a file that is missing, damaged, or of another kind."""
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise WeftError(
-                        f"{path} is not a log of zeroth-order steps; give the file that SeedLog.save wrote."
-                    )
-                return cls(json.loads(metadata["config"]), file.get_tensor("differences"), file.get_tensor("rates"))
+            metadata, tensors = read_metadata(path), read_tensors(path)
         except (OSError, SafetensorError) as error:
             raise WeftError(f"The log {path} cannot be read ({error}).") from error
+        if metadata.get("format") != _FORMAT:
+            raise WeftError(f"{path} is not a log of zeroth-order steps; give the file that SeedLog.save wrote.")
+        return cls(json.loads(metadata["config"]), tensors["differences"], tensors["rates"])
 
     @classmethod
     def of_rows(cls, config: dict[str, Any], rows: list[tuple[Tensor, Tensor]], blocks: int, groups: int) -> SeedLog:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 import weft.embedded
 from weft.errors import WeftError, nearest
+from weft.tensors import own_memory
 
 __all__ = ["load_config", "load_model", "load_tokenizer", "resolve", "resolve_device", "resolve_dtype"]
 
@@ -133,6 +134,7 @@ def load_model(
         raise WeftError(
             f"The checkpoint {name} lacks {len(missing)} tensors that it should hold, such as {missing[0]}."
         )
+    own_memory(loaded)
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded
 

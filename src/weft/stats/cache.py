@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.files import replacing
 from weft.stats.collect import Collector
+from weft.tensors import read_metadata, read_tensors
 
 __all__ = ["Snapshots", "fingerprint"]
 
@@ -56,9 +57,7 @@ class Snapshots:
     def restore(self, collector: Collector) -> int:
         """Fill the collector from the last snapshot; the number of batches it has seen, 0 without a readable one."""
         try:
-            with safe_open(self.path, "pt") as file:
-                state = json.loads(file.metadata()["state"])
-                sums = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            state, sums = json.loads(read_metadata(self.path)["state"]), read_tensors(self.path)
         except (FileNotFoundError, SafetensorError):
             return 0
         for key, total in sums.items():

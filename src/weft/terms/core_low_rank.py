@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.tensors import owned
 from weft.terms.base import Spec, Term
 
 __all__ = ["CoreLowRank"]
@@ -39,7 +40,7 @@ class CoreLowRank(Term):
     def from_factors(cls, B: Tensor, R: Tensor, A: Tensor, *, scale: float = 1.0) -> CoreLowRank:
         """The term of given factors B (out, r), R (r, r), A (r, in)."""
         term = cls(A.shape[1], B.shape[0], A.shape[0], scale=scale, device="meta", dtype=A.dtype)
-        term.B, term.R, term.A = (nn.Parameter(t.detach().contiguous()) for t in (B, R, A))
+        term.B, term.R, term.A = (nn.Parameter(owned(t.detach())) for t in (B, R, A))
         return term
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.tensors import owned
 from weft.terms.base import Spec, Term
 from weft.terms.factors import exact_factors, gated_factors
 
@@ -48,7 +49,7 @@ class GatedLowRank(Term):
     def from_factors(cls, B: Tensor, A: Tensor, gate: Tensor, *, scale: float = 1.0) -> GatedLowRank:
         """The term of given factors B (out, r), A (r, in) and gate (r,), which is the first draw too."""
         term = cls(A.shape[1], B.shape[0], A.shape[0], scale=scale, device="meta", dtype=A.dtype)
-        term.A, term.B = nn.Parameter(A.detach().contiguous()), nn.Parameter(B.detach().contiguous())
+        term.A, term.B = nn.Parameter(owned(A.detach())), nn.Parameter(owned(B.detach()))
         term.gate, term.draw = (gate.detach().to(A.device, A.dtype, copy=True) for _ in range(2))
         return term
 

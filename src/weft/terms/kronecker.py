@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.linalg.kronecker import kronecker_sum
+from weft.tensors import owned
 from weft.terms.base import Spec, Term
 
 __all__ = ["Kronecker"]
@@ -48,7 +49,7 @@ class Kronecker(Term):
         """The term of given factors U (K, m1, n1) and V (K, m2, n2)."""
         (count, m1, n1), (_, m2, n2) = U.shape, V.shape
         term = cls(n1 * n2, m1 * m2, count, (m1, n1), device="meta", dtype=U.dtype)
-        term.U, term.V = nn.Parameter(U.detach().contiguous()), nn.Parameter(V.detach().contiguous())
+        term.U, term.V = nn.Parameter(owned(U.detach())), nn.Parameter(owned(V.detach()))
         return term
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.tensors import owned
 from weft.terms.base import Spec, Term
 
 __all__ = ["LowRank"]
@@ -42,7 +43,7 @@ class LowRank(Term):
     def from_factors(cls, B: Tensor, A: Tensor, *, scale: float = 1.0, dropout: float = 0.0) -> LowRank:
         """The term of given factors B (out, r) and A (r, in)."""
         term = cls(A.shape[1], B.shape[0], A.shape[0], scale=scale, dropout=dropout, device="meta", dtype=A.dtype)
-        term.A, term.B = nn.Parameter(A.detach().contiguous()), nn.Parameter(B.detach().contiguous())
+        term.A, term.B = nn.Parameter(owned(A.detach())), nn.Parameter(owned(B.detach()))
         return term
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.tensors import owned
 from weft.terms.base import Spec, Term
 
 __all__ = ["SingularBasis"]
@@ -67,7 +68,7 @@ class SingularBasis(Term):
         )
         tensors = {"U": U, "s": s, "V": V, "scale": ones, "shift": zeros, "X": X, "Y": Y}
         for name, tensor in tensors.items():
-            setattr(term, name, nn.Parameter(tensor.detach().contiguous()))
+            setattr(term, name, nn.Parameter(owned(tensor.detach())))
         return term
 
     def gain(self, dtype: torch.dtype | None = None) -> Tensor:

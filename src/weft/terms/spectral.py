@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.tensors import owned
 from weft.terms.base import Spec, Term
 
 __all__ = ["Spectral"]
@@ -43,7 +44,7 @@ class Spectral(Term):
     def from_factors(cls, U: Tensor, s: Tensor, V: Tensor, *, scale: float = 1.0, dropout: float = 0.0) -> Spectral:
         """The term of given factors U (out, r), s (r,), V (r, in)."""
         term = cls(V.shape[1], U.shape[0], s.shape[0], scale=scale, dropout=dropout, device="meta", dtype=U.dtype)
-        term.U, term.s, term.V = (nn.Parameter(t.detach().contiguous()) for t in (U, s, V))
+        term.U, term.s, term.V = (nn.Parameter(owned(t.detach())) for t in (U, s, V))
         return term
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from weft.errors import WeftError
 from weft.files import replacing
 from weft.rules import Rule, State
+from weft.tensors import read_metadata, read_tensors
 
 __all__ = ["RULES_FILE", "RuleCallback", "load_rule_state", "save_rule_state"]
 
@@ -79,6 +79,4 @@ def load_rule_state(directory: Path) -> State:
     path = directory / RULES_FILE
     if not path.is_file():
         raise WeftError(f"{directory} has no {RULES_FILE}, so training with rules cannot go on from it: start it anew.")
-    with safe_open(path, framework="pt") as file:
-        numbers = json.loads((file.metadata() or {}).get("numbers", "{}"))
-        return {**numbers, **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+    return {**json.loads(read_metadata(path).get("numbers", "{}")), **read_tensors(path)}

@@ -11,11 +11,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weft.errors import WeftError
+from weft.tensors import read_tensors
 from weft.train.callback import RULES_FILE
 
 __all__ = ["WEIGHTS_FILE", "Changes", "last_checkpoint"]
@@ -51,7 +52,7 @@ class Changes:
         Raises WeftError for a tensor that the model lacks.
         """
         here = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        for name, saved in load_file(directory / WEIGHTS_FILE).items():
+        for name, saved in read_tensors(directory / WEIGHTS_FILE).items():
             if name not in here:
                 raise WeftError(
                     f"The checkpoint {directory} holds {name}, which the model has not: it is another model's."

@@ -33,6 +33,7 @@ from transformers import (
 from weft.memory import lean, lean_report, unlean
 from weft.rules import Rule, Rules
 from weft.seeds import derived_seed
+from weft.tensors import own_memory
 from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
 from weft.train.interrupt import Interrupt
@@ -84,6 +85,7 @@ def train(
         checkpointing(model, recipe.checkpointing),
         kept_config(model),
     ):
+        own_memory(model)  # as a checkpoint's tensors will lie: products give the same bits then
         made = optimizer()
         rule.bind(made)
         trainer = Trainer(

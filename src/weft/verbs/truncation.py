@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.allocate import NEEDS, LayerInfo, Ranks
@@ -33,6 +33,7 @@ from weft.methods.base import Factors, LowRankSplit, Method, Moments
 from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
 from weft.stats.collect import INPUT_NEEDS
 from weft.stats.walk import walk
+from weft.tensors import read_tensors
 from weft.terms.layers import bias_of, set_low_rank, shape_of, weight_of
 
 __all__ = ["Plan", "Store", "one_shot", "sequential", "survey", "surveyed_factors", "truncate"]
@@ -86,7 +87,7 @@ class Store:
         if self.directory is None:
             return self.memory.get(name)
         try:
-            return load_file(self._path(name))
+            return read_tensors(self._path(name))
         except (FileNotFoundError, SafetensorError):
             return None
 
