@@ -22,7 +22,7 @@ import weft
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "weft"
 
-# room -> the rooms it may import, itself and `errors` aside: the arrows of docs/design.md
+# room -> the rooms it may import, itself and `ANYWHERE` aside: the arrows of docs/design.md
 ARROWS = {
     "linalg": set(),
     "merging": {"linalg"},
@@ -44,7 +44,7 @@ ARROWS["verbs"] = set(ARROWS)
 ARROWS["cli"] = {"verbs"}
 ARROWS["testing"] = {*ARROWS["verbs"], "verbs"}
 
-ANYWHERE = {"errors", "files", "seeds", "records", "tensors", "__version__"}
+ANYWHERE = {"errors", "files", "seeds", "signals", "records", "tensors", "__version__"}
 
 PUBLIC = [
     *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compensate", "compress", "disable"),

@@ -1,9 +1,10 @@
 """What the registry lists: a record for everything published that weft has, and the tables that hold them.
 
-Record    the common head: name, kind, summary, paper, defaults
-Table     the records of one room by name; `weft.register` adds to it, and so do installed packages, by the entry
-          points of the group "weft.methods"
-tables()  every room's table: what `weft.methods()` lists
+    Record    the common head: name, kind, summary, paper, defaults
+    Table     the records of one room by name
+    tables()  every room's table: what `weft.methods()` lists
+
+`weft.register` adds to a table, and so do installed packages, by the entry points of the group "weft.methods".
 """
 
 from __future__ import annotations

@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.stats.models import GROUPED, batches, build, ids
+from weft import signals
 from weft.allocate import ALLOCATIONS, Allocation
 from weft.errors import WeftError
 from weft.methods import METHODS
+from weft.stats import calibrate as collection
 from weft.stats.calibrate import calibrate
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import linear_layers, weight_of
@@ -598,6 +600,40 @@ def test_an_interrupted_run_goes_on(
             run(out=tmp_path / "out", **{**settings, "budget": 0.4})
     run(out=tmp_path / "out", **settings)
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name, sequential, where, kept",
+    [
+        ("SIGTERM", False, "_factorise", "survey-0"),
+        ("SIGUSR1", True, "_refactorise", "block-"),
+        ("SIGHUP", False, "run_batch", "*"),
+    ],
+)
+def test_a_signal_lets_the_block_under_way_finish(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    name: str, sequential: bool, where: str, kept: str,
+) -> None:  # fmt: skip
+    """It comes in the midst of the first block, or of the statistics; the same command ends with the same bytes."""
+    chosen = {**settings, "sequential": sequential, "method": "svd-llm", "windows": 12}
+    run(out=tmp_path / "expected", **chosen)
+    module = collection if where == "run_batch" else truncation
+    calls, work = [], getattr(module, where)
+
+    def sending(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.Signals[name])
+        return work(*args, **kwargs)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=name), signals.listening():
+        patch.setattr(module, where, sending)
+        run(out=out, **chosen)
+    assert not out.exists()
+    assert len(calls) >= 2 and len(list((tmp_path / "out.partial" / "progress").glob(f"{kept}*"))) == 1
+    run(out=out, **chosen)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
 DRIVER = """

@@ -217,7 +217,8 @@ def test_mistakes_are_sentences_before_the_model_is_loaded(
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 from weft.verbs.finetune import run
 model, data, out, method = sys.argv[1:]
 options = {"dropout": 0.2, "rank": 2} if method == "lora" else {}

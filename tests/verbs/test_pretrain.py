@@ -78,8 +78,10 @@ def interrupted(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(Seeds, "on_step_begin", stopping)
+            default = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
             with pytest.raises(KeyboardInterrupt):
                 call()
+            signal.signal(signal.SIGINT, default)
 
     return at
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import typer
 
 from weft.errors import WeftError
+from weft.signals import listening
 
 __all__ = ["answering", "number", "print_facts", "print_json", "print_table", "work"]
 
@@ -31,12 +32,14 @@ def answering(command: Callable[..., R], *, resumes: bool = False) -> Callable[.
     @functools.wraps(command)
     def answered(*args: Any, **kwargs: Any) -> R:
         try:
-            return command(*args, **kwargs)
+            with listening():
+                return command(*args, **kwargs)
         except WeftError as error:
             _stop(str(error), 2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            by = f" by {error}" if str(error) not in ("", "SIGINT") else ""
             way_on = "the same command goes on from the last finished step" if resumes else "nothing was written"
-            _stop(f"Interrupted; {way_on}.", 130)
+            _stop(f"Interrupted{by}; {way_on}.", 130)
         except OSError as error:
             _stop(str(error), 2)
         except RuntimeError as error:

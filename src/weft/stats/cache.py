@@ -69,7 +69,7 @@ class Snapshots:
         return int(state["batches"])
 
     def after_batch(self, collector: Collector, done: int, *, last: bool) -> None:
-        """Write a snapshot when it is time, and at the last batch."""
+        """Write a snapshot when it is time, and after the last batch that will be seen."""
         if last or time.monotonic() - self._written > _SECONDS:
             self._write(collector, done)
             self._written = time.monotonic()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.signals import requested, stop_here
 from weft.stats.cache import Snapshots, fingerprint
 from weft.stats.collect import GRADIENT_NEEDS, Collector, check_needs
 from weft.stats.streams import is_encoder_decoder
@@ -92,7 +93,8 @@ def _collect(
             if i == start:
                 collector.check(complete=False)  # a dead or NaN layer is reported after the first batch, not the last
             if snapshots:
-                snapshots.after_batch(collector, i + 1, last=i + 1 == len(batches))
+                snapshots.after_batch(collector, i + 1, last=requested() or i + 1 == len(batches))
+            stop_here()
     return collector.moments()
 
 

@@ -33,6 +33,7 @@ from transformers import (
 from weft.memory import lean, lean_report, unlean
 from weft.rules import Rule, Rules
 from weft.seeds import derived_seed
+from weft.signals import finishing, listening
 from weft.tensors import own_memory
 from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
@@ -76,10 +77,11 @@ def train(
 
     Raises KeyboardInterrupt when a signal came; the step under way was then finished and saved.
     """
-    interrupt, metrics = Interrupt(), MetricsLog(directory / METRICS_FILE, more, measure, recipe.eval_every)
+    metrics = MetricsLog(directory / METRICS_FILE, more, measure, recipe.eval_every)
     rule = Rules(rules)
     with (
-        interrupt.listening(),
+        listening(),
+        finishing(),
         wide(model) if widen else nullcontext(),
         leaned(model, recipe.lean),
         checkpointing(model, recipe.checkpointing),
@@ -95,7 +97,7 @@ def train(
             args=arguments(recipe, directory, model),
             data_collator=collate,
             optimizers=(made, scheduler(made) if scheduler else None),
-            callbacks=[Seeds(recipe.seed), RuleCallback(rule), metrics, Progress(), interrupt],
+            callbacks=[Seeds(recipe.seed), RuleCallback(rule), metrics, Progress(), Interrupt()],
         )
         trainer.remove_callback(PrinterCallback)
         start = last_checkpoint(directory)

@@ -59,9 +59,9 @@ def evaluate(
             front of a text. The first token of the text in a window is scored with or without it by the same rule.
 
     Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words, bos
-        (whether windows began with such a token), window, stride, windows, parameters, bytes (of stored parameters and
-        buffers), tokens_per_second (through the model), seconds, peak_memory_bytes (CUDA allocations of this call, else
-        the high-water mark of the process).
+    (whether windows began with such a token), window, stride, windows, parameters, bytes (of stored parameters and
+    buffers), tokens_per_second (through the model), seconds, peak_memory_bytes (CUDA allocations of this call, else
+    the high-water mark of the process).
 
     Raises WeftError when the text is too short or the window exceeds the model's context.
     """

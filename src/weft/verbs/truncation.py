@@ -30,6 +30,7 @@ from weft.linalg.principal import tail_losses
 from weft.linalg.svd import singular_values
 from weft.linalg.whiten import moment_root
 from weft.methods.base import Factors, LowRankSplit, Method, Moments
+from weft.signals import finishing
 from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
 from weft.stats.collect import INPUT_NEEDS
 from weft.stats.walk import walk
@@ -120,15 +121,17 @@ def survey(
         piece = store.get(f"survey-{i}")
         if piece is None:
             if whole is None and plan.needs and not plan.by_block:
-                whole = calibrate(
-                    model, batches, plan.needs, layers=plan.layers, cache=store.directory, track=plan.track
-                )
-            moments = whole or (calibrate(model, batches, plan.needs, layers=names) if plan.needs else {})
-            piece = {}
-            for name in names:
-                entry = _survey_layer(model, name, moments.get(name, {}), plan)
-                piece |= {f"{name}:{key}": tensor for key, tensor in entry.items()}
-            store.put(f"survey-{i}", piece)
+                with finishing():
+                    whole = calibrate(
+                        model, batches, plan.needs, layers=plan.layers, cache=store.directory, track=plan.track
+                    )
+            with finishing():
+                moments = whole or (calibrate(model, batches, plan.needs, layers=names) if plan.needs else {})
+                piece = {}
+                for name in names:
+                    entry = _survey_layer(model, name, moments.get(name, {}), plan)
+                    piece |= {f"{name}:{key}": tensor for key, tensor in entry.items()}
+                store.put(f"survey-{i}", piece)
         for name in names:
             infos[name] = LayerInfo(
                 shape_of(model.get_submodule(name)),
@@ -177,14 +180,15 @@ def sequential(model: nn.Module, plan: Plan, ranks: Ranks, batches: Sequence[Bat
     for block, members in groupby(groups, key=lambda group: group.block):
         changed: dict[str, Tensor] = {"": torch.zeros(1)}  # a block that stays dense is finished too
         carried: dict[str, Tensor] = {}
-        for group in members:
-            carried = carried or store.get(piece_of[group.names[0]]) or {}
-            for name in group.names:
-                rank = ranks[name]
-                if rank is not None:
-                    moments = {**group.moments, **{need: carried[f"{name}:{need}"] for need in plan.carried}}
-                    changed |= _refactorise(model, name, rank, moments, plan)
-        store.put(f"block-{block}-{chosen}", changed)
+        with finishing():
+            for group in members:
+                carried = carried or store.get(piece_of[group.names[0]]) or {}
+                for name in group.names:
+                    rank = ranks[name]
+                    if rank is not None:
+                        moments = {**group.moments, **{need: carried[f"{name}:{need}"] for need in plan.carried}}
+                        changed |= _refactorise(model, name, rank, moments, plan)
+            store.put(f"block-{block}-{chosen}", changed)
 
 
 def truncate(
