@@ -15,6 +15,7 @@ from weft.memory import lean, lean_report
 from weft.rules import Rule
 from weft.train.checkpoints import WEIGHTS_FILE, Changes, last_checkpoint
 from weft.train.examples import Example
+from weft.train.identity import tensors_digest
 from weft.train.order import Order, derived_seed
 from weft.train.packing import rows
 from weft.train.recipe import Recipe
@@ -36,13 +37,13 @@ def data(count=12, window=16):
     return rows([Example(i, torch.ones(len(i), dtype=torch.bool)) for i in ids], window)
 
 
-def go(directory, model=None, rule=None, **settings):
+def go(directory, model=None, rule=None, rows_of=None, **settings):
     model = model or model_of()
     recipe = Recipe(**{"steps": 6, "lr": 1e-2, "window": 16, "batch": 2, "save_every": 2, "log_every": 1, **settings})
     directory.mkdir(exist_ok=True)
     log = train(
         model,
-        data(),
+        rows_of or data(),
         recipe,
         directory,
         optimizer=lambda: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr),
@@ -238,3 +239,33 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
 def test_a_recipe_that_makes_no_sense_is_a_sentence(settings, sentence):
     with pytest.raises(WeftError, match=sentence):
         Recipe(**settings)
+
+
+def test_a_checkpoint_is_not_gone_on_with_on_other_data_or_another_model(tmp_path):
+    def frozen(seed=0):
+        model = model_of()
+        model.requires_grad_(False)
+        model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+        model.model.layers[1].mlp.up_proj.weight.data += seed
+        return model
+
+    go(tmp_path / "a", frozen(), steps=4)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-4")
+    with pytest.raises(WeftError, match=r"with other inputs: the training data changed since"):
+        go(tmp_path / "a", frozen(), steps=4, rows_of=data(11))
+    with pytest.raises(WeftError, match=r"with other inputs: the frozen weights of the model changed since"):
+        go(tmp_path / "a", frozen(1), steps=4)
+    trained = frozen()
+    trained.model.layers[0].mlp.up_proj.weight.data += 1  # lies in the checkpoint
+    go(tmp_path / "a", trained, steps=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
+def test_a_digest_sees_every_value_and_its_place(dtype, monkeypatch):
+    monkeypatch.setattr("weft.train.identity.CHUNK", 5)
+    x = torch.arange(35).remainder(2).to(dtype).reshape(5, 7)
+    digests = {tensors_digest([x]), tensors_digest([x.flatten()]), tensors_digest([x.roll(1, 1)])}
+    other = x.clone()
+    other[4, 6] = 1 - int(x[4, 6])
+    assert len({*digests, tensors_digest([other])}) == 4
+    assert tensors_digest([x.clone()]) == tensors_digest([x.T.contiguous().T]) == tensors_digest([x])

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from weft.errors import WeftError
 from weft.methods import find
@@ -272,3 +272,28 @@ def test_another_command_does_not_take_over_unfinished_work(tiny_directory, data
     (partial / "arguments.json").write_text("{}")
     with pytest.raises(WeftError, match="unfinished work of another command"):
         run(str(tiny_directory), tmp_path / "out", method="full", data=data, **SETTINGS)
+
+
+@pytest.mark.parametrize("what", ["data", "model", "eval_text"])
+def test_a_run_is_not_gone_on_with_after_a_file_was_changed_in_its_place(tiny_directory, data, tmp_path, what):
+    model, judged = tmp_path / "model", tmp_path / "judged.txt"
+    shutil.copytree(tiny_directory, model)
+    judged.write_text(TEXT)
+    stop = KeyboardInterrupt()
+
+    class Stop(TrainerCallback):
+        def on_save(self, *_, **__):
+            raise stop
+
+    def go(**more):
+        settings = {**SETTINGS, "save_every": 2, **more}
+        return run(str(model), tmp_path / "out", method="full", data=data, eval_text=judged, eval_windows=1, **settings)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("weft.train.trainer.Progress", Stop)
+        go()
+    assert (tmp_path / "out.partial" / "progress" / "checkpoint-2").is_dir()
+    changed = {"data": data, "model": model / "tokenizer_config.json", "eval_text": judged}[what]
+    changed.write_text(changed.read_text().replace("return", "yield ") if what != "model" else "{}")
+    with pytest.raises(WeftError, match=rf"on other files: since then, {what} \({changed.name}\) changed"):
+        go()

@@ -2,6 +2,7 @@
 output's name.
 
     OUT.partial/arguments.json   the fingerprint of the command whose work this is
+    OUT.partial/inputs.json      what lay in the files that it read (`weft.runs.inputs`)
     OUT.partial/progress/        finished steps, kept when the run is interrupted: the same command goes on from them
     OUT.partial/output/          the output itself, renamed to OUT when complete, thrown away on an interrupt
 
@@ -22,9 +23,11 @@ from typing import Any
 
 from weft.errors import WeftError
 from weft.files import jsonable, write_json
+from weft.runs.inputs import Contents, changes
 
 __all__ = ["Workplace", "check_output", "open_output"]
 
+_FILES = ("arguments.json", "inputs.json")
 _NAMED = 4
 """Differing arguments that an error lists."""
 
@@ -41,27 +44,30 @@ class Workplace:
     """Whether an interrupted run of the same command left finished steps."""
 
 
-def check_output(out: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
+def check_output(out: str | os.PathLike[str], arguments: Mapping[str, Any], inputs: Contents | None = None) -> None:
     """Refuse what `open_output` would refuse, without touching the disk: call this before a model is loaded.
 
     Raises:
         WeftError: `out` exists and is not an empty directory, or beside it lies the unfinished work of a command with
-            other arguments.
+            other arguments, or of this one on files that have changed since.
     """
     out = Path(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise WeftError(f"The output {out} exists and is not a directory; choose another -o.")
     if out.is_dir() and any(out.iterdir()):
         raise WeftError(f"The output directory {out} exists and is not empty; choose another -o, or remove it first.")
-    _check_partial(_partial(out), jsonable(arguments))
+    _check_partial(_partial(out), jsonable(arguments), inputs or {})
 
 
 @contextmanager
-def open_output(out: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Iterator[Workplace]:
+def open_output(
+    out: str | os.PathLike[str], arguments: Mapping[str, Any], inputs: Contents | None = None
+) -> Iterator[Workplace]:
     """A place to work in, whose `path` becomes `out` when the block ends well.
 
     Args:
         arguments: everything that decides what is written; a run resumes only the work of equal ones.
+        inputs: `weft.runs.inputs.contents` of the files that it reads, which must be the same too.
 
     Raises:
         WeftError: see `check_output`; or the disk ran full, and then nothing but finished steps is kept.
@@ -70,12 +76,13 @@ def open_output(out: str | os.PathLike[str], arguments: Mapping[str, Any]) -> It
     partial, main = _partial(out), int(os.environ.get("RANK", "0")) == 0
     progress, output = partial / "progress", partial / "output"
     if main:
-        check_output(out, arguments)
+        check_output(out, arguments, inputs)
     try:
         if main:
             _clear(partial)
             partial.mkdir(parents=True, exist_ok=True)
             write_json(partial / "arguments.json", arguments)
+            write_json(partial / "inputs.json", inputs or {})
         resumed = _has_steps(partial)
         for directory in (progress, output):
             directory.mkdir(parents=True, exist_ok=True)
@@ -105,17 +112,18 @@ def _has_steps(partial: Path) -> bool:
     return progress.is_dir() and any(progress.iterdir())
 
 
-def _check_partial(partial: Path, arguments: dict[str, Any]) -> None:
+def _check_partial(partial: Path, arguments: dict[str, Any], inputs: Contents) -> None:
     way_out = f"choose another -o, or remove {partial} to start over"
     if not partial.exists():
         return
-    ours = {"arguments.json", "arguments.json.tmp", "progress", "output"}
+    ours = {*_FILES, *(f"{name}.tmp" for name in _FILES), "progress", "output"}
     if not partial.is_dir() or {path.name for path in partial.iterdir()} - ours:
         raise WeftError(f"{partial} is in the way: it is not the work of an interrupted run of weft; {way_out}.")
     if not _has_steps(partial):
         return
     try:
         theirs = json.loads((partial / "arguments.json").read_text(encoding="utf-8"))
+        read = json.loads(_text(partial / "inputs.json") or "{}")
     except (OSError, ValueError):
         raise WeftError(f"{partial} does not say which command's unfinished work it holds; {way_out}.") from None
     changed = sorted(k for k in theirs.keys() | arguments.keys() if theirs.get(k) != arguments.get(k))
@@ -125,6 +133,16 @@ def _check_partial(partial: Path, arguments: dict[str, Any]) -> None:
         raise WeftError(
             f"{partial} holds the unfinished work of another command ({what}); repeat it to finish, {way_out}."
         )
+    replaced = changes(read, inputs)
+    if replaced:
+        raise WeftError(
+            f"{partial} holds the unfinished work of this command on other files: since then, {', '.join(replaced)} "
+            f"changed; bring back what was there to finish, {way_out}."
+        )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _clear(partial: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from weft.errors import WeftError
 from weft.train.examples import Example
+from weft.train.identity import tensors_digest
 from weft.train.order import Order
 
 __all__ = ["IGNORED", "Rows", "best_fit", "collate", "packing_refusal", "rows"]
@@ -55,6 +56,10 @@ class Rows(Dataset[dict[str, Tensor]]):
     def order(self, count: int, seed: int) -> Order:
         """The sampler of `count` rows: every epoch in an order of its own."""
         return Order(len(self), count, seed)
+
+    def digest(self) -> str:
+        """A digest of everything in the rows."""
+        return tensors_digest([self.input_ids, self.labels, self.positions])
 
     @property
     def tokens(self) -> int:

@@ -9,6 +9,7 @@ the one before it (`weft.train.packing`). All of it is a pure function of files,
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from weft.errors import WeftError
+from weft.files import digest
 from weft.seeds import derived_seed
 from weft.train.packing import IGNORED
 from weft.train.sources import texts_of
@@ -94,6 +96,13 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
     def order(self, count: int, seed: int) -> SequentialSampler:
         """The sampler of these rows: in turn, since they come shuffled."""
         return SequentialSampler(range(count))
+
+    def digest(self) -> str:
+        """A digest of what the rows are made from: the files' bytes, and how they are cut and tokenised."""
+        inside = (p for file in self.files for p in (sorted(file.rglob("*")) if file.is_dir() else [file]))
+        probe = self.tokenizer("All that is gold does not glitter; 1 + 1 = 2.")["input_ids"]
+        made_of = [self.window, self.seed, self.before.tolist(), probe, *(digest(p) for p in inside if p.is_file())]
+        return hashlib.blake2b(str(made_of).encode(), digest_size=12).hexdigest()
 
     @property
     def windows(self) -> int:

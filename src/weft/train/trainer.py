@@ -37,6 +37,7 @@ from weft.signals import finishing, listening
 from weft.tensors import own_memory
 from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
+from weft.train.identity import check_identity, weights_digest
 from weft.train.interrupt import Interrupt
 from weft.train.metrics import MetricsLog
 from weft.train.packing import Rows, collate
@@ -101,6 +102,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         start = last_checkpoint(directory)
+        parts = {"the training data": rows.digest(), "the frozen weights of the model": weights_digest(model)}
+        check_identity(directory, parts, start is not None, trainer.is_world_process_zero())
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     return metrics.records()
 

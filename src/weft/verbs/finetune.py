@@ -24,6 +24,7 @@ from weft.methods import find
 from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
 from weft.rules import Rule
+from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.progress import say
@@ -238,7 +239,8 @@ def run(
     check_method(method, rank, options)
     check_optimizer(optimizer)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
-    check_output(out, arguments)
+    inputs = contents(model=model, data=calibration_files() if data is None else data, eval_text=eval_text)
+    check_output(out, arguments, inputs)
     skipped = Skipped(skip_bad)
     documents = (
         read_documents(data, names, split, skipped)
@@ -255,7 +257,7 @@ def run(
     if evaluation is not None:  # says whether the text is too short
         evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
-    with open_output(out, arguments) as place:
+    with open_output(out, arguments, inputs) as place:
         metrics = finetune(
             source, tokenizer, documents, method, rank=rank, optimizer=optimizer, evaluation=evaluation,
             eval_windows=eval_windows, directory=place.progress, skipped=skipped, **settings,

@@ -27,6 +27,7 @@ from weft.optim.state import state_bytes
 from weft.rules import Rule
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
+from weft.runs.inputs import contents
 from weft.runs.loading import load_tokenizer, resolve_dtype
 from weft.runs.output import check_output, open_output
 from weft.runs.record import begin
@@ -196,8 +197,9 @@ def run(
     _check_rules(refactorise, reset_moments, low_rank)
     _check_width(optimizer, mup, decay)
     _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
-    check_output(out, arguments)
     files = source_files(text) if text is not None else calibration_files()
+    inputs = contents(tokenizer=tokenizer, text=files, eval_text=eval_text)
+    check_output(out, arguments, inputs)
     evaluation = read_texts(eval_text) if eval_text is not None else [default_text("evaluation")]
     target = training_device(device)
     words = load_tokenizer(tokenizer)
@@ -207,7 +209,7 @@ def run(
     evaluation_windows(len(token_stream(words, evaluation)), recipe.window, count=eval_windows)
     model, base = build(size, words, recipe.window, recipe.seed, **shape)
     model.to(target)  # type: ignore[arg-type]
-    with open_output(out, arguments) as place:
+    with open_output(out, arguments, inputs) as place:
         metrics = pretrain(
             model, words, files, recipe, place.progress, optimizer=optimizer, schedule=schedule, restart=restart,
             refactorise=refactorise, reset_moments=reset_moments, base=base, decay=decay, evaluation=evaluation,

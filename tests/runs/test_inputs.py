@@ -1,0 +1,71 @@
+"""Unfinished work is gone on with on the very files that it began with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from weft import files
+from weft.errors import WeftError
+from weft.files import digest, write_text
+from weft.runs.inputs import changes, contents
+from weft.runs.output import check_output, open_output
+
+
+def test_a_file_counts_by_its_bytes_and_not_by_its_date(tmp_path: Path) -> None:
+    path, copy = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("one")
+    before = digest(path)
+    shutil.copy(path, copy)
+    os.utime(copy, (1, 1))
+    assert digest(copy) == before
+    path.write_text("two")
+    os.utime(path, (2, 2))
+    assert digest(path) != before
+
+
+def test_large_files_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WHOLE", 100)
+    monkeypatch.setattr(files, "BLOCKS", 5)
+    monkeypatch.setattr(files, "BLOCK", 10)
+    found = set()
+    for i, text in enumerate([b"a" * 1000, b"a" * 999 + b"b", b"b" + b"a" * 999, b"a" * 1001]):
+        (tmp_path / f"{i}").write_bytes(text)
+        found.add(digest(tmp_path / f"{i}"))
+    assert len(found) == 4
+
+
+def test_what_changed_is_named(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "tokenizer.json").write_text("[]")
+    (tmp_path / "x").mkdir()
+    data = [tmp_path / "train.jsonl", tmp_path / "x" / "train.jsonl"]
+    for path in data:
+        path.write_text('{"text": "a"}\n')
+    before = contents(model=model, data=data, eval_text=None, tokenizer="some/hub-id")
+    assert set(before) == {"model", "data"} and len(before["data"]) == 2
+    assert changes(before, contents(model=model, data=data)) == []
+    (model / "tokenizer.json").write_text("[1]")
+    data[1].write_text('{"text": "b"}\n')
+    now = contents(model=model, data=data)
+    assert changes(before, now) == [f"data ({data[1]})", "model (tokenizer.json)"]
+
+
+def test_the_same_command_on_a_changed_file_is_refused(tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "train.jsonl"
+    data.write_text('{"text": "a"}\n')
+    with pytest.raises(KeyboardInterrupt), open_output(out, {}, contents(data=data)) as work:
+        write_text(work.progress / "one", "done")
+        raise KeyboardInterrupt
+    check_output(out, {}, contents(data=data))
+    data.write_text('{"text": "b"}\n')
+    with pytest.raises(WeftError, match=r"on other files: since then, data \(train.jsonl\) changed; bring back"):
+        check_output(out, {}, contents(data=data))
+    data.write_text('{"text": "a"}\n')
+    with open_output(out, {}, contents(data=data)) as work:
+        assert work.resumed
