@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from weft.verbs.loading import load_model
 
 import weft
 from tests.train.test_trainer import assert_same, go, model_of
 from weft.io.checkpoint import Checkpoint
 from weft.io.save import save_model
+from weft.runs.loading import load_model
 from weft.tensors import ALIGNMENT, own_memory, owned, read_metadata, read_tensor, read_tensors
 from weft.terms import LowRank
 
