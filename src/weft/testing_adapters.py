@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from weft.io.adapters import load_adapter, own_state, save_adapter
+from weft.io.adapter_files import own_state
+from weft.io.adapters import load_adapter, save_adapter
 from weft.methods import METHODS, Method
 from weft.rules import Rule, Rules
 from weft.stats.calibrate import Stats, calibrate

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.errors import WeftError
-from weft.io import adapters as io
+from weft.io import adapter_files as io
 from weft.terms import LowRank
 from weft.terms.adapters import Adapter, adapters_of, attach, find_adapter
 from weft.testing_adapters import task, tiny_gpt2, tiny_llama

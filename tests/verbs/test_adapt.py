@@ -307,3 +307,25 @@ def test_loading_beside_another_adapter(tmp_path: Path) -> None:
     assert [a.name for a in adapters_of(model).values() if a.active] == ["two", "other"]
     weft.set_adapter(model, "other")
     assert torch.equal(logits(model), logits(moved("one")))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "soma"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_adapters_put_aside_follow_the_model(method: str, inside: bool) -> None:
+    """What `model.to` does to a model it does to its adapters out of use: those put aside, those within `disable`."""
+    moved, aside = adapt(tiny_gpt2(), method, 2), adapt(tiny_gpt2(), method, 2)
+    for model in (moved, aside):
+        for key, parameter in sorted(weft.trainable(model).parameters.items()):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key)))
+    moved.to(torch.bfloat16)
+    if inside:
+        with weft.disable(aside):
+            aside.to(torch.bfloat16)
+    else:
+        weft.set_adapter(aside, [])
+        aside.to(torch.bfloat16)
+        weft.set_adapter(aside, "default")
+    for key, parameter in weft.trainable(moved).parameters.items():
+        assert torch.equal(weft.trainable(aside).parameters[key], parameter), key
+        assert weft.trainable(aside).parameters[key].dtype is torch.bfloat16
+    assert torch.equal(logits(aside), logits(moved))

@@ -14,37 +14,26 @@ are gathered on every process and written by the first: call it on all of them.
 from __future__ import annotations
 
 import copy
-import json
 import os
-import shutil
 import warnings
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError, nearest
 from weft.io import peft
+from weft.io.adapter_files import CONFIG, FORMAT, paths, read_files, whole, write_files
 from weft.io.base import Base, base_of, other_weights, sample
-from weft.tensors import read_tensors
-from weft.terms import LowRank, Term, build
+from weft.terms import LowRank
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
-from weft.terms.layers import linear_layers
-from weft.terms.random_products import share_stores
+from weft.terms.extras import places, tables
+from weft.terms.layers import is_linear
 
 __all__ = ["FORMAT", "LooseAdapter", "check_directory", "load_adapter", "read_adapter", "save_adapter"]
-
-FORMAT = 1
-"""The version of the layout; raised when an older weft could not read what this one writes."""
-CONFIG, TENSORS = "weft_adapter.json", "weft_adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,8 +56,8 @@ class LooseAdapter:
     def save(self, directory: str | os.PathLike[str], *, format: Literal["auto", "peft", "weft"] = "auto") -> None:
         """Write it, as `save_adapter` writes one that is on a model."""
         out, reason = Path(directory), _check_save(directory, self.adapter, format)
-        state = {key: whole(tensor) for key, tensor in _paths(self.adapter)} | self.adapter.extras
-        _write(out, self.base, self.adapter, state, format, reason)
+        state = {key: whole(tensor) for key, tensor in paths(self.adapter)} | self.adapter.extras
+        write_files(out, self.base, self.adapter, state, format, reason)
 
     def named(self, name: str) -> Adapter:
         """A copy of the adapter under this name."""
@@ -88,20 +77,20 @@ def save_adapter(
     *,
     format: Literal["auto", "peft", "weft"] = "auto",
 ) -> None:
-    """Write an adapter (None: the only one).
+    """Write an adapter (None: the only one), and with it whatever else of the model is trained (a thawed head).
 
     Args:
         format: "auto" for ours and, where it is exact, PEFT's beside it; "peft" or "weft" for that one alone.
 
     Raises:
-        WeftError: no such adapter; the directory is not empty; or "peft" for an adapter whose delta is not exactly a
-        LoRA, with the reason.
+        WeftError: no such adapter; the directory is not empty; something is trained that its files cannot hold; or
+            "peft" for an adapter whose delta is not exactly a LoRA, with the reason.
     """
-    adapter = find_adapter(model, name)
-    reason = _check_save(directory, adapter, format)
+    adapter = _with_thawed(unwrapped(model), find_adapter(model, name))
+    reason = _check_save(directory, adapter, format, unwrapped(model))
     state, base = _gathered(model, adapter), base_of(unwrapped(model), adapter.terms)
     if not (dist.is_initialized() and dist.get_rank()):
-        _write(Path(directory), base, adapter, state, format, reason)
+        write_files(Path(directory), base, adapter, state, format, reason)
     if dist.is_initialized():
         dist.barrier()
 
@@ -127,7 +116,7 @@ def load_adapter(
         loose, place = directory, "memory"
         adapter = loose.named(name or loose.adapter.name)
     else:
-        loose, place = read_adapter(directory, name, {key for key, _ in model.named_parameters()}), str(directory)
+        loose, place = read_adapter(directory, name, model), str(directory)
         adapter = loose.adapter
     _check_layers(model, adapter, place)
     device = {layer: _device(model, layer) for layer in adapter.terms}
@@ -135,6 +124,12 @@ def load_adapter(
         for term in terms.values():
             term.to(device[layer])
     _adopt(model, adapter)
+    if adapter.rows:
+        warnings.warn(
+            f"The rows of {', '.join(adapter.rows)} that the adapter in {place} brings are used as they are; weft does "
+            "not train them further.",
+            stacklevel=2,
+        )
     changed = other_weights(sample(model, adapter.terms), loose.base.samples) if loose.base.samples else None
     if changed is not None:
         warnings.warn(
@@ -146,21 +141,21 @@ def load_adapter(
 
 
 def read_adapter(
-    directory: str | os.PathLike[str], name: str | None = None, parameters: Container[str] | None = None
+    directory: str | os.PathLike[str], name: str | None = None, model: nn.Module | None = None
 ) -> LooseAdapter:
     """The adapter of a directory in either format, on no model.
 
     Args:
         name: another name than the saved one.
-        parameters: names of the model's parameters, of which alone an adapter of PEFT may bring values; None for any.
+        model: that it is for, by whose names an adapter of PEFT is read; None for any.
 
     Raises:
         WeftError: the directory holds no adapter, a file is damaged, or a tensor is missing or unexpected.
     """
     path = check_directory(directory)
     if (path / CONFIG).is_file():
-        return _read(path, name)
-    return LooseAdapter(*peft.read(path, name or "default", parameters))
+        return LooseAdapter(*read_files(path, name))
+    return LooseAdapter(*peft.read(path, name or "default", model))
 
 
 def check_directory(directory: str | os.PathLike[str]) -> Path:
@@ -171,9 +166,13 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _check_save(directory: str | os.PathLike[str], adapter: Adapter, format: str) -> str | None:
+def _check_save(
+    directory: str | os.PathLike[str], adapter: Adapter, format: str, model: nn.Module | None = None
+) -> str | None:
     """Why PEFT's files are not written; raises WeftError where nothing can be."""
     out, reason = Path(directory), peft.why_not_peft(adapter)
+    if model is not None and reason is None:
+        reason = _part_of_module(model, adapter)
     if format == "peft" and reason:
         raise WeftError(
             f"The adapter {adapter.name!r} cannot be written in PEFT's format: {reason}. Save it with format='weft'."
@@ -183,20 +182,97 @@ def _check_save(directory: str | os.PathLike[str], adapter: Adapter, format: str
     return reason
 
 
+def _part_of_module(model: nn.Module, adapter: Adapter) -> str | None:
+    """Why what it trains along is no list of whole modules, which is what PEFT can store."""
+    for module in {key.rpartition(".")[0] for key in adapter.extras.keys() - adapter.rows.keys()}:
+        for leaf, _ in model.get_submodule(module).named_parameters(recurse=False):
+            if f"{module}.{leaf}" not in adapter.extras:
+                return f"it trains a part of {module} and not its {leaf}"
+    return None
+
+
+def _with_thawed(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with every parameter that is trained beside it, so that nothing trained is left out of its files.
+
+    Raises:
+        WeftError: a part of the base's own terms is trained, which no adapter's files hold.
+    """
+    if not adapter.active:
+        return adapter
+    known = {id(p) for other in adapters_of(model).values() for _, p in other.named_parameters()}
+    known |= {id(model.get_parameter(key)) for other in adapters_of(model).values() for key in other.extras}
+    thawed = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}
+    inside = next((name for name in thawed if ".terms." in name), None)
+    if inside is not None:
+        raise WeftError(
+            f"{inside} is trained too and belongs to the base, not to the adapter {adapter.name!r}, whose files cannot "
+            "hold it: freeze it, or save the whole model (model.save_pretrained)."
+        )
+    return replace(adapter, extras=adapter.extras | thawed)
+
+
 def _adopt(model: nn.Module, adapter: Adapter) -> None:
     """Put the adapter on beside those in use, with its own values of the model's parameters that it trains."""
     for key, value in adapter.extras.items():
-        parameter = dict(model.named_parameters()).get(key)
-        if parameter is None or parameter.shape != value.shape:
-            raise WeftError(
-                f"The adapter trains {key} of shape {tuple(value.shape)}, which this model does not have; load it on "
-                "its own model."
-            )
-        adapter.extras[key] = value.to(parameter.device, parameter.dtype)
+        adapter.extras[key] = _fitted(model, adapter, key, value)
+    _drop_tied(model, adapter)
     in_use = [other.name for other in adapters_of(model).values() if other.active]
     adapter.active = False
     attach(model, adapter)
     activate(model, [*in_use, adapter.name])
+
+
+@torch.no_grad()
+def _fitted(model: nn.Module, adapter: Adapter, key: str, value: Tensor) -> Tensor:
+    """The adapter's value of a parameter of the model, whole, in its dtype and on its device.
+
+    Raises:
+        WeftError: the model has no such parameter, or one of another shape that is no table of tokens.
+    """
+    parameter = _parameter(model, key)
+    if parameter is not None and key in adapter.rows:
+        if max(adapter.rows[key], default=0) >= len(parameter) or value.shape[1:] != parameter.shape[1:]:
+            raise WeftError(
+                f"The adapter trains row {max(adapter.rows[key])} of {key}, and this model's has {len(parameter)}; "
+                "resize the model's table of tokens first (model.resize_token_embeddings)."
+            )
+        rows = torch.tensor(adapter.rows[key], device=parameter.device)
+        return parameter.detach().clone().index_copy_(0, rows, value.to(parameter.device, parameter.dtype))
+    is_table = any(parameter is getattr(table, "weight", None) for table in tables(model))
+    if (
+        parameter is None
+        or (parameter.shape[1:] if is_table else parameter.shape) != value.shape[1 if is_table else 0 :]
+    ):
+        raise WeftError(
+            f"The adapter trains {key} of shape {tuple(value.shape)}, which this model does not have; load it on "
+            "its own model."
+        )
+    return value.to(parameter.device, parameter.dtype)
+
+
+def _drop_tied(model: nn.Module, adapter: Adapter) -> None:
+    """Keep one of several names of a parameter that the model ties and the adapter too. What is apart comes first, so
+    that what is left of a tie is told from it.
+
+    Raises:
+        WeftError: it gives two values to one parameter.
+    """
+    shared = {key: len(list(places(model, model.get_parameter(key)))) > 1 for key in adapter.extras}
+    adapter.apart = [key for key in adapter.apart if shared[key]]
+    adapter.extras = dict(sorted(adapter.extras.items(), key=lambda item: item[0] not in adapter.apart))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for key in [key for key in adapter.extras if shared[key] and key not in adapter.apart]:
+        home = first[id(model.get_parameter(key))]
+        if home == key or home in adapter.apart:
+            continue
+        value = adapter.extras.pop(key)
+        if not torch.equal(adapter.extras.setdefault(home, value), value):
+            raise WeftError(
+                f"The adapter has different values of {home} and {key}, which are one parameter in this model; untie "
+                "them first (tie_word_embeddings=False)."
+            )
+        if key in adapter.rows:
+            adapter.rows[home] = adapter.rows.pop(key)
 
 
 def _gathered(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
@@ -204,181 +280,32 @@ def _gathered(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
     `<layer>.<role>.<tensor>` for its terms, `<parameter>` for what is trained along.
     """
-    found = dict(_paths(adapter))
-    parameters = dict(unwrapped(model).named_parameters())
-    found |= {key: parameters[key] if adapter.active else aside for key, aside in adapter.extras.items()}
-    return {key: whole(tensor) for key, tensor in found.items()}
-
-
-def _paths(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of its terms, as `<layer>.<role>.<tensor>`."""
-    for layer, terms in adapter.terms.items():
-        for key, term in terms.items():
-            for name, tensor in own_state(term).items():
-                yield f"{layer}.{_role(adapter, key)}.{name}", tensor
-
-
-def own_state(term: Term) -> dict[str, Tensor]:
-    """The term's tensors, without those of a base that it wraps."""
-    state = term.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if not name.startswith("inner.")}
-
-
-def own_spec(term: Term) -> dict[str, Any]:
-    """The term's spec without a base that it wraps."""
-    spec = term.spec()
-    return {**spec, "inner": {}} if "inner" in spec else spec
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a possibly sharded tensor, on the CPU."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def _role(adapter: Adapter, key: str) -> str:
-    """The term's name without the adapter's: "main" for the first."""
-    return key.removeprefix(adapter.name).removeprefix("_") or "main"
-
-
-def _key(adapter: Adapter, role: str) -> str:
-    """The inverse of `_role`."""
-    return adapter.name if role == "main" else f"{adapter.name}_{role}"
-
-
-def _write(out: Path, base: Base, adapter: Adapter, state: dict[str, Tensor], format: str, reason: str | None) -> None:
-    """Write all files beside `out`, then rename."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        itself = False
-        if format != "weft" and not reason:
-            copies = {layer: _copies(adapter, layer, state) for layer in adapter.terms}
-            itself = peft.write(partial, base, copies)
-        if format != "peft":
-            _write_own(partial, base, adapter, state, with_tensors=not itself)
-        if out.is_dir():
-            out.rmdir()  # empty, as was checked
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _copies(adapter: Adapter, layer: str, state: Mapping[str, Tensor]) -> list[Term]:
-    """A layer's terms again, holding the whole tensors."""
-    copies = []
-    for key, term in adapter.terms[layer].items():
-        copy, prefix = build(own_spec(term), device="meta"), f"{layer}.{_role(adapter, key)}."
-        copy.load_state_dict({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}, assign=True)
-        copies.append(copy)
-    return copies
-
-
-def _write_own(partial: Path, base: Base, adapter: Adapter, state: dict[str, Tensor], *, with_tensors: bool) -> None:
-    trained, tied = {id(p) for _, p in adapter.named_parameters()}, _tied(adapter)
-    config = {
-        "format": FORMAT,
-        "weft": version("weft"),
-        "base": base.json(),
-        "name": adapter.name,
-        "method": adapter.method,
-        "settings": adapter.settings,
-        "rates": adapter.rates,
-        "extras": list(adapter.extras),
-        "tied": tied,
-        "layers": {
-            layer: {
-                _role(adapter, key): {
-                    "spec": own_spec(term),
-                    "trained": [name for name, tensor in own_state(term).items() if id(tensor) in trained],
-                }
-                for key, term in terms.items()
-            }
-            for layer, terms in adapter.terms.items()
-        },
-    }
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if with_tensors:
-        unique = {key: tensor.contiguous() for key, tensor in state.items() if key not in tied}
-        save_file(unique, partial / TENSORS)
-
-
-def _tied(adapter: Adapter) -> dict[str, str]:
-    """Tensors that several terms share: path -> the path it is saved under."""
-    first: dict[int, str] = {}
-    homes = {path: first.setdefault(id(tensor), path) for path, tensor in _paths(adapter)}
-    return {path: home for path, home in homes.items() if path != home}
-
-
-def _read(path: Path, name: str | None) -> LooseAdapter:
-    """The adapter of our own format."""
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        _check_format(path, config)
-        own = path / TENSORS
-        state = read_tensors(own) if own.is_file() else peft.plain_state(path, config["layers"])
-        adapter = Adapter(name or config["name"], config["method"], {}, config["settings"], config["rates"])
-        base = Base.from_json(config["base"])
-        state |= {tied: state[home] for tied, home in config["tied"].items()}
-        adapter.extras = {key: state.pop(key) for key in config["extras"]}
-        for layer, roles in config["layers"].items():
-            terms = {_key(adapter, role): _term(f"{layer}.{role}", entry, state) for role, entry in roles.items()}
-            adapter.terms[layer] = terms
-        if state:
-            raise WeftError(f"it holds the tensor {min(state)}, of which its {CONFIG} knows nothing")
-        _tie(adapter, config["tied"])
-        share_stores(adapter.all_terms())
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join((str(error) if isinstance(error, WeftError) else repr(error)).split())
-        raise WeftError(f"The adapter in {path} cannot be read: {reason}; fetch it again, whole.") from error
-    return LooseAdapter(adapter, base)
-
-
-def _check_format(path: Path, config: Mapping[str, Any]) -> None:
-    if config["format"] != FORMAT:
-        raise WeftError(
-            f"it has format {config['format']} (written by weft {config['weft']}), and this weft reads format {FORMAT}"
-        )
-
-
-def _term(prefix: str, entry: Mapping[str, Any], state: dict[str, Tensor]) -> Term:
-    """Build one term and take its tensors out of `state`."""
-    term = build(entry["spec"], device="meta")
-    names = list(own_state(term))
-    missing = [name for name in names if f"{prefix}.{name}" not in state]
-    if missing:
-        raise WeftError(f"the tensor {prefix}.{missing[0]} is missing")
-    term.load_state_dict({name: state.pop(f"{prefix}.{name}") for name in names}, assign=True)
-    for name, parameter in term.named_parameters():
-        parameter.requires_grad_(name in entry["trained"])
-    return term
-
-
-def _tie(adapter: Adapter, tied: Mapping[str, str]) -> None:
-    """Make terms share again what they shared when they were saved."""
-    homes = {
-        f"{layer}.{_role(adapter, key)}.{name}": (term, name)
-        for layer, terms in adapter.terms.items()
-        for key, term in terms.items()
-        for name in own_state(term)
-    }
-    for path, home in tied.items():
-        (term, name), (source, source_name) = homes[path], homes[home]
-        owner, _, leaf = name.rpartition(".")
-        setattr(term.get_submodule(owner), leaf, own_state(source)[source_name])
+    found = dict(paths(adapter))
+    model = unwrapped(model)
+    found |= {key: model.get_parameter(key) if adapter.active else aside for key, aside in adapter.extras.items()}
+    return {key: whole(t)[adapter.rows[key]] if key in adapter.rows else whole(t) for key, t in found.items()}
 
 
 def _check_layers(model: nn.Module, adapter: Adapter, path: str) -> None:
-    layers = linear_layers(model)
-    strange = next((layer for layer in adapter.terms if layer not in layers), None)
-    if strange is not None:
-        near = ", ".join(nearest(strange, layers))
-        raise WeftError(
-            f"The adapter in {path} belongs to a layer {strange}, which this {type(model).__name__} lacks (nearest: "
-            f"{near}); "
-            "load it on the model that it was made for."
-        )
+    modules = dict(model.named_modules())
+    for layer in adapter.terms:
+        if not is_linear(modules.get(layer, model)):
+            near = ", ".join(nearest(layer, [name for name, module in modules.items() if is_linear(module)]))
+            raise WeftError(
+                f"The adapter in {path} belongs to a layer {layer}, which this {type(model).__name__} lacks (nearest: "
+                f"{near}); load it on the model that it was made for."
+            )
+        weight = modules[layer]._parameters.get("weight")
+        if weight is not None and len(list(places(model, weight))) > 1:
+            raise WeftError(
+                f"The adapter in {path} changes {layer}, whose weight is that of another layer too (tied) and would "
+                "not follow; untie them first (tie_word_embeddings=False)."
+            )
+
+
+def _parameter(model: nn.Module, key: str) -> nn.Parameter | None:
+    """The model's parameter of that name, tied ones under each of theirs; None where there is none."""
+    return dict(model.named_parameters(remove_duplicate=False)).get(key)
 
 
 def _device(model: nn.Module, layer: str) -> torch.device:

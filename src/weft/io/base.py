@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from weft.terms import SumLinear, Term
 from weft.terms.adapters import base_terms
+from weft.terms.extras import places, tables
 from weft.terms.layers import is_linear
 
 __all__ = ["Base", "Sample", "base_of", "other_weights", "sample"]
@@ -59,6 +60,7 @@ class Base:
         transposed: whether its layers are GPT-2's `Conv1D`.
         targets: PEFT's `target_modules` that mean exactly the adapted layers.
         samples: its fingerprint, by the name of a layer or of the embedding; empty where it is not known.
+        tied: further names of the input embedding's weight, e.g. "lm_head.weight".
     """
 
     name: str | None = None
@@ -66,6 +68,7 @@ class Base:
     transposed: bool = False
     targets: tuple[str, ...] = ()
     samples: Mapping[str, Sample] = field(default_factory=dict)
+    tied: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
         """What is written in weft_adapter.json."""
@@ -80,7 +83,8 @@ class Base:
             key: Sample(tuple(found["values"]), found["dtype"], tuple(found["kinds"]))
             for key, found in entry["samples"].items()
         }
-        return cls(entry["name"], entry["task"], entry["transposed"], tuple(entry["targets"]), samples)
+        tied = tuple(entry.get("tied", ()))  # absent in format 1
+        return cls(entry["name"], entry["task"], entry["transposed"], tuple(entry["targets"]), samples, tied)
 
 
 def base_of(model: nn.Module, layers: Iterable[str]) -> Base:
@@ -93,7 +97,16 @@ def base_of(model: nn.Module, layers: Iterable[str]) -> Base:
         any(isinstance(layer, SumLinear) and layer.transposed for layer in sums),
         tuple(_targets(model, layers)),
         sample(model, layers),
+        _tied(model),
     )
+
+
+def _tied(model: nn.Module) -> tuple[str, ...]:
+    embedding, _ = tables(model)
+    weight = None if embedding is None else embedding._parameters.get("weight")
+    if weight is None:
+        return ()
+    return tuple(f"{path}.{leaf}" for path, module, leaf in places(model, weight) if module is not embedding)
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 What is written is safe for the strictest readers: vLLM (0.11) ignores rank and alpha patterns and applies one
 lora_alpha / r, llama.cpp's converter reads only the global lora_alpha and stops at any tensor that is neither lora_A
 nor lora_B. So the scale is folded into B, lora_alpha = r, and every layer has one rank, padded with zeros.
+
+Whole modules that are trained along (a classifier, a table of tokens) are PEFT's `modules_to_save`, single rows of a
+table its `trainable_token_indices`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.io.base import Base
+from weft.io.peft_config import CONFIG, read_config
+from weft.io.peft_names import PREFIX, ROWS, Parts, sort_tensors
 from weft.tensors import read_tensors
 from weft.terms import LowRank, Magnitude, Term
 from weft.terms.adapters import Adapter
@@ -28,16 +33,15 @@ from weft.terms.factors import exact_factors, sum_factors
 
 __all__ = ["CONFIG", "TENSORS", "plain_state", "read", "why_not_peft", "write"]
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-_SHIFTED_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+TENSORS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def why_not_peft(adapter: Adapter) -> str | None:
     """Why the adapter has no exact form in PEFT's LoRA files, as half a sentence; None where it has one."""
-    if adapter.extras:
-        return f"it trains parameters of the model itself too ({next(iter(adapter.extras))})"
+    modules = _modules(adapter.extras)
+    alone = next((key for key in adapter.extras if key.rpartition(".")[0] not in modules), None)
+    if alone is not None:
+        return f"it trains parameters of the model itself too ({alone})"
     rescaled = {_magnitude(terms.values()) is not None for terms in adapter.terms.values()}
     if rescaled == {True}:
         return None
@@ -49,11 +53,14 @@ def why_not_peft(adapter: Adapter) -> str | None:
     return None
 
 
-def write(directory: Path, base: Base, terms: Mapping[str, list[Term]]) -> bool:
+def write(
+    directory: Path, base: Base, adapter: Adapter, terms: Mapping[str, list[Term]], extras: Mapping[str, Tensor]
+) -> bool:
     """Write PEFT's two files.
 
     Args:
         terms: layer -> the adapter's terms, holding whole tensors.
+        extras: its values of parameters of the model, whole.
 
     Returns:
         Whether these tensors are the adapter itself, bit for bit.
@@ -61,50 +68,89 @@ def write(directory: Path, base: Base, terms: Mapping[str, list[Term]]) -> bool:
     dora = all(_magnitude(found) is not None for found in terms.values())
     pairs = {layer: _factors(found) for layer, found in terms.items()}
     rank = max(A.shape[0] for _, A in pairs.values())
-    state = {}
+    state = {_extra_key(key, adapter): tensor.contiguous() for key, tensor in extras.items()}
+    for key in _tables(base, adapter):  # PEFT looks for a tied table under each of its names
+        state |= {f"{PREFIX}{tied}": extras[key].clone() for tied in base.tied}
     for layer, (B, A) in pairs.items():
-        state[f"{_PREFIX}{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, rank - A.shape[0])).contiguous()
-        state[f"{_PREFIX}{layer}.lora_B.weight"] = F.pad(B, (0, rank - B.shape[1])).contiguous()
+        state[f"{PREFIX}{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, rank - A.shape[0])).contiguous()
+        state[f"{PREFIX}{layer}.lora_B.weight"] = F.pad(B, (0, rank - B.shape[1])).contiguous()
         magnitude = _magnitude(terms[layer])
         if magnitude is not None:
-            state[f"{_PREFIX}{layer}.lora_magnitude_vector"] = magnitude.magnitude.detach().float().contiguous()
+            state[f"{PREFIX}{layer}.lora_magnitude_vector"] = magnitude.magnitude.detach().float().contiguous()
     save_file(state, directory / TENSORS, metadata={"format": "pt"})
-    config = _config(base, list(terms), rank, dora, _dropout(terms))
+    config = _config(base, list(terms), rank, dora, _dropout(terms)) | _along(base, adapter)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return all(_is_itself(found, rank) for found in terms.values())
 
 
-def plain_state(path: Path, layers: Iterable[str]) -> dict[str, Tensor]:
+def plain_state(path: Path, layers: Iterable[str], adapter: Adapter, extras: Iterable[str]) -> dict[str, Tensor]:
     """PEFT's tensors under the names of our own format, for an adapter that `write` found to be itself."""
     state = read_tensors(path / TENSORS)
     parts = {"A": "lora_A.weight", "B": "lora_B.weight"}
-    return {
-        f"{layer}.main.{name}": state[f"{_PREFIX}{layer}.{part}"] for layer in layers for name, part in parts.items()
+    terms = {
+        f"{layer}.main.{name}": state[f"{PREFIX}{layer}.{part}"] for layer in layers for name, part in parts.items()
     }
+    return terms | {key: state[_extra_key(key, adapter)] for key in extras}
 
 
-def read(path: Path, name: str, parameters: Container[str] | None = None) -> tuple[Adapter, Base]:
+def read(path: Path, name: str, model: nn.Module | None = None) -> tuple[Adapter, Base]:
     """The adapter of PEFT's files, with its values of parameters of the model (biases, modules_to_save), and its base.
 
     Args:
-        parameters: the names of the model's parameters, of which alone there may be values; None for any.
+        model: whose parameters alone there may be values of, and whose names stand for those that transformers gave
+            them in the past; None for any.
 
     Raises:
-        WeftError: another kind of adapter, one that belongs to a base which PEFT changes on loading, or tensors that
-        are missing or unexpected.
+        WeftError: another kind of adapter, one whose configuration says what weft cannot honour, or tensors that are
+        missing or unexpected.
     """
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        state = read_tensors(path / TENSORS)
-    except Exception as error:  # safetensors, json and the system each have their own
-        raise WeftError(f"The adapter in {path} is damaged or incomplete ({error}); fetch it again.") from error
-    _check_config(config, path)
-    parts, extras = _parts(state, parameters, path)
+    config = read_config(path)
+    found = sort_tensors(_tensors(path), config, model, path)
     adapter = Adapter(name, "dora" if config.get("use_dora") else "lora", {}, {"rank": config["r"], "peft": True})
-    for layer, found in parts.items():
-        adapter.terms[layer] = {name: _term(layer, found, config, path)}
-    adapter.extras = extras
+    for layer, parts in found.layers.items():
+        adapter.terms[layer] = {name: _term(layer, found.source[layer], parts, config, path)}
+    adapter.extras, adapter.apart, adapter.rows = found.extras, found.apart, found.rows
     return adapter, _base(config)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The adapter's tensors; a pickled file is read with weights_only, which builds nothing but tensors."""
+    try:
+        if not (path / TENSORS).is_file() and (path / PICKLED).is_file():
+            pickled: dict[str, Tensor] = torch.load(path / PICKLED, map_location="cpu", weights_only=True)
+            return pickled
+        return read_tensors(path / TENSORS)
+    except Exception as error:  # safetensors, pickle and the system each have their own
+        raise WeftError(
+            f"The adapter in {path} is damaged or incomplete ({' '.join(str(error).split())}); fetch it again."
+        ) from error
+
+
+def _modules(extras: Iterable[str]) -> list[str]:
+    """The modules whose weight is among the parameters."""
+    return [key.removesuffix(".weight") for key in extras if key.endswith(".weight")]
+
+
+def _extra_key(key: str, adapter: Adapter) -> str:
+    return f"{PREFIX}{key.removesuffix('weight')}{ROWS}" if key in adapter.rows else f"{PREFIX}{key}"
+
+
+def _tables(base: Base, adapter: Adapter) -> list[str]:
+    """The input embedding, where the adapter trains all of it and a tied head with it."""
+    whole = adapter.extras.keys() - adapter.rows.keys() - set(adapter.apart)
+    return [key for key in whole if key.removesuffix(".weight") in base.samples]
+
+
+def _along(base: Base, adapter: Adapter) -> dict[str, Any]:
+    """The fields that say what of the model itself the adapter trains along."""
+    tables = [key.removesuffix(".weight") for key in _tables(base, adapter)]
+    whole = [module for module in _modules(adapter.extras) if f"{module}.weight" not in adapter.rows]
+    return {
+        # PEFT ties an embedding by its bare name alone, and takes any module whose name ends in the one given
+        "modules_to_save": [m.rpartition(".")[2] if m in tables else m for m in whole] or None,
+        "trainable_token_indices": {key.removesuffix(".weight"): rows for key, rows in adapter.rows.items()} or None,
+        "ensure_weight_tying": bool(tables),
+    }
 
 
 def _factors(terms: list[Term]) -> tuple[Tensor, Tensor]:
@@ -146,7 +192,6 @@ def _config(base: Base, layers: list[str], rank: int, dora: bool, dropout: float
         "init_lora_weights": True,
         "fan_in_fan_out": base.transposed,
         "target_modules": list(base.targets) or sorted(layers),
-        "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -164,44 +209,8 @@ def _base(config: Mapping[str, Any]) -> Base:
     )
 
 
-def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise WeftError(
-            f"{path} is a PEFT adapter of type {config.get('peft_type')}; weft reads LORA ones (LoRA, rsLoRA, DoRA, "
-            "EVA)."
-        )
-    start = str(config.get("init_lora_weights"))
-    if start.startswith(_SHIFTED_STARTS):
-        raise WeftError(
-            f"{path} was started by {start!r} and belongs to a base that PEFT changes when it loads it; convert it to "
-            "a plain LoRA in PEFT first (save_pretrained with path_initial_model_for_weight_conversion)."
-        )
-    if config.get("target_parameters"):
-        raise WeftError(
-            f"{path} adapts parameters that are no linear layers ({config['target_parameters'][0]}), which weft cannot."
-        )
-
-
-def _parts(
-    state: Mapping[str, Tensor], parameters: Container[str] | None, path: Path
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """layer -> {"lora_A.weight", "lora_B.weight", ...}, and tensors of the model itself."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        bare = key.removeprefix(_PREFIX)
-        match = _KEY.fullmatch(bare)
-        own = bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if match:
-            parts.setdefault(match["layer"], {})[match["part"]] = tensor
-        elif parameters is None or own in parameters:
-            extras[own] = tensor
-        else:
-            raise WeftError(f"{path} holds the tensor {key}, which weft has no place for; nothing was loaded.")
-    return parts, extras
-
-
-def _term(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> Term:
+def _term(layer: str, source: str, parts: Parts, config: Mapping[str, Any], path: Path) -> Term:
+    """One layer's term; `source` is its name in the file, which patterns match."""
     wanted = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
     if parts.keys() != wanted:
         odd = min(parts.keys() ^ wanted)
@@ -210,13 +219,13 @@ def _term(layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], pa
             "again, whole."
         )
     A, B = parts["lora_A.weight"], parts["lora_B.weight"]
-    rank = _by_pattern(config.get("rank_pattern"), layer, config["r"])
+    rank = _by_pattern(config.get("rank_pattern"), source, config["r"])
     if A.dim() != 2 or A.shape[0] != rank or B.shape[1] != rank:
         raise WeftError(
             f"{path}: {layer} has factors {tuple(B.shape)} and {tuple(A.shape)}, and the config says rank {rank}; "
             "fetch it again."
         )
-    alpha = _by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"])
+    alpha = _by_pattern(config.get("alpha_pattern"), source, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     term = LowRank.from_factors(B, A, scale=scale, dropout=config.get("lora_dropout") or 0.0)
     if "lora_magnitude_vector" not in parts:

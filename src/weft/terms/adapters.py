@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from weft.errors import WeftError, nearest
 from weft.terms.base import Term
 from weft.terms.dense import Dense
+from weft.terms.extras import Frame, exchange, frame_of
 from weft.terms.layers import is_conv1d, replace
 from weft.terms.sum_linear import SumLinear
 from weft.terms.wrapper import Wrapper
@@ -52,6 +53,8 @@ class Adapter:
         rates: factor of the learning rate by parameter name within a term, e.g. {"B": 16.0}; 1 where absent.
         extras: parameters of the model itself that are trained along (biases, a head): name -> the values put aside,
             which are the base's while the adapter is active and the adapter's while it is not.
+        apart: those extras that the base ties to another parameter, and the adapter does not.
+        rows: those extras of which the adapter brings some rows only, which ones; they are not trained further.
         active: whether its terms are in the sums.
     """
 
@@ -61,6 +64,8 @@ class Adapter:
     settings: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
+    rows: dict[str, list[int]] = field(default_factory=dict)
     active: bool = True
 
     def all_terms(self) -> list[Term]:
@@ -86,6 +91,7 @@ class _Book:
     base: dict[str, dict[str, Term]] = field(default_factory=dict)  # layer -> the terms that are no adapter's
     plain: set[str] = field(default_factory=set)  # layers that were no sums before
     trained: list[str] = field(default_factory=list)  # names of the parameters that were trainable before
+    frame: Frame = field(default_factory=Frame)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -141,6 +147,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     _check(model, book, adapter)
     if not book.adapters:
         book.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        book.frame = frame_of(model)
         model.requires_grad_(False)
     setattr(model, _BOOK, book)
     book.adapters[adapter.name] = adapter
@@ -149,7 +156,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             _open(model, book, layer)
         _arrange(model, book, layer)
     for key in adapter.extras:
-        model.get_parameter(key).requires_grad_(adapter.active)
+        model.get_parameter(key).requires_grad_(adapter.active and key not in adapter.rows)
 
 
 def detach(model: nn.Module, name: str | None = None) -> Adapter:
@@ -157,7 +164,8 @@ def detach(model: nn.Module, name: str | None = None) -> Adapter:
     model = unwrapped(model)
     adapter, book = find_adapter(model, name), _book(model)
     if adapter.active:
-        _swap_extras(model, adapter)
+        _swap_extras(model, adapter, active=False)
+    book.frame.agree(model)
     del book.adapters[adapter.name]
     for layer, terms in adapter.terms.items():
         _unwrap(terms)
@@ -186,7 +194,8 @@ def activate(model: nn.Module, names: Iterable[str]) -> None:
         for adapter in book.adapters.values():
             if (adapter.name in names) is wanted and adapter.active is not wanted:
                 adapter.active = wanted
-                _swap_extras(model, adapter)
+                _swap_extras(model, adapter, active=wanted)
+    book.frame.agree(model)
     for layer in book.base:
         _arrange(model, book, layer)
 
@@ -227,6 +236,7 @@ def merge(model: nn.Module, name: str | None = None) -> dict[str, float]:
         book.base[layer] = {"base": base}
         book.plain.add(layer)
     adapter.extras.clear()  # the model keeps the trained values
+    book.frame = frame_of(model)
     detach(model, adapter.name)
     if others:
         activate(model, others)
@@ -317,6 +327,7 @@ def _arrange(model: nn.Module, book: _Book, layer: str) -> None:
         _unwrap(adapter.terms[layer])
     first: Mapping[str, Term] = book.base[layer]
     added: dict[str, Term] = {}
+    module.aside = [term for adapter in here if not adapter.active for term in adapter.terms[layer].values()]
     for adapter in here:
         for key, term in adapter.terms[layer].items() if adapter.active else ():
             if isinstance(term, Wrapper):
@@ -327,13 +338,10 @@ def _arrange(model: nn.Module, book: _Book, layer: str) -> None:
     module.terms = nn.ModuleDict({**first, **added}).train(module.training)
 
 
-@torch.no_grad()
-def _swap_extras(model: nn.Module, adapter: Adapter) -> None:
+def _swap_extras(model: nn.Module, adapter: Adapter, *, active: bool) -> None:
     for key, aside in adapter.extras.items():
-        parameter = model.get_parameter(key)
-        adapter.extras[key] = parameter.detach().clone()
-        parameter.copy_(aside)
-        parameter.requires_grad_(adapter.active)
+        adapter.extras[key] = exchange(model, key, aside, apart=key in adapter.apart)
+        model.get_parameter(key).requires_grad_(active and key not in adapter.rows)
 
 
 def _unwrap(terms: Mapping[str, Term]) -> None:
@@ -364,8 +372,7 @@ def _check(model: nn.Module, book: _Book, adapter: Adapter) -> None:
             if (term.out_features, term.in_features) != shape:
                 raise WeftError(
                     f"The adapter's term {key} is {term.out_features} x {term.in_features}, and the layer {layer} is "
-                    f"{shape[0]} x {shape[1]}; "
-                    "the adapter belongs to another model."
+                    f"{shape[0]} x {shape[1]}; the adapter belongs to another model."
                 )
     _check_together([other for other in book.adapters.values() if other.active], adapter)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class SumLinear(nn.Module):
     `.device` reads the truth, and a loader that knows nothing of weft finds a tensor of the wrong shape and refuses,
     instead of filling the layer with noise.
 
+    `aside` lists terms of adapters that are not in use: no part of the sum or the state, but moved and cast with it.
+
     Raises:
         ValueError: no terms, or terms of different shapes.
     """
@@ -39,6 +41,7 @@ class SumLinear(nn.Module):
         (self.out_features, self.in_features) = next(iter(shapes.values()))
         self.transposed = transposed
         self.terms = nn.ModuleDict(dict(terms))
+        self.aside: list[Term] = []
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         reference = next(iter(terms.values()))._reference()
         self.register_buffer("weight", torch.empty(0, dtype=reference.dtype, device=reference.device))
@@ -94,6 +97,12 @@ class SumLinear(nn.Module):
         """Bytes stored by the terms and the bias."""
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return sum(term.nbytes for term in self._terms()) + bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SumLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for term in self.aside if recurse else ():
+            term._apply(fn)  # type: ignore[no-untyped-call]
+        return self
 
     def _terms(self) -> list[Term]:
         return [term for _, term in self._named_terms()]

@@ -171,7 +171,8 @@ def common_base(paths: Sequence[str | os.PathLike[str]], loose: Sequence[LooseAd
 
 def _factors(path: str | os.PathLike[str], loose: LooseAdapter) -> dict[str, Pair]:
     """layer -> B (out, r), A (r, in) of the adapter's delta, in fp64 on the CPU. Raises WeftError where it has none."""
-    reason = why_not_peft(loose.adapter)
+    along = next(iter(loose.adapter.extras), None)
+    reason = why_not_peft(loose.adapter) if along is None else f"it trains parameters of the model itself too ({along})"
     pairs: dict[str, Pair] = {}
     for layer, terms in loose.adapter.terms.items():
         found = sum_factors(list(terms.values()))
