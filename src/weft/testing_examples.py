@@ -23,6 +23,7 @@ from weft.terms import (
     MovingSparse,
     NormalFloat,
     PackedFactors,
+    PivotedLowRank,
     PooledLowRank,
     Projected,
     RandomCombination,
@@ -75,6 +76,10 @@ def _moving_sparse(generator: Generator) -> Term:
 
 def _low_rank(generator: Generator) -> LowRank:
     return LowRank.from_factors(_side(OUT, RANK, generator), _side(RANK, IN, generator), scale=0.5)
+
+
+def _pivoted_low_rank(generator: Generator) -> Term:
+    return PivotedLowRank.from_factors(_side(OUT, RANK, generator), _side(RANK, IN, generator))
 
 
 def _core_low_rank(generator: Generator) -> Term:
@@ -175,6 +180,7 @@ def _coded_factors(generator: Generator) -> CodedFactors:
 EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     Dense.kind: lambda generator: Dense.from_matrix(_side(OUT, IN, generator)),
     LowRank.kind: _low_rank,
+    PivotedLowRank.kind: _pivoted_low_rank,
     Spectral.kind: _spectral,
     SingularBasis.kind: _singular_basis,
     ShardSum.kind: _shard_sum,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import unknown
+from weft.linalg.pivoting import row_order
 from weft.linalg.svd import widen
 from weft.methods.adapter import scale_of
 from weft.methods.base import Method, Site, Split
@@ -46,15 +47,7 @@ def ldu(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pivot = U.diagonal()
     D = torch.where(pivot.abs() > 1e-6 * largest, pivot, largest)
     D = torch.where(D == 0, torch.ones_like(D), D)
-    return L[_order(pivots, len(W)).argsort()], D, U / D.unsqueeze(1)
-
-
-def _order(pivots: Tensor, rows: int) -> Tensor:
-    """Which row of W is row i of L U: LAPACK's list of swaps, counted from 1, as a permutation."""
-    order = list(range(rows))
-    for i, other in enumerate(pivots.tolist()):
-        order[i], order[other - 1] = order[other - 1], order[i]
-    return torch.tensor(order, device=pivots.device)
+    return L[row_order(pivots, len(W)).argsort()], D, U / D.unsqueeze(1)
 
 
 def first(start: str, D: Tensor, generator: torch.Generator) -> Tensor:

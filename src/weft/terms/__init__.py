@@ -20,6 +20,7 @@ from weft.terms.kronecker import Kronecker
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
 from weft.terms.moving_sparse import MovingSparse
+from weft.terms.pivoted_low_rank import PivotedLowRank
 from weft.terms.pooled_low_rank import PooledLowRank
 from weft.terms.projected import Projected
 from weft.terms.quantized import Int8, NormalFloat
@@ -53,6 +54,7 @@ __all__ = [
     "MovingSparse",
     "NormalFloat",
     "PackedFactors",
+    "PivotedLowRank",
     "PooledLowRank",
     "Projected",
     "RandomCombination",
@@ -81,6 +83,7 @@ TERMS: dict[str, type[Term]] = {
         NormalFloat,
         Int8,
         LowRank,
+        PivotedLowRank,
         Spectral,
         Sparse,
         CoreLowRank,
