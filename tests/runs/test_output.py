@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 
 from weft.errors import WeftError
 from weft.files import replacing, write_text
-from weft.runs.output import check_output, open_output
+from weft.runs.output import _PLACES, check_output, open_output
 
 ARGUMENTS = {"model": "pico", "budget": 0.6}
 
@@ -87,6 +90,53 @@ def test_another_command_may_not_take_over(tmp_path: Path) -> None:
     ):
         check_output(tmp_path / "out", {**ARGUMENTS, "budget": 0.5})
     assert (tmp_path / "out.partial" / "progress" / "one").exists()
+
+
+def test_a_place_may_be_named_in_many_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative, absolute, by ./ and ../, with a slash, by ~, by a link, from another directory: the same command."""
+    for name in ("model", "texts"):
+        (tmp_path / "home" / name).mkdir(parents=True)
+    (tmp_path / "texts.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "home")
+
+    def arguments(model: str, out: str, data: object) -> dict[str, object]:
+        return {"model": model, "out": out, "data": data, "tokenizer": "pico", "method": "model", "budget": 0.6}
+
+    first = arguments("model", "out", ["texts", Path("../texts.txt")])
+    with pytest.raises(KeyboardInterrupt), open_output("out", first) as work:
+        write_text(work.progress / "one", "done")
+        raise KeyboardInterrupt
+    home = str(tmp_path / "home")
+    for where, model, out, data in [
+        (home, f"{home}/model", f"{home}/out", [f"{home}/texts/", f"{home}/../texts.txt"]),
+        (home, "./model/", "./out/", ["../home/texts", tmp_path / "texts.txt"]),
+        (home, "~/model", "~/out", ["~/texts", "~/../texts.txt"]),
+        (str(tmp_path), "link/model", "link/out", ["link/texts", "texts.txt"]),
+    ]:
+        monkeypatch.chdir(where)
+        check_output(out, arguments(model, out, data))
+        with pytest.raises(KeyboardInterrupt), open_output(out, arguments(model, out, data)) as work:
+            assert work.resumed
+            raise KeyboardInterrupt
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeftError, match=r"another command \(data was"):
+        check_output("home/out", arguments("link/model", "home/out", ["link/texts"]))
+    with pytest.raises(
+        WeftError, match=r"another command .*method was 'model' and is"
+    ):  # no place, though one is there
+        check_output("home/out", {**arguments("link/model", "home/out", first["data"]), "method": f"{home}/model"})
+    assert not (tmp_path / "home" / "~").exists()
+
+
+def test_every_argument_that_names_a_place_is_known() -> None:
+    """What a verb takes as a path, or as a model, is compared as a place."""
+    for verb in ("compress", "finetune", "pretrain", "quantize", "merge", "combine"):
+        run = importlib.import_module(f"weft.verbs.{verb}").run
+        paths = {k for k, p in inspect.signature(run).parameters.items() if re.search("Path", str(p.annotation))}
+        models = {"model", "tokenizer", "allocate"} & inspect.signature(run).parameters.keys()
+        assert (paths | models) - {"out"} <= set(_PLACES), verb
 
 
 def test_work_with_nothing_finished_leaves_nothing(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ class Allocation(Mapping[str, "int | None"]):
             WeftError: a file that is none, or a rank that its matrix cannot have.
         """
         try:
-            record = json.loads(Path(path).read_text())
+            record = json.loads(Path(path).expanduser().read_text())
             shapes = {name: _shape(entry["shape"]) for name, entry in record["layers"].items()}
             ranks: Ranks = {
                 name: None if entry["rank"] == "dense" else entry["rank"] for name, entry in record["layers"].items()

@@ -160,7 +160,7 @@ def read_adapter(
 
 def check_directory(directory: str | os.PathLike[str]) -> Path:
     """The directory as a path. Raises WeftError where there is no adapter in it."""
-    path = Path(directory)
+    path = Path(directory).expanduser()
     if not (path / CONFIG).is_file() and not (path / peft.CONFIG).is_file():
         raise WeftError(f"{path} holds no adapter: neither {CONFIG} nor {peft.CONFIG} is there.")
     return path

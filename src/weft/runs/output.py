@@ -30,6 +30,8 @@ __all__ = ["Workplace", "check_output", "open_output"]
 _FILES = ("arguments.json", "inputs.json")
 _NAMED = 4
 """Differing arguments that an error lists."""
+_PLACES = ("model", "tokenizer", "adapter", "adapters", "allocate", "calibration", "data", "text", "eval_text")
+"""Arguments that name files and directories; the output itself is where the work lies, and is not compared."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ def check_output(out: str | os.PathLike[str], arguments: Mapping[str, Any], inpu
         WeftError: `out` exists and is not an empty directory, or beside it lies the unfinished work of a command with
             other arguments, or of this one on files that have changed since.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise WeftError(f"The output {out} exists and is not a directory; choose another -o.")
     if out.is_dir() and any(out.iterdir()):
         raise WeftError(f"The output directory {out} exists and is not empty; choose another -o, or remove it first.")
-    _check_partial(_partial(out), jsonable(arguments), inputs or {})
+    _check_partial(_partial(out), _decisive(arguments), inputs or {})
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def open_output(
     Raises:
         WeftError: see `check_output`; or the disk ran full, and then nothing but finished steps is kept.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     partial, main = _partial(out), int(os.environ.get("RANK", "0")) == 0
     progress, output = partial / "progress", partial / "output"
     if main:
@@ -81,7 +83,7 @@ def open_output(
         if main:
             _clear(partial)
             partial.mkdir(parents=True, exist_ok=True)
-            write_json(partial / "arguments.json", arguments)
+            write_json(partial / "arguments.json", _decisive(arguments))
             write_json(partial / "inputs.json", inputs or {})
         resumed = _has_steps(partial)
         for directory in (progress, output):
@@ -100,6 +102,21 @@ def open_output(
                 "it goes on from the last finished step."
             ) from error
         raise
+
+
+def _decisive(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as they are compared: a place by its real path, from wherever and however it was named."""
+    return {
+        key: _place(value) if key in _PLACES else value for key, value in jsonable(arguments).items() if key != "out"
+    }
+
+
+def _place(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_place(item) for item in value]
+    if not isinstance(value, str) or not os.path.exists(os.path.expanduser(value)):
+        return value  # a Hub id, the name of an embedded model, of an allocation
+    return os.path.realpath(os.path.expanduser(value))
 
 
 def _partial(out: Path) -> Path:
@@ -126,6 +143,7 @@ def _check_partial(partial: Path, arguments: dict[str, Any], inputs: Contents) -
         read = json.loads(_text(partial / "inputs.json") or "{}")
     except (OSError, ValueError):
         raise WeftError(f"{partial} does not say which command's unfinished work it holds; {way_out}.") from None
+    theirs = _decisive(theirs)
     changed = sorted(k for k in theirs.keys() | arguments.keys() if theirs.get(k) != arguments.get(k))
     if changed:
         what = ", ".join(f"{k} was {theirs.get(k)!r} and is {arguments.get(k)!r}" for k in changed[:_NAMED])

@@ -143,7 +143,7 @@ def read_documents(
     no text at all. Warns of the files of a directory that are left out.
     """
     fields = (fields or Fields()).chosen()
-    several = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    several = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]
     documents = [
         document
         for path in several
@@ -166,7 +166,7 @@ def source_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files under `paths` (a `datasets` folder counts as one), in the order given, without reading them. Raises
     and warns as `read_documents` for a path.
     """
-    several = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    several = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]
     return [file for path in several for file in _data_files(path)]
 
 

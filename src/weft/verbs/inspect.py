@@ -211,7 +211,7 @@ def _measure(name: str, weight: Tensor, stored: int, tied: bool, s: Tensor) -> M
 
 
 def _report_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix not in (".html", ".json"):
         raise WeftError(f"The report {path} must end in .html (a page with plots) or .json (the measures).")
     if not path.absolute().parent.is_dir():
