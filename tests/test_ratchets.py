@@ -225,3 +225,35 @@ def test_import_weft_is_quick_beyond_torch() -> None:
     code = "import torch, time; began = time.process_time(); import weft; print(time.process_time() - began)"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
     assert min(float(run.stdout) for run in runs) < 0.3
+
+
+# file outside terms -> the kinds it tells apart, and why it may: everything else asks the term
+TELLS_APART: dict[str, set[str]] = {
+    "methods/base.py": {"Dense"},  # what is not the base is what a recovery trains
+    "rules/kept_subspace.py": {"Shifted", "Spectral"},  # SORSA's one structure, the second within the first
+    "verbs/quantize.py": {"Dense", "Int8", "NormalFloat"},  # puts the last two in the place of the first
+}
+
+
+def test_a_term_answers_for_itself() -> None:
+    """Outside of terms/ no list of kinds: a page of a method or a rule knows the one structure that it is about."""
+    from weft.terms import TERMS
+
+    kinds = {term.__name__ for term in TERMS.values()}
+    told: dict[str, set[str]] = {}
+    for path, tree in trees().items():
+        assert "singledispatch" not in (SOURCE / path).read_text(), f"{path} dispatches on kinds"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+                named = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} & kinds
+                told.setdefault(str(path), set()).update(named)
+    pages = ("methods", "rules")
+    ladders = {
+        path: found
+        for path, found in told.items()
+        if not path.startswith("terms/")
+        and len(found) > (Path(path).parts[0] in pages)
+        and not found <= TELLS_APART.get(path, set())
+    }
+    assert not ladders
+    assert all(told.get(path, set()) & kinds == allowed for path, allowed in TELLS_APART.items())

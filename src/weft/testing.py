@@ -174,6 +174,30 @@ def check_counts(term: Term) -> None:
     assert term.num_params in (numbers, term.out_features * term.in_features)
 
 
+def check_answers(term: Term) -> None:
+    """What the term says of itself is true: its exact factors, its LoRA, its lean forms, its own state."""
+    term = copy.deepcopy(term)
+    lora = term.lora()
+    for factors in (term.exact_factors(), lora[:2] if lora and lora.magnitude is None else None):
+        if factors is not None:
+            B, A = factors
+            assert B.dtype == A.dtype == torch.float32 and not (B.requires_grad or A.requires_grad)
+            _close(B @ A, term.dense(torch.float32), "the exact factors are another matrix", atol=1e-5, rtol=1e-4)
+    for training in (False, True):
+        term.train(training)
+        lean = term.lean_weight()
+        matrix = 0 if lean is None else lean if isinstance(lean, Tensor) else lean(torch.float32)
+        products = term.lean_factors() or []
+        x = _draw(5, term.in_features, dtype=torch.float32)
+        if lean is not None or products:
+            total = sum(((B @ A) * scale for B, A, scale in products), start=matrix)
+            _close(x @ total.mT, term(x), "the lean form is another function", atol=1e-5, rtol=1e-4)  # type: ignore[union-attr]
+    assert term.rate_scale is None or isinstance(term.rate_scale, float)
+    state = term.own_state()
+    build(term.own_spec(), device="meta").load_state_dict(state, assign=True)
+    assert dict(term.own_parameters()).keys() <= state.keys() <= term.state_dict().keys()
+
+
 TERM_CHECKS: dict[str, Callable[[Term], None]] = {
     "forward": check_forward,
     "gradients": check_gradients,
@@ -187,6 +211,7 @@ TERM_CHECKS: dict[str, Callable[[Term], None]] = {
     "checkpointing": check_checkpointing,
     "compile": check_compile,
     "counts": check_counts,
+    "answers": check_answers,
 }
 """What `check_term` runs, by name."""
 

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from weft.io.adapter_files import own_state
 from weft.io.adapters import load_adapter, save_adapter
 from weft.methods import METHODS, Method
 from weft.rules import Rule, Rules
@@ -343,7 +342,7 @@ def _own(model: nn.Module) -> dict[str, Tensor]:
         for adapter in adapters_of(model).values()
         for layer, terms in adapter.terms.items()
         for key, term in terms.items()
-        for name, tensor in own_state(term).items()
+        for name, tensor in term.own_state().items()
     }
     return found | _trained(model)
 

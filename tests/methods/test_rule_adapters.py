@@ -22,7 +22,6 @@ from weft.rules import Rules
 from weft.rules.freeze_columns import FreezeColumns
 from weft.terms import Spectral
 from weft.terms.adapters import find_adapter
-from weft.terms.factors import exact_factors
 from weft.testing_adapters import adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, make_optimizer, rules, trainable
 
@@ -163,11 +162,11 @@ def test_sora_exports_open_components_only() -> None:
     _, term = one("sora")
     term.U.data = drawn(OUT, R, seed=1)
     term.s.data[:] = torch.tensor([1.0, 0.0, -2.0, 0.0])
-    B, A = exact_factors(term)
+    B, A = term.exact_factors()
     assert A.shape == (2, IN)
     close(B @ A, term.dense(), 1e-6)
     term.s.data.zero_()
-    B, A = exact_factors(term)
+    B, A = term.exact_factors()
     assert A.shape == (1, IN) and not (B @ A).any()
 
 

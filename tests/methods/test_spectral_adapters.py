@@ -22,7 +22,6 @@ from weft.rules.spectral_penalty import SpectralPenalty
 from weft.seeds import generator
 from weft.terms import Dense, LowRank, Shifted, Spectral
 from weft.terms.adapters import find_adapter
-from weft.terms.factors import exact_factors
 from weft.testing_adapters import PROPERTIES, adapted, task, tiny_llama, train
 from weft.verbs.adapt import adapt, rules, trainable
 
@@ -403,10 +402,10 @@ def test_salt_without_a_tail_scales_and_shifts_without_a_head_it_is_lora() -> No
 def test_salt_changes_the_rank_of_head_and_block() -> None:
     W = drawn(OUT, IN)
     model = trained_salt(W, head=3)
-    B, A = exact_factors(model.layer.terms["default"])
+    B, A = model.layer.terms["default"].exact_factors()
     assert A.shape[0] == 3 + R == int(torch.linalg.matrix_rank(model.layer.dense() - W, rtol=1e-5))
     close(W + B @ A, model.layer.dense())
-    assert exact_factors(trained_salt(W, head=3, relu=True).layer.terms["default"]) is None
+    assert trained_salt(W, head=3, relu=True).layer.terms["default"].exact_factors() is None
 
 
 def test_salt_relu_loses_the_negative_entries_of_the_block() -> None:

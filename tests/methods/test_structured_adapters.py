@@ -32,7 +32,6 @@ from weft.rules.replicated import shared_parameters
 from weft.terms import BlockAffine, Bottleneck, Dense, Kronecker, ShardSum, Shifted
 from weft.terms.adapters import find_adapter
 from weft.terms.bottleneck import HyperLinear
-from weft.terms.factors import exact_factors
 from weft.testing_adapters import PROPERTIES, adapted, task, tiny_gpt2, tiny_llama, train
 from weft.verbs.adapt import adapt, rules, trainable
 
@@ -86,7 +85,7 @@ def test_bone_balance_is_lora_with_a_binary_A(rank: int) -> None:
         A[c % rank, c] = 1
     close(model(x), x @ (W + term.D.mT @ A).mT, 1e-6)
     assert int(torch.linalg.matrix_rank(term.dense(), rtol=1e-5)) == rank
-    B, binary = exact_factors(term)
+    B, binary = term.exact_factors()
     assert torch.equal(binary, A) and torch.equal(B, term.D.mT)
 
 

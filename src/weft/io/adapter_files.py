@@ -23,7 +23,7 @@ from weft.terms import Term, build
 from weft.terms.adapters import Adapter
 from weft.terms.random_products import share_stores
 
-__all__ = ["CONFIG", "FORMAT", "own_spec", "own_state", "paths", "read_files", "whole", "write_files"]
+__all__ = ["CONFIG", "FORMAT", "paths", "read_files", "whole", "write_files"]
 
 FORMAT = 2
 """The version of the layout; raised when an older weft could not read what this one writes."""
@@ -60,7 +60,7 @@ def _copies(adapter: Adapter, layer: str, state: Mapping[str, Tensor]) -> list[T
     """A layer's terms again, holding the whole tensors."""
     copies = []
     for key, term in adapter.terms[layer].items():
-        copy, prefix = build(own_spec(term), device="meta"), f"{layer}.{_role(adapter, key)}."
+        copy, prefix = build(term.own_spec(), device="meta"), f"{layer}.{_role(adapter, key)}."
         copy.load_state_dict({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}, assign=True)
         copies.append(copy)
     return copies
@@ -83,8 +83,8 @@ def _write_own(partial: Path, base: Base, adapter: Adapter, state: dict[str, Ten
         "layers": {
             layer: {
                 _role(adapter, key): {
-                    "spec": own_spec(term),
-                    "trained": [name for name, tensor in own_state(term).items() if id(tensor) in trained],
+                    "spec": term.own_spec(),
+                    "trained": [name for name, tensor in term.own_state().items() if id(tensor) in trained],
                 }
                 for key, term in terms.items()
             }
@@ -142,7 +142,7 @@ def _check_format(path: Path, config: Mapping[str, Any]) -> None:
 def _term(prefix: str, entry: Mapping[str, Any], state: dict[str, Tensor]) -> Term:
     """Build one term and take its tensors out of `state`."""
     term = build(entry["spec"], device="meta")
-    names = list(own_state(term))
+    names = list(term.own_state())
     missing = [name for name in names if f"{prefix}.{name}" not in state]
     if missing:
         raise WeftError(f"the tensor {prefix}.{missing[0]} is missing")
@@ -158,32 +158,20 @@ def _tie(adapter: Adapter, tied: Mapping[str, str]) -> None:
         f"{layer}.{_role(adapter, key)}.{name}": (term, name)
         for layer, terms in adapter.terms.items()
         for key, term in terms.items()
-        for name in own_state(term)
+        for name in term.own_state()
     }
     for path, home in tied.items():
         (term, name), (source, source_name) = homes[path], homes[home]
         owner, _, leaf = name.rpartition(".")
-        setattr(term.get_submodule(owner), leaf, own_state(source)[source_name])
+        setattr(term.get_submodule(owner), leaf, source.own_state()[source_name])
 
 
 def paths(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of its terms, as `<layer>.<role>.<tensor>`."""
     for layer, terms in adapter.terms.items():
         for key, term in terms.items():
-            for name, tensor in own_state(term).items():
+            for name, tensor in term.own_state().items():
                 yield f"{layer}.{_role(adapter, key)}.{name}", tensor
-
-
-def own_state(term: Term) -> dict[str, Tensor]:
-    """The term's tensors, without those of a base that it wraps."""
-    state = term.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if not name.startswith("inner.")}
-
-
-def own_spec(term: Term) -> dict[str, Any]:
-    """The term's spec without a base that it wraps."""
-    spec = term.spec()
-    return {**spec, "inner": {}} if "inner" in spec else spec
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from weft.errors import WeftError, nearest
 from weft.io import peft
 from weft.io.adapter_files import CONFIG, FORMAT, paths, read_files, whole, write_files
 from weft.io.base import Base, base_of, other_weights, sample
-from weft.terms import LowRank
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
 from weft.terms.extras import places, tables
 from weft.terms.layers import is_linear
@@ -50,8 +49,8 @@ class LooseAdapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank among its low-rank terms."""
-        return max((term.rank for term in self.adapter.all_terms() if isinstance(term, LowRank)), default=0)
+        """The largest rank among its terms."""
+        return max((getattr(term, "rank", 0) for term in self.adapter.all_terms()), default=0)
 
     def save(self, directory: str | os.PathLike[str], *, format: Literal["auto", "peft", "weft"] = "auto") -> None:
         """Write it, as `save_adapter` writes one that is on a model."""

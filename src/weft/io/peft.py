@@ -29,7 +29,7 @@ from weft.io.peft_names import PREFIX, ROWS, Parts, sort_tensors
 from weft.tensors import read_tensors
 from weft.terms import LowRank, Magnitude, Term
 from weft.terms.adapters import Adapter
-from weft.terms.factors import exact_factors, sum_factors
+from weft.terms.base import Lora
 
 __all__ = ["CONFIG", "TENSORS", "plain_state", "read", "why_not_peft", "write"]
 
@@ -42,15 +42,16 @@ def why_not_peft(adapter: Adapter) -> str | None:
     alone = next((key for key in adapter.extras if key.rpartition(".")[0] not in modules), None)
     if alone is not None:
         return f"it trains parameters of the model itself too ({alone})"
-    rescaled = {_magnitude(terms.values()) is not None for terms in adapter.terms.values()}
-    if rescaled == {True}:
-        return None
+    rescaled = set()
     for layer, terms in adapter.terms.items():
         # each for itself and not their sum, which cannot be taken of sharded and plain tensors
-        if any(exact_factors(term) is None for term in terms.values()):
+        forms = [term.lora() for term in terms.values()]
+        lengths = [form.magnitude is not None for form in forms if form is not None]
+        if None in forms or (any(lengths) and len(forms) > 1):
             kinds = ", ".join(dict.fromkeys(term.kind for term in terms.values()))
             return f"its delta on {layer} ({kinds}) is no product of two thin matrices"
-    return None
+        rescaled.add(any(lengths))
+    return "it rescales the rows of some layers and not of others" if len(rescaled) > 1 else None
 
 
 def write(
@@ -65,22 +66,21 @@ def write(
     Returns:
         Whether these tensors are the adapter itself, bit for bit.
     """
-    dora = all(_magnitude(found) is not None for found in terms.values())
-    pairs = {layer: _factors(found) for layer, found in terms.items()}
-    rank = max(A.shape[0] for _, A in pairs.values())
+    forms = {layer: _lora(found) for layer, found in terms.items()}
+    rank = max(form.A.shape[0] for form in forms.values())
     state = {_extra_key(key, adapter): tensor.contiguous() for key, tensor in extras.items()}
     for key in _tables(base, adapter):  # PEFT looks for a tied table under each of its names
         state |= {f"{PREFIX}{tied}": extras[key].clone() for tied in base.tied}
-    for layer, (B, A) in pairs.items():
+    for layer, (B, A, magnitude, _) in forms.items():
         state[f"{PREFIX}{layer}.lora_A.weight"] = F.pad(A, (0, 0, 0, rank - A.shape[0])).contiguous()
         state[f"{PREFIX}{layer}.lora_B.weight"] = F.pad(B, (0, rank - B.shape[1])).contiguous()
-        magnitude = _magnitude(terms[layer])
         if magnitude is not None:
-            state[f"{PREFIX}{layer}.lora_magnitude_vector"] = magnitude.magnitude.detach().float().contiguous()
+            state[f"{PREFIX}{layer}.lora_magnitude_vector"] = magnitude.contiguous()
     save_file(state, directory / TENSORS, metadata={"format": "pt"})
-    config = _config(base, list(terms), rank, dora, _dropout(terms)) | _along(base, adapter)
+    dora, dropout = any(f.magnitude is not None for f in forms.values()), max(f.dropout for f in forms.values())
+    config = _config(base, list(terms), rank, dora, dropout) | _along(base, adapter)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return all(_is_itself(found, rank) for found in terms.values())
+    return all(_is_itself(found, forms[layer], rank) for layer, found in terms.items())
 
 
 def plain_state(path: Path, layers: Iterable[str], adapter: Adapter, extras: Iterable[str]) -> dict[str, Tensor]:
@@ -153,28 +153,25 @@ def _along(base: Base, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _factors(terms: list[Term]) -> tuple[Tensor, Tensor]:
-    magnitude = _magnitude(terms)
-    pair = sum_factors([magnitude.update] if magnitude is not None else terms)
-    assert pair is not None
-    return pair
+def _lora(terms: list[Term]) -> Lora:
+    """The terms of a layer as one LoRA: factors side by side, ranks add up."""
+    forms = [form for term in terms if (form := term.lora()) is not None]
+    assert len(forms) == len(terms)
+    if len(forms) == 1:
+        return forms[0]
+    B, A = torch.cat([form.B for form in forms], dim=1), torch.cat([form.A for form in forms])
+    return Lora(B, A, dropout=max(form.dropout for form in forms))
 
 
-def _magnitude(terms: Iterable[Term]) -> Magnitude | None:
-    """The DoRA term, where it is the only one."""
-    found = list(terms)
-    return found[0] if len(found) == 1 and isinstance(found[0], Magnitude) else None
-
-
-def _is_itself(terms: list[Term], rank: int) -> bool:
-    (term, *more) = terms
+def _is_itself(terms: list[Term], form: Lora, rank: int) -> bool:
+    """Whether the terms are one that has the file's two tensors for its state, bit for bit."""
+    state = terms[0].own_state() if len(terms) == 1 else {}
+    wanted = {"A": form.A, "B": form.B}
     return (
-        not more and isinstance(term, LowRank) and (term.scale, term.rank, term.A.dtype) == (1.0, rank, torch.float32)
+        state.keys() == wanted.keys()
+        and form.A.shape[0] == rank
+        and all(state[key].dtype == tensor.dtype and torch.equal(state[key], tensor) for key, tensor in wanted.items())
     )
-
-
-def _dropout(terms: Mapping[str, list[Term]]) -> float:
-    return max((term.dropout for found in terms.values() for term in found if isinstance(term, LowRank)), default=0.0)
 
 
 def _config(base: Base, layers: list[str], rank: int, dora: bool, dropout: float) -> dict[str, Any]:

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial, singledispatch
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.kernels.lean_linear import Factor, Weight, linear
+from weft.kernels.lean_linear import linear
 from weft.kernels.recompute import recompute, source_of
 from weft.memory.logits import Logits
-from weft.terms import Dense, Factored, GatedLowRank, Int8, LowRank, NormalFloat, Shifted, Spectral, SumLinear, Term
+from weft.terms import SumLinear
 
 __all__ = [
     "LeanForward",
     "causal_lm",
     "elementwise",
-    "factors_of",
     "fused_gated_mlp",
     "gated_mlp",
     "original",
     "plain_linear",
     "sum_linear",
-    "weight_of",
 ]
 
 
@@ -96,10 +94,10 @@ def plain_linear(module: Any, x: Tensor) -> Any:
 def sum_linear(module: SumLinear, x: Tensor) -> Any:
     """A sum of terms: keeps x once for the base and all low-rank terms; further terms keep what they keep."""
     first, *rest = module._terms()
-    weight, own = weight_of(first), factors_of(first) or []
+    weight, own = first.lean_weight(), first.lean_factors() or []
     if weight is None and not own:
         return original(module, x)
-    found = [factors_of(term) for term in rest]
+    found = [term.lean_factors() for term in rest]
     factors = [factor for of_term in found for factor in of_term or ()]
     if weight is not None:
         y = linear(x, weight, module.bias, factors)
@@ -131,55 +129,6 @@ def causal_lm(module: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(item.tensor() if isinstance(item, Logits) else item for item in output)
     return type(output)(**{key: value for key, value in output.items() if not isinstance(value, Logits)})
-
-
-@singledispatch
-def weight_of(term: Term) -> Weight | None:
-    """What the first term of a sum is multiplied as, or None where it has no cheap dense form."""
-    return None
-
-
-@weight_of.register
-def _(term: Dense) -> Weight:
-    return term.matrix
-
-
-@weight_of.register(NormalFloat)
-@weight_of.register(Int8)
-def _(term: NormalFloat | Int8) -> Weight:
-    return term.dense
-
-
-@singledispatch
-def factors_of(term: Term) -> list[Factor] | None:
-    """The differentiable low-rank factors of a term, or None where it has none."""
-    return None
-
-
-@factors_of.register
-def _(term: LowRank) -> list[Factor] | None:
-    return None if term.dropout and term.training else [Factor(term.B, term.A, term.scale)]
-
-
-@factors_of.register
-def _(term: Factored) -> list[Factor] | None:
-    return None if term.dropout and term.training else [Factor(*term.factors(), term.scale)]
-
-
-@factors_of.register
-def _(term: Spectral) -> list[Factor] | None:
-    return None if term.dropout and term.training else [Factor(term.U, term.s.unsqueeze(1) * term.V, term.scale)]
-
-
-@factors_of.register
-def _(term: GatedLowRank) -> list[Factor]:
-    return [Factor(term.B, term.now.unsqueeze(1) * term.A, term.scale)]
-
-
-@factors_of.register
-def _(term: Shifted) -> list[Factor] | None:
-    now, start = factors_of(term.now), factors_of(term.start)
-    return None if now is None or start is None else [*now, *(Factor(B, A, -scale) for B, A, scale in start)]
 
 
 def _gate(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from weft.memory import forwards
 from weft.memory.forwards import LeanForward
-from weft.terms import Columns, MovingSparse, Sparse, SumLinear
+from weft.terms import SumLinear
 from weft.terms.layers import is_conv1d
 
 __all__ = ["LeanReport", "lean", "lean_report", "unlean"]
@@ -29,7 +29,6 @@ M = TypeVar("M", bound=nn.Module)
 _NORM = re.compile(r"(RMS|Layer)Norm$")
 # ReLU keeps its output alone, which whatever follows keeps as well: nothing to gain
 _ACTIVATIONS = re.compile(r"^(SiLU\w*|\w*GELU\w*|Mish\w*|Laplace\w*|ReLUSquared\w*|XIELU\w*|Tanh|Softplus)$")
-_LEAN_ALONE = (Columns, Sparse, MovingSparse)  # keep little without help: see their kernels
 _GATED: dict[tuple[str, ...], Callable[..., Any]] = {
     ("gate_proj", "up_proj", "down_proj", "act_fn"): forwards.gated_mlp,
     ("gate_up_proj", "down_proj", "activation_fn"): forwards.fused_gated_mlp,
@@ -134,8 +133,8 @@ def _known(module: nn.Module) -> Callable[..., Any] | str | None:
 
 def _fits(module: SumLinear) -> bool:
     first, *rest = module._terms()
-    known = forwards.weight_of(first) is not None or bool(forwards.factors_of(first))
-    return known and all(forwards.factors_of(term) is not None or isinstance(term, _LEAN_ALONE) for term in rest)
+    known = first.lean_weight() is not None or bool(first.lean_factors())
+    return known and all(term.lean_factors() is not None or term.lean_alone for term in rest)
 
 
 def _computes(module: nn.Module, run: Callable[..., Any]) -> bool:

@@ -77,8 +77,8 @@ class Adapter:
         seen: set[int] = set()
         for layer, terms in self.terms.items():
             for key, term in terms.items():
-                for name, parameter in term.named_parameters():
-                    if parameter.requires_grad and not name.startswith("inner.") and id(parameter) not in seen:
+                for name, parameter in term.own_parameters():
+                    if parameter.requires_grad and id(parameter) not in seen:
                         seen.add(id(parameter))
                         yield f"{layer}.terms.{key}.{name}", parameter
 

@@ -7,15 +7,30 @@ faster (the conformance suite then runs both and compares them).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Spec", "Term"]
+from weft.kernels.lean_linear import Factor, Weight
+
+__all__ = ["Factors", "Lora", "Spec", "Term"]
 
 Spec = dict[str, Any]
 """The JSON-able constructor arguments of a term, with its `kind`."""
+
+Factors = tuple[Tensor, Tensor]
+"""B (out, r) and A (r, in)."""
+
+
+class Lora(NamedTuple):
+    """A term as PEFT's LoRA files hold one: W + B A, each row scaled to the length `magnitude` where there is one."""
+
+    B: Tensor  # (out, r), the scale within
+    A: Tensor  # (r, in)
+    magnitude: Tensor | None = None  # (out,), of DoRA
+    dropout: float = 0.0
 
 
 class Term(nn.Module):
@@ -26,11 +41,18 @@ class Term(nn.Module):
     simply what `requires_grad`. A term that is no matrix at all (an adapter with a nonlinearity after the layer) says
     `linear = False`, and its `dense()` raises WeftError; one that changes the base itself, so that two of its sort in
     one layer contradict each other, says `alone = True`.
+
+    What the rest of weft wants to know of a structure it asks the term, by the methods below `nbytes`; each has a
+    default that is right for a structure of which nothing special is known.
     """
 
     kind: ClassVar[str]
     linear: ClassVar[bool] = True
     alone: ClassVar[bool] = False
+    lean_alone: ClassVar[bool] = False
+    """Whether its own forward keeps little for backward already, so that a lean step leaves it as it is."""
+    dropout: float = 0.0
+    """Probability of zeroing an entry of x while training."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -62,6 +84,43 @@ class Term(nn.Module):
     def nbytes(self) -> int:
         """Bytes stored, index tensors included."""
         return sum(t.numel() * t.element_size() for t in self._stored())
+
+    @property
+    def rate_scale(self) -> float | None:
+        """What its trained numbers are multiplied by on their way into T: its plain number `scale`, or None."""
+        scale = self.__dict__.get("scale")
+        return None if scale is None else float(scale)
+
+    def exact_factors(self) -> Factors | None:
+        """B (out, r), A (r, in) in fp32 with B A = T, detached; None when T has no exact factors of low rank."""
+        return None
+
+    def lora(self) -> Lora | None:
+        """Its exact form in PEFT's LoRA files, in fp32, detached; None when there is none."""
+        factors = self.exact_factors()
+        return None if factors is None else Lora(*factors, dropout=self.dropout)
+
+    def lean_weight(self) -> Weight | None:
+        """What it is multiplied as where it is the first of a sum in a lean step: a matrix (out, in) or a function that
+        makes it anew; None where it has no cheap dense form.
+        """
+        return None
+
+    def lean_factors(self) -> list[Factor] | None:
+        """Its differentiable low-rank factors in the present mode, for a lean step; None where it has none."""
+        return None
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The tensors that an adapter saves of it, by name: `state_dict` without what is another's."""
+        return self.state_dict(keep_vars=True)
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters among `own_state`, by name."""
+        return self.named_parameters()
+
+    def own_spec(self) -> Spec:
+        """The spec that goes with `own_state`."""
+        return self.spec()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the term."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.kernels.column_linear import column_linear
-from weft.terms.base import Spec, Term
-from weft.terms.factors import exact_factors
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["Columns"]
 
@@ -22,6 +21,7 @@ class Columns(Term):
     """
 
     kind = "columns"
+    lean_alone = True
 
     def __init__(
         self,
@@ -55,11 +55,9 @@ class Columns(Term):
         B = self.B.to(dtype or self.B.dtype) * self.scale
         return B.new_zeros(self.out_features, self.in_features).index_copy(1, self.columns.long(), B)
 
+    def exact_factors(self) -> Factors | None:
+        A = torch.zeros(self.rank, self.in_features, device=self.columns.device)
+        return self.B.detach().float() * self.scale, A.scatter_(1, self.columns.long().unsqueeze(1), 1.0)
+
     def spec(self) -> Spec:
         return super().spec() | {"rank": self.rank, "scale": self.scale}
-
-
-@exact_factors.register
-def _(term: Columns) -> tuple[Tensor, Tensor]:
-    A = torch.zeros(term.rank, term.in_features, device=term.columns.device)
-    return term.B.detach().float() * term.scale, A.scatter_(1, term.columns.long().unsqueeze(1), 1.0)

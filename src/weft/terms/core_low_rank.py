@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.tensors import owned
-from weft.terms.base import Spec, Term
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["CoreLowRank"]
 
@@ -50,6 +50,9 @@ class CoreLowRank(Term):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.A.dtype
         return (self.B.to(dtype) @ self.R.to(dtype) @ self.A.to(dtype)) * self.scale
+
+    def exact_factors(self) -> Factors | None:
+        return self.B.detach().float() @ self.R.detach().float() * self.scale, self.A.detach().float()
 
     def spec(self) -> Spec:
         return super().spec() | {"rank": self.rank, "scale": self.scale}

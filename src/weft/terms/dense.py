@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.kernels.lean_linear import Weight
 from weft.terms.base import Term
 
 __all__ = ["Dense"]
@@ -36,3 +37,6 @@ class Dense(Term):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.matrix.to(dtype or self.matrix.dtype)
+
+    def lean_weight(self) -> Weight | None:
+        return self.matrix

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from weft.terms.base import Spec, Term
-from weft.terms.factors import exact_factors
+from weft.kernels.lean_linear import Factor
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["Factored"]
 
@@ -43,14 +43,15 @@ class Factored(Term):
         B, A = self.factors(dtype)
         return (B @ A) * self.scale
 
+    def exact_factors(self) -> Factors | None:
+        B, A = _gathered(self).factors(torch.float32)
+        return B.detach() * self.scale, A.detach()
+
+    def lean_factors(self) -> list[Factor] | None:
+        return None if self.dropout and self.training else [Factor(*self.factors(), self.scale)]
+
     def spec(self) -> Spec:
         return super().spec() | {"rank": self.rank, "scale": self.scale, "dropout": self.dropout}
-
-
-@exact_factors.register
-def _(term: Factored) -> tuple[Tensor, Tensor]:
-    B, A = _gathered(term).factors(torch.float32)
-    return B.detach() * term.scale, A.detach()
 
 
 def _gathered(term: Factored) -> Factored:

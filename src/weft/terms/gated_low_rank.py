@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.kernels.lean_linear import Factor
 from weft.tensors import owned
-from weft.terms.base import Spec, Term
-from weft.terms.factors import exact_factors, gated_factors
+from weft.terms.base import Factors, Spec, Term
+from weft.terms.factors import gated_factors
 
 __all__ = ["GatedLowRank"]
 
@@ -66,10 +67,11 @@ class GatedLowRank(Term):
         dtype = dtype or self.A.dtype
         return (self.B.to(dtype) * (self.gate.to(dtype) * self.scale)) @ self.A.to(dtype)
 
+    def exact_factors(self) -> Factors | None:
+        return gated_factors(self.B, self.gate.detach().float() * self.scale, self.A)
+
+    def lean_factors(self) -> list[Factor] | None:
+        return [Factor(self.B, self.now.unsqueeze(1) * self.A, self.scale)]
+
     def spec(self) -> Spec:
         return super().spec() | {"rank": self.rank, "scale": self.scale}
-
-
-@exact_factors.register
-def _(term: GatedLowRank) -> tuple[Tensor, Tensor]:
-    return gated_factors(term.B, term.gate.detach().float() * term.scale, term.A)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.kernels.lean_linear import Factor
 from weft.tensors import owned
-from weft.terms.base import Spec, Term
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["LowRank"]
 
@@ -55,6 +56,12 @@ class LowRank(Term):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.A.dtype
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
+
+    def exact_factors(self) -> Factors | None:
+        return self.B.detach().float() * self.scale, self.A.detach().float()
+
+    def lean_factors(self) -> list[Factor] | None:
+        return None if self.dropout and self.training else [Factor(self.B, self.A, self.scale)]
 
     def spec(self) -> Spec:
         return (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.kernels.autocast import without_autocast
-from weft.terms.base import Spec, Term
+from weft.terms.base import Lora, Spec, Term
 from weft.terms.low_rank import LowRank
 from weft.terms.wrapper import Wrapper
 
@@ -85,6 +85,10 @@ class Magnitude(Wrapper):
         dtype = dtype or self.magnitude.dtype
         V = self.base_dense(dtype) + self.update.dense(dtype)
         return V * (self.magnitude / self.row_norms()).to(dtype).unsqueeze(1)
+
+    def lora(self) -> Lora | None:
+        factors = self.update.exact_factors()
+        return factors and Lora(*factors, self.magnitude.detach().float(), self.update.dropout)
 
     def spec(self) -> Spec:
         return super().spec() | {"update": self.update.spec()}

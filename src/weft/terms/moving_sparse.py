@@ -23,6 +23,7 @@ class MovingSparse(Term):
     """
 
     kind = "moving_sparse"
+    lean_alone = True
 
     def __init__(
         self,

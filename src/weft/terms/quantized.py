@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels.lean_linear import frozen_linear
+from weft.kernels.lean_linear import Weight, frozen_linear
 from weft.kernels.normal_float import NF4, Code, Format, blank, decode, encode
 from weft.terms.base import Spec, Term
 
@@ -33,6 +33,9 @@ class Quantized(Term):
             # the compiler's partitioner decides what is made twice
             return F.linear(x, self.dense(x.dtype))
         return frozen_linear(x, self.dense)
+
+    def lean_weight(self) -> Weight | None:
+        return self.dense
 
     @property
     def num_params(self) -> int:

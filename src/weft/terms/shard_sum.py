@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.terms.base import Spec, Term
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["ShardSum"]
 
@@ -55,6 +55,10 @@ class ShardSum(Term):
         """B (out, r), D^T repeated, and the binary A (r, in), A[j, c] = 1 where c mod r = j."""
         B = self.D.to(dtype).mT.repeat(self.out_features // self.columns, 1)
         return B, torch.eye(self.rank, device=B.device, dtype=dtype)[torch.arange(self.in_features) % self.rank].mT
+
+    def exact_factors(self) -> Factors | None:
+        B, A = self.factors(torch.float32)
+        return B.detach(), A
 
     def spec(self) -> Spec:
         return super().spec() | {"rank": self.rank, "columns": self.columns}

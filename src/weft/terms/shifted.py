@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.terms.base import Spec, Term
+from weft.kernels.lean_linear import Factor
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["Shifted"]
 
@@ -44,6 +45,16 @@ class Shifted(Term):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.now.dense(dtype) - self.start.dense(dtype)
+
+    def exact_factors(self) -> Factors | None:
+        now, start = self.now.exact_factors(), self.start.exact_factors()
+        if now is None or start is None:
+            return None
+        return torch.cat([now[0], -start[0]], dim=1), torch.cat([now[1], start[1]])
+
+    def lean_factors(self) -> list[Factor] | None:
+        now, start = self.now.lean_factors(), self.start.lean_factors()
+        return None if now is None or start is None else [*now, *(Factor(B, A, -scale) for B, A, scale in start)]
 
     def spec(self) -> Spec:
         return super().spec() | {"term": self.now.spec()}

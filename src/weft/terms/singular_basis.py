@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.tensors import owned
-from weft.terms.base import Spec, Term
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["SingularBasis"]
 
@@ -95,6 +95,13 @@ class SingularBasis(Term):
         dtype = dtype or self.U.dtype
         change = torch.block_diag(torch.diag(self.gain(dtype)), self.block(dtype))  # type: ignore[no-untyped-call]
         return self.U.to(dtype) @ change @ self.V.to(dtype)
+
+    def exact_factors(self) -> Factors | None:
+        if self.relu:
+            return None
+        U, gain, V, X, Y = (t.detach().float() for t in (self.U, self.gain(), self.V, self.X, self.Y))
+        head = self.head
+        return torch.cat([U[:, :head] * gain, U[:, head:] @ X], dim=1), torch.cat([V[:head], Y @ V[head:]])
 
     def spec(self) -> Spec:
         return super().spec() | {"size": self.size, "head": self.head, "rank": self.rank, "relu": self.relu}

@@ -19,6 +19,7 @@ class Sparse(Term):
     """T[i, j] = values[k] where positions[k] = i * in + j. The support is sorted, free of duplicates and fixed."""
 
     kind = "sparse"
+    lean_alone = True
 
     def __init__(
         self,

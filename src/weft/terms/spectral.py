@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.kernels.lean_linear import Factor
 from weft.tensors import owned
-from weft.terms.base import Spec, Term
+from weft.terms.base import Factors, Spec, Term
+from weft.terms.factors import gated_factors
 
 __all__ = ["Spectral"]
 
@@ -57,6 +59,13 @@ class Spectral(Term):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.s.dtype
         return (self.U.to(dtype) * (self.s.to(dtype) * self.scale)) @ self.V.to(dtype)
+
+    def exact_factors(self) -> Factors | None:
+        return gated_factors(self.U, self.s.detach().float() * self.scale, self.V)
+
+    def lean_factors(self) -> list[Factor] | None:
+        masked = self.dropout and self.training
+        return None if masked else [Factor(self.U, self.s.unsqueeze(1) * self.V, self.scale)]
 
     def spec(self) -> Spec:
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -50,6 +50,15 @@ class Wrapper(Term):
         for matrix in rest:
             total = total + matrix
         return total
+
+    def own_state(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in super().own_state().items() if not name.startswith("inner.")}
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return (pair for pair in super().own_parameters() if not pair[0].startswith("inner."))
+
+    def own_spec(self) -> Spec:
+        return {**self.spec(), "inner": {}}
 
     def spec(self) -> Spec:
         return super().spec() | {"inner": {name: term.spec() for name, term in self.inner.items()}}  # type: ignore[operator]

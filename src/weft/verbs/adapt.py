@@ -23,7 +23,7 @@ from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
 from weft.seeds import generator
 from weft.stats.calibrate import Batch, calibrate
-from weft.terms import Columns, Factored, LowRank, RandomProducts, Spectral, SumLinear, Term
+from weft.terms import SumLinear, Term
 from weft.terms.adapters import (
     Adapter,
     activate,
@@ -182,17 +182,14 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0) -> to
     return torch.optim.AdamW(groups, lr=lr, fused=groups[0]["params"][0].is_cuda or None)
 
 
-_SCALED = (LowRank, Spectral, Columns, Factored, RandomProducts)  # terms with a `scale` of their own
-
-
 def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
     """Adapter -> scale x lr, the rate that decides how fast its delta moves; the mean over layers where they differ."""
     scales = {
         name: [
-            m.scale
+            m.rate_scale
             for term in adapter.all_terms()
             for m in term.modules()
-            if isinstance(m, _SCALED) and any(p.requires_grad for p in m.parameters())
+            if isinstance(m, Term) and m.rate_scale is not None and any(p.requires_grad for p in m.parameters())
         ]
         for name, adapter in adapters_of(model).items()
     }
