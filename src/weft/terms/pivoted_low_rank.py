@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.linalg.pivoting import pivot_rows
-from weft.terms.base import Spec, Term
-from weft.terms.factors import exact_factors
+from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["PivotedLowRank"]
 
@@ -66,12 +65,10 @@ class PivotedLowRank(Term):
         A, C = (t.to(dtype or self.A.dtype) for t in (self.A, self.C))
         return torch.cat([A, C @ A]).index_select(0, self.places)
 
+    def exact_factors(self) -> Factors | None:
+        A, C = self.A.detach().float(), self.C.detach().float()
+        identity = torch.eye(self.rank, device=C.device)
+        return torch.cat([identity, C]).index_select(0, self.places), A
+
     def spec(self) -> Spec:
         return super().spec() | {"rank": self.rank}
-
-
-@exact_factors.register
-def _(term: PivotedLowRank) -> tuple[Tensor, Tensor]:
-    A, C = term.A.detach().float(), term.C.detach().float()
-    identity = torch.eye(term.rank, device=C.device)
-    return torch.cat([identity, C]).index_select(0, term.places), A
