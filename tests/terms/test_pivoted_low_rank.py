@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from weft.terms import LowRank, PivotedLowRank
-from weft.terms.factors import exact_factors
 from weft.testing import check_term
 
 
@@ -35,7 +34,7 @@ def test_numbers_and_bytes() -> None:
 
 def test_its_factors_make_it_a_plain_low_rank_term() -> None:
     term = PivotedLowRank.from_factors(normal(12, 5), normal(5, 9, seed=1))
-    factors = exact_factors(term)
+    factors = term.exact_factors()
     assert factors is not None
     torch.testing.assert_close(LowRank.from_factors(*factors).dense(), term.dense())
 
