@@ -217,8 +217,7 @@ def put_on(model: nn.Module, name: str, task: Task, args: argparse.Namespace, lr
     method = METHODS[name]
     shapes = {layer: weight_shape(module) for layer, module in linear_layers(model).items()}
     rank, options = fitted(method, shapes, args.rank)
-    totals = {"steps": args.steps, "lr": lr}
-    options |= {key: value for key, value in totals.items() if key in method.defaults}
+    options |= {"lr": lr} if "lr" in method.defaults else {}
     rng = random.Random(1000 + seed)
     batches = [task.batch(rng) for _ in range(8)] if method.needs else None
     adapt(model, name, rank, batches=batches, seed=seed, **options)
@@ -228,7 +227,7 @@ def train(model: nn.Module, task: Task, args: argparse.Namespace, lr: float, see
     """Warm-up and cosine, the method's own optimizer and rules; seconds a step and what a step keeps."""
     rule, optimizer = Rules(rules(model)), make_optimizer(model, lr)
     rule.bind(optimizer)
-    rule.start(model)
+    rule.start(model, steps=args.steps)
     plan = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(args.steps, max(1, args.steps // 10)))
     rng, seconds, kept = random.Random(seed), [], 0
     model.train()
@@ -266,12 +265,13 @@ def one(name: str, task: Task, args: argparse.Namespace, lr: float, seed: int, m
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     lean(model)
-    count = trainable(model).count
+    trained = trainable(model)
+    held = sum(p.numel() for p in trained.parameters.values())
     figures = train(model, task, args, lr, seed)
     found = task.measure(weft.merge(model) if name in COSTLY else model)
     if not math.isfinite(found["loss"]):
         found = {"loss": math.inf}
-    return {"trainable": count, "state_bytes": 16 * count, **figures, **found}
+    return {"trainable": trained.count, "state_bytes": 8 * (held + trained.count), **figures, **found}
 
 
 # --- the table ----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from weft.verbs.adapt import adapt, make_optimizer, merge_adapter, remove_adapte
 __all__ = ["PROPERTIES", "RANK", "adapted", "check_adapter", "task", "tiny_gpt2", "tiny_llama", "train"]
 
 RANK = 4
+RUN = 20  # steps of the shortest run that is begun
 Make = Callable[[], nn.Module]
 
 
@@ -135,14 +136,14 @@ def _stats(method: Method, make: Make) -> Stats:
 def train(
     model: nn.Module, steps: int, *, lr: float = 5e-3, start: int = 0, state: Any = None, rule: Rule | None = None
 ) -> tuple[list[float], Any]:
-    """Train by the methods' own optimizer (AdamW by default) with their rules around each step.
+    """Take some steps of a run of 20, or more, by the methods' own optimizer (AdamW by default) with their rules.
 
     Returns the losses, and (optimizer, rule) to go on from.
     """
     rule = rule or Rules(rules(model))
     optimizer = make_optimizer(model, lr)
     rule.bind(optimizer)
-    rule.start(model)
+    rule.start(model, steps=max(RUN, start + steps))
     if state is not None:
         optimizer.load_state_dict(state[0])
         rule.load_state_dict(state[1])
@@ -185,7 +186,7 @@ def _start(method: Method) -> None:
 
 
 def _count(method: Method) -> None:
-    assert method.count is not None, "the method has no formula for its trainable numbers"
+    assert method.count is not None, "the method has no formula for its trained numbers"
     model = adapted(method)
     options = method.options({})
     shapes = {name: weight_shape(layer) for name, layer in linear_layers(model).items()}

@@ -253,7 +253,8 @@ class Method(Record):
         split: (site, **options) -> Split.
         sizes: (shape, options) -> [(size, bytes), ...] by rising bytes: what an allocation may choose from.
         groups: (layer names) -> lists of names that are cut together; None where each layer stands alone.
-        count: (out, in, rank, options) -> trainable numbers of one matrix, the paper's formula.
+        count: (out, in, rank, options) -> numbers of one matrix that are trained, the paper's formula.
+        held: the same for the numbers of its trainable tensors, where these have room for more than is ever trained.
         count_shared: (shapes by layer, rank, options) -> trainable numbers that the layers share, counted once.
         limit: (out, in, options) -> the largest rank that makes sense.
         share: (shapes by layer, rank, generator, options) -> what all layers share (a random store, a pool), handed to
@@ -265,8 +266,8 @@ class Method(Record):
         deviates: how the function differs at the start; "" where it does not.
         exempt: property of the conformance suite (`weft.testing_adapters`) -> a sentence saying why the method does not
             have it.
-        rules: factories of `weft.rules.Rule`, called with the method's options (and `adapter`, its name, for kind
-            "adapt"), run around each training step.
+        rules: factories of `weft.rules.Rule`, each called with those of the method's options, and of the `rank`, `ranks` by
+            layer and `seed`, that it names; run around each training step, on the method's terms.
         optimizer: (parameter groups with their "lr" and "weight_decay", options) -> the optimizer that the method was
             published with, where AdamW's state per parameter will not do (an age of each entry, say).
         trained: (model) -> the parameters that training updates; all others are frozen.
@@ -280,6 +281,7 @@ class Method(Record):
     sizes: Callable[[Shape, Mapping[str, Any]], Sequence[tuple[Size, int]]] = low_rank_sizes
     groups: Callable[[Sequence[str]], list[list[str]]] | None = None
     count: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
+    held: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
     count_shared: Callable[[Mapping[str, tuple[int, int]], int, Mapping[str, Any]], int] | None = None
     limit: Callable[[int, int, Mapping[str, Any]], int] = smaller_side
     share: Callable[..., Any] | None = None

@@ -70,14 +70,14 @@ def spread(
     return {layer: rank if layer in important else max(rank // 2, 1) for layer in shapes}
 
 
-def _coins(*, adapter: str, p: float, **_: Any) -> GateDraws:
+def _coins(*, p: float, rank: int, seed: int) -> GateDraws:
     """A coin for each layer."""
 
     def draw(generator: torch.Generator, nominal: int, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         plays = torch.rand(len(ranks), generator=generator) >= p
         return [(play.expand(rank), play.expand(rank)) for play, rank in zip(plays, ranks, strict=True)]
 
-    return GateDraws(adapter, draw)
+    return GateDraws(draw, rank=rank, seed=seed)
 
 
 METHOD = Method(

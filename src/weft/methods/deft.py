@@ -13,18 +13,12 @@ out: its weights are published in outline only.
 
 from __future__ import annotations
 
-from typing import Any
-
 from weft.methods import lora
 from weft.methods.adapter import SCALING, lora_count, low_rank
 from weft.methods.base import Method
 from weft.rules.density import DensityPenalty
 
 __all__ = ["METHOD"]
-
-
-def _penalty(*, adapter: str, weight: float, eps: float, **_: Any) -> DensityPenalty:
-    return DensityPenalty(adapter, weight=weight, eps=eps)
 
 
 METHOD = Method(
@@ -34,6 +28,6 @@ METHOD = Method(
     paper="Runwal et al., 2024, arXiv 2402.01911",
     split=low_rank(lora.initialise),
     count=lora_count,
-    rules=(_penalty,),
+    rules=(DensityPenalty,),
     defaults={**SCALING, "weight": 1.0, "eps": 1e-7},
 )

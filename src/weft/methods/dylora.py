@@ -63,7 +63,7 @@ def _gate(b: int, nominal: int, rank: int) -> Tensor:
     return (torch.arange(rank) < b) * (nominal / b)
 
 
-def _sampler(*, adapter: str, frozen: bool, **_: Any) -> GateDraws:
+def _sampler(*, frozen: bool, rank: int, seed: int) -> GateDraws:
     """One rank a step for the whole model."""
 
     def draw(generator: torch.Generator, nominal: int, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -71,7 +71,7 @@ def _sampler(*, adapter: str, frozen: bool, **_: Any) -> GateDraws:
         numbers = [torch.arange(1, rank + 1) for rank in ranks]
         return [(_gate(b, nominal, len(n)), n == b if frozen else n <= b) for n in numbers]
 
-    return GateDraws(adapter, draw)
+    return GateDraws(draw, rank=rank, seed=seed)
 
 
 METHOD = Method(

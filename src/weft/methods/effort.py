@@ -38,10 +38,6 @@ def _count(out_features: int, in_features: int, rank: int, options: Mapping[str,
     return lora_count(out_features, in_features, rank, options) + rank
 
 
-def _kept(*, adapter: str, orthogonality: float, norm: float) -> KeptSubspace:
-    return KeptSubspace(adapter, orthogonality=orthogonality, norm=norm)
-
-
 METHOD = Method(
     name="effort",
     kind="adapt",
@@ -49,6 +45,6 @@ METHOD = Method(
     paper="Yan et al., 2024, arXiv 2411.15633",
     split=split,
     count=_count,
-    rules=(_kept,),
+    rules=(KeptSubspace,),
     defaults={"orthogonality": 0.0, "norm": 0.0},
 )

@@ -48,8 +48,8 @@ def _count(out_features: int, in_features: int, rank: int, options: Mapping[str,
     return lora_count(out_features, in_features, rank, options) + rank
 
 
-def _penalty(*, adapter: str, beta: float, gamma: float, **_: Any) -> SpectralPenalty:
-    return SpectralPenalty(adapter, size=beta, orthogonality=gamma)
+def _penalty(*, beta: float, gamma: float) -> SpectralPenalty:
+    return SpectralPenalty(size=beta, orthogonality=gamma)
 
 
 METHOD = Method(

@@ -5,8 +5,8 @@ early in the run (Azizi et al., 2024, arXiv 2406.12832).
     after step i of T the columns 0 ... floor(r i / (eta T)) - 1 of B are frozen; from eta T on R alone is trained
     r out + r^2 trainable numbers at the start, r^2 in the end
 
-x is not kept for backward, for A is frozen: 2 r numbers a token are. Give `steps`, the length T of the run (`weft
-finetune` does); without it nothing is frozen. `eta=0` with `steps` is LoRA-XS between these sides.
+x is not kept for backward, for A is frozen: 2 r numbers a token are. T is the length of the run, or `steps`. `eta=0` is
+LoRA-XS between these sides.
 Deviations: the start is taken out of the base as an exact sum; the paper's text leaves open how the model starts at it.
 The released schedule leaves out the factor r, freezes 3 columns in all, and starts from a random core: here the
 paper's. LaMDA++, which chooses the ranks by the spectra, is left out: its score and candidates are not published in
@@ -41,10 +41,6 @@ def _count(out_features: int, in_features: int, rank: int, options: Mapping[str,
     return rank * out_features + rank * rank
 
 
-def _freeze(*, adapter: str, steps: int | None, eta: float, **_: Any) -> FreezeColumns:
-    return FreezeColumns(adapter, steps=steps, eta=eta)
-
-
 METHOD = Method(
     name="lamda",
     kind="adapt",
@@ -52,6 +48,6 @@ METHOD = Method(
     paper="Azizi et al., 2024, arXiv 2406.12832",
     split=split,
     count=_count,
-    rules=(_freeze,),
+    rules=(FreezeColumns,),
     defaults={"alpha": None, "eta": 0.3, "steps": None},
 )

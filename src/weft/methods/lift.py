@@ -4,8 +4,8 @@
     W = U S V;   L = U_f S_f V_f;   mask = the K entries of largest |L|;   K = min(q (in + out), in out)
     K trainable numbers
 
-q is the rank, so the budget is a LoRA's; f is `filter_rank`, at most min(in, out). Every `interval` steps the mask is
-found again from the weight as it then is; what was learned on entries that leave the mask stays, moments of entries
+q is the rank, so the budget is a LoRA's; f is `filter_rank`, at most min(in, out). Every `interval` steps (None: a fifth
+of the run, at most 400, which is about the published run's) the mask is found again from the weight as it then is; what was learned on entries that leave the mask stays, moments of entries
 that stay in it go on, newcomers start from zero.
 Deviations: the change of W is a sparse term beside it, in fp32: the entries in the mask are trained, those that have
 left it are kept in the same file, and removal restores W. Newcomers' moments have an age of their own, where the
@@ -57,10 +57,6 @@ def _optimizer(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torc
     return entry_optimizer(groups, betas=(0.9, 0.95))
 
 
-def _refresh(*, adapter: str, filter_rank: int, interval: int, randomized: bool) -> PrincipalMask:
-    return PrincipalMask(adapter, rank=filter_rank, interval=interval, randomized=randomized)
-
-
 METHOD = Method(
     name="lift",
     kind="adapt",
@@ -68,7 +64,7 @@ METHOD = Method(
     paper="Liu et al., 2025, arXiv 2506.00772",
     split=split,
     count=entry_count,
-    rules=(_refresh,),
+    rules=(PrincipalMask,),
     optimizer=_optimizer,
-    defaults={"filter_rank": 64, "interval": 400, "randomized": False},
+    defaults={"filter_rank": 64, "interval": None, "randomized": False},
 )

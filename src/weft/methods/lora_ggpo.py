@@ -14,18 +14,12 @@ another method.
 
 from __future__ import annotations
 
-from typing import Any
-
 from weft.methods import lora
 from weft.methods.adapter import SCALING, lora_count, low_rank
 from weft.methods.base import Method
 from weft.rules.guided_noise import GuidedNoise
 
 __all__ = ["METHOD"]
-
-
-def _noise(*, adapter: str, sigma: float, beta: float, **_: Any) -> GuidedNoise:
-    return GuidedNoise(adapter, sigma=sigma, beta=beta)
 
 
 METHOD = Method(
@@ -35,6 +29,6 @@ METHOD = Method(
     paper="Chang et al., 2025, arXiv 2502.14538",
     split=low_rank(lora.initialise),
     count=lora_count,
-    rules=(_noise,),
+    rules=(GuidedNoise,),
     defaults={**SCALING, "sigma": 0.03, "beta": 0.01},
 )

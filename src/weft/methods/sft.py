@@ -3,7 +3,7 @@ grown where the gradient is large; SpIEL (Ansell et al., 2024, arXiv 2401.16405,
 
     W' = W + scatter(v, J);   k = r (in + out), or `density` in out, trainable numbers v, zero at random J at the start
     every `interval` steps, after `phase` steps of looking: drop floor(p k) smallest |v|, grow as many
-    p = 1 the first time, then rate (1 - t / steps)
+    p = 1 the first time, then rate (1 - t / steps);   phase 5, less in runs of fewer than 10 steps
 
 `grow="ag"` (SpIEL-AG): the candidates are the k entries of largest gradient in one micro-batch, the grown those of
 largest summed gradient over the phase; AdamW with an age of each entry, seeded with the means seen.
@@ -34,15 +34,10 @@ from weft.terms import MovingSparse
 __all__ = ["METHOD", "split"]
 
 
-def split(site: Site, *, density: float | None, grow: str, interval: int, phase: int, **_: Any) -> Split:
+def split(site: Site, *, density: float | None, grow: str, **_: Any) -> Split:
     """Zeros at random entries."""
     if grow not in ("ag", "ma"):
         raise WeftError(f"grow is {grow!r}: give 'ag' (summed gradients, AdamW) or 'ma' (SM3's accumulators).")
-    if not 2 <= phase <= interval:
-        raise WeftError(
-            f"A selection phase of {phase} steps every {interval} is not possible: the first step proposes entries and "
-            "the others judge them, so give phase= at least 2 and at most interval=."
-        )
     return Split({"": MovingSparse.at(random_entries(site, density), *site.shape, dtype=site.dtype)})
 
 
@@ -54,12 +49,6 @@ def _optimizer(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> torc
     return SM3(groups)
 
 
-def _rule(
-    *, adapter: str, grow: str, interval: int, phase: int, rate: float, steps: int | None, **_: Any
-) -> DropAndGrow:
-    return DropAndGrow(adapter, grow=grow, interval=interval, phase=phase, rate=rate, steps=steps)
-
-
 METHOD = Method(
     name="sft",
     kind="adapt",
@@ -67,7 +56,7 @@ METHOD = Method(
     paper="Ansell et al., 2024, arXiv 2401.16405",
     split=split,
     count=entry_count,
-    rules=(_rule,),
+    rules=(DropAndGrow,),
     optimizer=_optimizer,
-    defaults={"density": None, "grow": "ag", "interval": 20, "phase": 5, "rate": 0.2, "steps": None},
+    defaults={"density": None, "grow": "ag", "interval": 20, "phase": None, "rate": 0.2, "steps": None},
 )

@@ -5,9 +5,9 @@
     r (in + out) trainable numbers, and biases
 
 The first blocks (`skip`, a third of them) get no adapter, the biases of the adapted layers are trained, and weight
-decay is annealed by a cosine. MiLoRA is the same start for language models (`skip=0, biases=False, steps=None`).
-Deviations: the decay is annealed over `steps` with the paper's polynomial learning rate, lr (1 - t / steps)^0.9, and
-does nothing while `steps` is None; no half rate for a backbone and no moving average of the weights, which belong to
+decay is annealed by a cosine. MiLoRA is the same start for language models (`skip=0, biases=False, decay=0`).
+Deviations: the decay is annealed over the run (or `steps`) with the paper's polynomial learning rate, lr (1 - t /
+steps)^0.9, whatever the run's own schedule; no half rate for a backbone and no moving average of the weights, which belong to
 the trainer.
 """
 
@@ -51,10 +51,6 @@ def extras(layers: Sequence[str], names: Sequence[str], options: Mapping[str, An
     return [name for name in names if name in wanted]
 
 
-def _decay(*, adapter: str, steps: int | None, lr: float, **_: Any) -> AnnealedDecay:
-    return AnnealedDecay(adapter, steps=steps, lr=lr, first=0.05, last=1e-5, power=0.9)
-
-
 METHOD = Method(
     name="soma",
     kind="adapt",
@@ -64,6 +60,6 @@ METHOD = Method(
     count=lora_count,
     spread=spread,
     extras=extras,
-    rules=(_decay,),
-    defaults={**SCALING, "skip": 1 / 3, "biases": True, "steps": None, "lr": 1e-4},
+    rules=(AnnealedDecay,),
+    defaults={**SCALING, "skip": 1 / 3, "biases": True, "decay": 0.05, "steps": None, "lr": None},
 )

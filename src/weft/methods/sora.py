@@ -4,8 +4,9 @@
     y = W x + s B (g * (A x)),  A Kaiming, B = 0, g ~ N(0, 1);   g <- sign(g) max(|g| - xi, 0) after each step
     r (in + out + 1) trainable numbers, of which a component with g = 0 is dropped on export: kept (in + out)
 
-xi is used as it is, not times the learning rate (`by_rate=True` for that). `xi=[...]` with `every=` is the paper's
-schedule of thresholds (algorithm 1); save the adapter at the end of each. `ones=True` starts the gates at 1 instead,
+xi is used as it is, not times the learning rate (`by_rate=True` for that): 3e-4 as published, more in runs of fewer than
+1284 steps (`Proximal` says how much). `xi=[...]` is the paper's schedule of thresholds (algorithm 1), each for `every`
+steps or an equal share of the run; save the adapter at the end of each. `ones=True` starts the gates at 1 instead,
 where no component is below xi before it has learned anything. Gates are vectors, so they are not decayed.
 Deviations: the exact soft threshold, where the released operator zeroes all |g| < 2 xi (`released=True` for it); the
 released trainer also adds `penalty` (10 there) times the mean |g| to the loss, which shrinks gates twice: 0 here; the
@@ -14,7 +15,7 @@ learning rate schedule does not end before the last threshold, as it does there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,19 +78,6 @@ def _count(out_features: int, in_features: int, rank: int, options: Mapping[str,
     return lora_count(out_features, in_features, rank, options) + rank
 
 
-def _shrink(
-    *,
-    adapter: str,
-    xi: float | Sequence[float],
-    every: int | None,
-    by_rate: bool,
-    penalty: float,
-    released: bool,
-    **_: Any,
-) -> Proximal:
-    return Proximal(adapter, xi=xi, every=every, by_rate=by_rate, penalty=penalty, released=released)
-
-
 METHOD = Method(
     name="sora",
     kind="adapt",
@@ -97,12 +85,12 @@ METHOD = Method(
     paper="Ding et al., 2023, arXiv 2311.11696",
     split=split,
     count=_count,
-    rules=(_shrink,),
+    rules=(Proximal,),
     defaults={
         "alpha": None,
         "rslora": False,
         "dropout": 0.0,
-        "xi": 3e-4,
+        "xi": None,
         "every": None,
         "by_rate": False,
         "penalty": 0.0,

@@ -4,8 +4,8 @@ arXiv 2409.00055, section 3).
     W = U S V;   W + U diag(s) V - (U_r diag(S_r) V_r at the start);   r (in + out + 1) trainable numbers
     pull: gamma / lr times the mean over all U and V of ||U^T U - I||_F and ||V V^T - I||_F, after clipping
 
-`lr` is the peak learning rate of the run: the official trainer divides gamma by it, so that the pull follows the
-schedule.
+`lr` is the peak learning rate (None: the optimizer's; 3e-5 as published): the official trainer divides gamma by it, so
+that the pull follows the schedule.
 Deviations: x passes through the three factors, where the official layer forms the product; the residual is kept as an
 exact sum.
 """
@@ -24,7 +24,7 @@ from weft.terms import Shifted, Spectral
 __all__ = ["METHOD", "split"]
 
 
-def split(site: Site, *, gamma: float, lr: float) -> Split:
+def split(site: Site, **_: Any) -> Split:
     """The principal triplets, taken out of the base."""
     factors = (t.to(site.dtype) for t in truncated_svd(site.weight(), site.rank))
     return Split({"": Shifted.from_term(Spectral.from_factors(*factors))})
@@ -34,10 +34,6 @@ def _count(out_features: int, in_features: int, rank: int, options: Mapping[str,
     return lora_count(out_features, in_features, rank, options) + rank
 
 
-def _pull(*, adapter: str, gamma: float, lr: float) -> Orthonormal:
-    return Orthonormal(adapter, weight=gamma / lr)
-
-
 METHOD = Method(
     name="sorsa",
     kind="adapt",
@@ -45,6 +41,6 @@ METHOD = Method(
     paper="Cao, 2024, arXiv 2409.00055",
     split=split,
     count=_count,
-    rules=(_pull,),
-    defaults={"gamma": 4e-4, "lr": 3e-5},
+    rules=(Orthonormal,),
+    defaults={"gamma": 4e-4, "lr": None},
 )

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from weft.rules.base import Rule, Rules, State
+from weft.rules.base import Rule, Rules, State, make_rules
 
-__all__ = ["Rule", "Rules", "State"]
+__all__ = ["Rule", "Rules", "State", "make_rules"]

@@ -1,4 +1,4 @@
-"""AnnealedDecay: decoupled weight decay of an adapter that falls along a cosine (SoMA)."""
+"""AnnealedDecay: decoupled weight decay of a scope's matrices that falls along a cosine (SoMA)."""
 
 from __future__ import annotations
 
@@ -8,39 +8,47 @@ import torch
 from torch import nn
 
 from weft.rules.base import Rule
-from weft.terms.adapters import find_adapter
+from weft.rules.schedule import length, peak_rate
 
 __all__ = ["AnnealedDecay"]
 
 
 class AnnealedDecay(Rule):
-    """w <- (1 - lr_t decay_t) w after each step, for the trained matrices of an adapter.
+    """w <- (1 - lr_t decay_t) w after each step, for the trained matrices.
 
-        decay_t = last + (first - last) (1 + cos(pi t / N)) / 2,   lr_t = lr (1 - t / N)^power
+        decay_t = last + (decay - last) (1 + cos(pi t / N)) / 2,   lr_t = lr (1 - t / N)^power
 
     Args:
-        adapter: its name.
-        steps: N, the length of the run; None for no decay at all.
-        lr: the peak learning rate.
+        decay: at the start; 0 for no decay at all.
+        steps: N; None for the length of the run.
+        lr: the peak learning rate; None for the optimizer's.
     """
 
-    def __init__(self, adapter: str, *, steps: int | None, lr: float, first: float, last: float, power: float) -> None:
-        self.adapter, self.steps, self.lr = adapter, steps, lr
-        self.first, self.last, self.power = first, last, power
+    def __init__(
+        self, decay: float, *, steps: int | None = None, lr: float | None = None, last: float = 1e-5, power: float = 0.9
+    ) -> None:
+        self.decay, self.total, self.lr, self.last, self.power = decay, steps, lr, last, power
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def begin(self, model: nn.Module) -> None:
+        self.matrices = [parameter for parameter in self.trained() if parameter.dim() > 1]
+        if self.decay:
+            self.span = length(self.steps, "The annealed weight decay") if self.total is None else self.total
+            self.peak = peak_rate(self.optimizer, self.matrices, "The annealed decay") if self.lr is None else self.lr
 
     def shrink(self, step: int) -> float:
         """The share of a weight that step `step` (from 1) takes away."""
-        if self.steps is None:
+        if not self.decay:
             return 0.0
-        done = min((step - 1) / self.steps, 1.0)
-        decay = self.last + (self.first - self.last) * (1 + math.cos(math.pi * done)) / 2
-        return float(self.lr * (1 - done) ** self.power * decay)
+        done = min((step - 1) / self.span, 1.0)
+        decay = self.last + (self.decay - self.last) * (1 + math.cos(math.pi * done)) / 2
+        return float(self.peak * (1 - done) ** self.power * decay)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
         shrink = self.shrink(step)
-        if not shrink:
-            return
-        for _, parameter in find_adapter(model, self.adapter).named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(1 - shrink)
+        for matrix in self.matrices if shrink else ():
+            matrix.mul_(1 - shrink)

@@ -7,37 +7,66 @@ For step t = 1, 2, ..., N (an optimizer step, whatever the number of micro-batch
     optimizer                  W_t
     after_step(model, t)       W_t may be changed: a proximal step, a truncation, a projection
 
-A gate, a regulariser, rank sampling or growth, periodic truncation, re-orthonormalisation: each is one rule. A rule
-is given the model and finds its terms there; it knows no trainer and no data, and of the optimizer only what `bind`
-hands over. Under several processes it runs on each of them on equal weights, and must do the same on each: no
-randomness but from a generator seeded by its own arguments and the step.
+A gate, a regulariser, rank sampling or growth, periodic truncation, re-orthonormalisation: each is one rule. A rule has
+a scope: it is started on the terms that it works on, an adapter's or the model's own, and touches nothing else. It knows
+no trainer and no data, and of the optimizer only what `bind` hands over. Under several processes it runs on each of them
+on equal weights, and must do the same on each: no randomness but from a generator seeded by its own arguments and the
+step.
+
+Schedules follow the run: what is not given in steps is found from its length, and a schedule that the run is too short
+for is refused (`weft.rules.schedule`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rule", "Rules", "State"]
+from weft.errors import WeftError
+from weft.rules.scope import Terms, model_terms
+
+__all__ = ["Rule", "Rules", "State", "make_rules"]
 
 State = dict[str, Tensor | int | float]
 """What a rule must remember over an interruption, flat: names without dots -> tensors and numbers."""
 
+Kind = TypeVar("Kind", bound=nn.Module)
+
 
 class Rule:
-    """One rule. Every hook does nothing unless it is written."""
+    """One rule. An author writes `begin` and the hooks; every hook does nothing unless it is written.
+
+    terms: the scope, layer name -> term name -> term. steps: the length N of the run, None where it is not known.
+    works_on: the kinds of terms that the rule can do something with; none for terms of any kind.
+    """
+
+    works_on: ClassVar[tuple[type[nn.Module], ...]] = ()
+    terms: Terms
+    steps: int | None = None
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer that will take the steps, told before `start`: for a rule that changes what a parameter's slots
         stand for, since their moments must follow.
         """
 
-    def start(self, model: nn.Module) -> None:
-        """Training begins, or goes on (`load_state_dict` then follows). The model is in its place and trainable parts
-        are marked.
+    def start(self, model: nn.Module, terms: Terms | None = None, steps: int | None = None) -> None:
+        """Training of `steps` steps begins on `terms` (None: all the model's own), or goes on (`load_state_dict` then
+        follows). The model is in its place and trainable parts are marked.
+
+        Raises:
+            WeftError: a schedule that these steps are too few for, or that follows the length of a run of unknown
+                length; or no term that the rule works on.
         """
+        self.terms, self.steps = model_terms(model) if terms is None else terms, steps
+        self.begin(model)
+
+    def begin(self, model: nn.Module) -> None:
+        """Get ready on `self.terms` for `self.steps` steps."""
+        self.found(*self.works_on)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A scalar to add to the loss of each step (once a step, not once a micro-batch), or None."""
@@ -56,22 +85,50 @@ class Rule:
     def load_state_dict(self, state: Mapping[str, Tensor | int | float]) -> None:
         """Take back what `state_dict` gave, exactly."""
 
+    def found(self, *kinds: type[Kind]) -> list[tuple[str, Kind]]:
+        """(layer, part) for each part of the scope that is of one of these kinds, a term or within one.
+
+        Raises WeftError where kinds are named and nothing is of them: the rule would silently do nothing.
+        """
+        parts = [(layer, part) for layer, term in self.all_terms() for part in term.modules() if isinstance(part, kinds)]
+        if kinds and not parts:
+            raise WeftError(
+                f"{type(self).__name__} works on {' and '.join(kind.__name__ for kind in kinds)} terms, and there are none "
+                f"among the {len(self.all_terms())} that it was started on; choose a method that has them."
+            )
+        return parts
+
+    def all_terms(self) -> list[tuple[str, nn.Module]]:
+        """(layer, term) for each term of the scope, in the order of the layers."""
+        return [(layer, term) for layer, terms in self.terms.items() for term in terms.values()]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The trainable parameters of the scope, each once; no wrapped base is among them."""
+        named = (pair for _, term in self.all_terms() for pair in term.named_parameters())
+        return list({id(p): p for name, p in named if p.requires_grad and not name.startswith("inner.")}.values())
+
 
 class Rules(Rule):
     """Several rules as one: hooks run in the order given, penalties add up, the state of rule i is under the names
     "i.name".
+
+    Args:
+        scope: the terms that they are started on, whatever `start` is told: an adapter's rules know their adapter.
     """
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = tuple(rules)
+    def __init__(self, rules: Sequence[Rule], scope: Terms | None = None) -> None:
+        self.rules, self.scope = tuple(rules), scope
+
+    def __iter__(self) -> Any:
+        return iter(self.rules)
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         for rule in self.rules:
             rule.bind(optimizer)
 
-    def start(self, model: nn.Module) -> None:
+    def start(self, model: nn.Module, terms: Terms | None = None, steps: int | None = None) -> None:
         for rule in self.rules:
-            rule.start(model)
+            rule.start(model, terms if self.scope is None else self.scope, steps)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         penalties = [penalty for rule in self.rules if (penalty := rule.penalty(model)) is not None]
@@ -98,3 +155,10 @@ class Rules(Rule):
             parts[int(place)][own] = value
         for rule, part in zip(self.rules, parts, strict=True):
             rule.load_state_dict(part)
+
+
+def make_rules(makers: Iterable[Callable[..., Rule]], settings: Mapping[str, Any]) -> list[Rule]:
+    """The rules that a method's record names: each maker is given those of the settings (the method's options; rank,
+    ranks and seed of an adapter) that it names.
+    """
+    return [make(**{key: settings[key] for key in inspect.signature(make).parameters if key in settings}) for make in makers]

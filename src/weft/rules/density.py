@@ -13,7 +13,9 @@ from torch.autograd.function import once_differentiable
 from weft.errors import WeftError
 from weft.rules.base import Rule
 from weft.rules.hooks import watch
-from weft.terms.adapters import adapters_of, unwrapped
+from weft.rules.scope import in_use
+from weft.terms import Term
+from weft.terms.adapters import unwrapped
 
 __all__ = ["DensityPenalty", "activation_density", "activations", "smooth_density"]
 
@@ -25,28 +27,27 @@ class DensityPenalty(Rule):
     """Adds weight * mean over blocks, tokens and units of a^2 / (a^2 + eps) to the loss, for the activations a (tokens,
     units) inside the MLPs (Runwal et al., 2024, arXiv 2402.01911); encoder and decoder count apart, and add up.
 
-    Positions that the attention mask leaves out do not count. Works beside any adapter, and with activation
-    checkpointing that is not reentrant.
-
-    Args:
-        adapter: nothing is counted while the adapter of this name is not in use.
+    Positions that the attention mask leaves out do not count, and nothing counts while the scope's terms are not in
+    use. Works beside any adapter, and with activation checkpointing that is not reentrant.
     """
 
-    def __init__(self, adapter: str, *, weight: float, eps: float) -> None:
+    def __init__(self, weight: float, eps: float) -> None:
         if eps <= 0:
             raise WeftError(f"eps is {eps}: the square at which an activation counts half must be positive.")
-        self.adapter, self.weight, self.eps = adapter, weight, eps
+        self.weight, self.eps = weight, eps
 
-    def start(self, model: nn.Module) -> None:
-        self.recorder = _Recorder(self.adapter, self.eps)
+    def begin(self, model: nn.Module) -> None:
         if not self.weight:
             return
         whole = unwrapped(model)
+        layer, term = self.all_terms()[0]
+        assert isinstance(term, Term)
+        self.recorder = _Recorder(whole.get_submodule(layer), term, self.eps)
         names = activations(whole)
         for name, module in names.items():
             watch(module, _Activation(self.recorder, _mask_of(name, names)))
         for key, other in list(whole._forward_pre_hooks.items()):
-            if isinstance(other, _Recorder) and other.adapter == self.adapter:
+            if isinstance(other, _Recorder) and other.term is term:
                 del whole._forward_pre_hooks[key], whole._forward_pre_hooks_with_kwargs[key]
         whole.register_forward_pre_hook(self.recorder, with_kwargs=True)
 
@@ -143,15 +144,14 @@ class _SmoothDensity(torch.autograd.Function):
 class _Recorder:
     """What the last forward pass of a model has shown; a pre-hook of the model, which begins anew with each pass."""
 
-    def __init__(self, adapter: str, eps: float) -> None:
-        self.adapter, self.eps = adapter, eps
+    def __init__(self, layer: nn.Module, term: Term, eps: float) -> None:
+        self.layer, self.term, self.eps = layer, term, eps
         self.values: dict[str, list[Tensor]] = {}
         self.masks: dict[str, Any] = {}
         self.on = self.counting = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = adapters_of(model).get(self.adapter)
-        self.on = self.counting = model.training and found is not None and found.active
+        self.on = self.counting = model.training and in_use(self.layer, self.term)
         self.values = {}
         self.masks = {key: kwargs.get(key) for key in _MASKS}
 
@@ -166,7 +166,7 @@ class _Activation:
     """A forward hook of an activation module."""
 
     def __init__(self, recorder: _Recorder, mask: str) -> None:
-        self.recorder, self.mask, self.adapter = recorder, mask, recorder.adapter
+        self.recorder, self.mask, self.term = recorder, mask, recorder.term
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         a = output

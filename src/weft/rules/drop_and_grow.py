@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from weft.errors import WeftError
 from weft.optim.entries import EntryAdamW
 from weft.optim.sm3 import SM3
 from weft.rules.base import Rule, State
+from weft.rules.schedule import in_time, length
 from weft.rules.sharded import whole
-from weft.rules.support import agreed, lookup, move, moving_terms
+from weft.rules.support import agreed, lookup, move
 from weft.terms import MovingSparse
 
 __all__ = ["DropAndGrow", "GradientProbe"]
@@ -76,33 +78,50 @@ class DropAndGrow(Rule):
     "ma": those of largest row times column accumulator of SM3.
 
     Args:
-        adapter: its name.
         grow: "ag" or "ma".
         interval: F.
-        phase: S, at least 2 for "ag": the first of them proposes the candidates.
+        phase: S, at least 2, for the first of them proposes the candidates; None for 5, or half of a shorter run.
         rate: p at the start.
-        steps: T, the length of the run; None for a p that does not fall.
+        steps: T; None for the length of the run.
+
+    Raises WeftError, or warns, where no phase could end before the last step.
     """
 
-    def __init__(self, adapter: str, *, grow: str, interval: int, phase: int, rate: float, steps: int | None) -> None:
-        self.adapter, self.grow, self.interval, self.phase = adapter, grow, interval, phase
-        self.rate, self.steps, self.done = rate, steps, 0
+    works_on = (MovingSparse,)
+
+    def __init__(
+        self,
+        grow: str = "ag",
+        *,
+        interval: int = 20,
+        phase: int | None = None,
+        rate: float = 0.2,
+        steps: int | None = None,
+    ) -> None:
+        self.grow, self.interval, self.given, self.rate, self.total, self.done = grow, interval, phase, rate, steps, 0
         self.optimizer: torch.optim.Optimizer | None = None
-        self.terms: dict[str, MovingSparse] = {}
-        self.probes: dict[str, GradientProbe] = {}
+        self.probes: dict[int, GradientProbe] = {}
 
     def share(self, step: int) -> float:
         """p at the end of the phase that step `step` (from 1) is the last of."""
         if step <= self.interval:
             return 1.0
-        return self.rate * (1.0 if self.steps is None else max(0.0, 1 - step / self.steps))
+        return self.rate * max(0.0, 1 - step / self.span)
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
-    def start(self, model: nn.Module) -> None:
-        self.terms = moving_terms(model, self.adapter)
-        for term in self.terms.values():
+    def begin(self, model: nn.Module) -> None:
+        self.moving = [term for _, term in self.found(MovingSparse)]
+        self.span = length(self.steps, "The share of entries that are dropped") if self.total is None else self.total
+        self.phase = max(2, min(5, (self.steps or self.span) // 2)) if self.given is None else self.given
+        if not 2 <= self.phase <= self.interval:
+            raise WeftError(
+                f"A selection phase of {self.phase} steps every {self.interval} is not possible: the first step proposes "
+                "entries and the others judge them, so give phase= at least 2 and at most interval=."
+            )
+        in_time(self.phase, self.steps, "The first selection phase (phase)", given=self.given is not None)
+        for term in self.moving:
             self._tell(term)
         self._expect(1)
 
@@ -114,24 +133,23 @@ class DropAndGrow(Rule):
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
         if (step - 1) % self.interval == self.phase - 1:
-            for layer, term in self.terms.items():
-                self._select(term, self.probes.get(layer), self.share(step))
+            for i, term in enumerate(self.moving):
+                self._select(term, self.probes.get(i), self.share(step))
         self._expect(step + 1)
 
     def state_dict(self) -> State:
         state: State = {"done": self.done}
-        for i, layer in enumerate(self.terms):
-            probe = self.probes.get(layer)
-            if probe is not None and probe.positions is not None:
+        for i, probe in self.probes.items():
+            if probe.positions is not None:
                 state |= {f"{i}_{name}": getattr(probe, name) for name in _KEPT} | {f"{i}_steps": probe.steps}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor | int | float]) -> None:
         self._expect(int(state["done"]) + 1)
-        for i, (layer, term) in enumerate(self.terms.items()):
+        for i, term in enumerate(self.moving):
             self._tell(term)
             if f"{i}_steps" in state:
-                probe = self.probes[layer] = GradientProbe(term)
+                probe = self.probes[i] = GradientProbe(term)
                 probe.steps = int(state[f"{i}_steps"])
                 for name in _KEPT:
                     setattr(probe, name, state[f"{i}_{name}"].to(term.positions.device))  # type: ignore[union-attr]
@@ -140,10 +158,10 @@ class DropAndGrow(Rule):
         """Make ready for step `step`: probes where a phase begins, none outside."""
         self.done, place = step - 1, (step - 1) % self.interval
         if place == 0 and self.grow == "ag":
-            self.probes = {layer: GradientProbe(term) for layer, term in self.terms.items()}
+            self.probes = {i: GradientProbe(term) for i, term in enumerate(self.moving)}
         elif place >= self.phase:
             self.probes = {}
-            for term in self.terms.values():
+            for term in self.moving:
                 term.probe = None
 
     def _select(self, term: MovingSparse, probe: GradientProbe | None, share: float) -> None:

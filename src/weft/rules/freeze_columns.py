@@ -1,4 +1,4 @@
-"""FreezeColumns: the output side of an adapter is frozen column by column, early in the run (LaMDA)."""
+"""FreezeColumns: the output side of three-factor terms is frozen column by column, early in the run (LaMDA)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError
 from weft.rules.base import Rule
+from weft.rules.schedule import length
 from weft.terms import CoreLowRank
-from weft.terms.adapters import find_adapter
 
 __all__ = ["FreezeColumns"]
 
@@ -24,40 +24,42 @@ class FreezeColumns(Rule):
     gradients they wait for.
 
     Args:
-        adapter: its name.
-        steps: T, the length of the run; None for no freezing at all.
         eta: the share of the run after which all of B is frozen; 0 for a B that is never trained.
+        steps: T; None for the length of the run.
     """
 
-    def __init__(self, adapter: str, *, steps: int | None, eta: float) -> None:
+    works_on = (CoreLowRank,)
+
+    def __init__(self, eta: float, *, steps: int | None = None) -> None:
         if not 0 <= eta <= 1:
             raise WeftError(f"eta is {eta}: the share of the run in which B is trained lies from 0 to 1.")
-        self.adapter, self.steps, self.eta = adapter, steps, eta
+        self.eta, self.total = eta, steps
         self.optimizer: torch.optim.Optimizer | None = None
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
+    def begin(self, model: nn.Module) -> None:
+        self.sides = [term.B for _, term in self.found(CoreLowRank) if term.B.requires_grad]
+        self.span = length(self.steps, "Freezing columns") if self.total is None else self.total
+
     def frozen(self, step: int, rank: int) -> int:
         """t(i) for a B of `rank` columns."""
-        if self.steps is None:
-            return 0
         # the small number undoes rounding below a whole number, as in 0.3 * 100 = 29.999...
-        return min(rank, int(rank * step / (self.eta * self.steps) + 1e-9)) if self.eta else rank
+        return min(rank, int(rank * step / (self.eta * self.span) + 1e-9)) if self.eta else rank
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []
-        for term in find_adapter(model, self.adapter).all_terms():
-            for B in (m.B for m in term.modules() if isinstance(m, CoreLowRank) and m.B.requires_grad):
-                count = self.frozen(step - 1, B.shape[1])
-                if count == B.shape[1]:
-                    B.grad = None
-                    if self.optimizer is not None:
-                        self.optimizer.state.pop(B, None)
-                elif count:
-                    columns = _rows_here(B)[:, :count]
-                    self._kept.append((columns, columns.clone()))
+        for B in self.sides:
+            count = self.frozen(step - 1, B.shape[1])
+            if count == B.shape[1]:
+                B.grad = None
+                if self.optimizer is not None:
+                    self.optimizer.state.pop(B, None)
+            elif count:
+                columns = _rows_here(B)[:, :count]
+                self._kept.append((columns, columns.clone()))
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:

@@ -1,4 +1,4 @@
-"""GateDraws: for every step, which components of an adapter's gated terms take part, and which of them learn."""
+"""GateDraws: for every step, which components of gated terms take part, and which of them learn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from weft.rules.base import Rule, State
 from weft.rules.sharded import sharded_like
 from weft.seeds import mix
 from weft.terms import GatedLowRank
-from weft.terms.adapters import find_adapter
 
 __all__ = ["Draw", "GateDraws"]
 
@@ -21,30 +20,31 @@ Draw = Callable[[torch.Generator, int, Sequence[int]], list[tuple[Tensor, Tensor
 
 
 class GateDraws(Rule):
-    """Draws the gates of step t from a generator seeded by the adapter's seed and t, and writes them into the terms
+    """Draws the gates of step t from a generator seeded by `seed` and t, and writes them into the terms
     before the step's forward passes; they hold for all its micro-batches, and are the same on every process.
 
     Before the optimizer's step, the gradients of components that do not learn are zero; a term none of whose
     components learns has no gradient, so that neither momentum nor decay moves it.
 
     Args:
-        adapter: its name.
         draw: gives the gates.
+        rank: that was asked for; None for the largest of the terms.
     """
 
-    def __init__(self, adapter: str, draw: Draw) -> None:
-        self.adapter, self.draw = adapter, draw
+    works_on = (GatedLowRank,)
+
+    def __init__(self, draw: Draw, *, rank: int | None = None, seed: int = 0) -> None:
+        self.draw, self.rank, self.seed = draw, rank, seed
         self.step = 0
 
-    def start(self, model: nn.Module) -> None:
-        found = find_adapter(model, self.adapter)
-        self.terms = [term for term in found.all_terms() if isinstance(term, GatedLowRank)]
-        self.seed, self.nominal = found.settings["seed"], found.settings["rank"]
+    def begin(self, model: nn.Module) -> None:
+        self.gated = [term for _, term in self.found(GatedLowRank)]
+        self.nominal = max(term.rank for term in self.gated) if self.rank is None else self.rank
         self._open(1)
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
-        for term, learns in zip(self.terms, self.learns, strict=True):
+        for term, learns in zip(self.gated, self.learns, strict=True):
             if not learns.any():
                 term.A.grad = term.B.grad = None
                 continue
@@ -67,7 +67,7 @@ class GateDraws(Rule):
         """Set the gates for the forward passes of `step`."""
         self.step = step
         generator = torch.Generator().manual_seed(mix(self.seed, step))
-        drawn = self.draw(generator, self.nominal, [term.rank for term in self.terms])
-        for term, (gate, _) in zip(self.terms, drawn, strict=True):
+        drawn = self.draw(generator, self.nominal, [term.rank for term in self.gated])
+        for term, (gate, _) in zip(self.gated, drawn, strict=True):
             term.draw.copy_(gate)
         self.learns = [learns for _, learns in drawn]

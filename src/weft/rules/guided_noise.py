@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from weft.rules.base import Rule, State
 from weft.rules.hooks import watch
+from weft.rules.scope import Terms, beside, in_use
 from weft.rules.sharded import whole
-from weft.terms import LowRank, SumLinear
-from weft.terms.adapters import base_terms, find_adapter, unwrapped
+from weft.terms import LowRank
+from weft.terms.adapters import unwrapped
 
 __all__ = ["GuidedNoise", "RowNoise", "product_row_norms"]
 
@@ -29,16 +30,15 @@ class RowNoise:
     before it computes again.
 
     Args:
-        adapter: the noise is silent where the adapter of this name is not in use.
+        term: the noise is silent where the layer does not hold this term now.
     """
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
+    def __init__(self, term: LowRank) -> None:
+        self.term = term
         self.scale: Tensor | None = None  # z (out,)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        assert isinstance(module, SumLinear)
-        if not module.training or self.scale is None or self.adapter not in module.terms:
+        if not module.training or self.scale is None or not in_use(module, self.term):
             return None
         with torch.no_grad():
             size = torch.linalg.vector_norm(args[0], dim=-1, keepdim=True, dtype=torch.float32)
@@ -50,33 +50,34 @@ class RowNoise:
 class GuidedNoise(Rule):
     """z_i = sigma n_i + beta q_i^2 for each row i of an adapted weight (Chang et al., 2025, arXiv 2502.14538).
 
-        n_i = sqrt(w0^2 + ||(s B A)_i||^2),  w0: mean row norm of the frozen weight
+        n_i = sqrt(w0^2 + ||(s B A)_i||^2),  w0: mean row norm of the frozen weight beside it, 0 without
         q_i = ||(s (B dA + dB A))_i||, of the gradients of the step before
 
     Row norms come from r x r products; nothing of size out x in is made.
 
     Args:
-        adapter: its name; its terms are LowRank.
         sigma, beta: the weights of both.
     """
 
-    def __init__(self, adapter: str, *, sigma: float, beta: float) -> None:
-        self.adapter, self.sigma, self.beta = adapter, sigma, beta
+    works_on = (LowRank,)
+
+    def __init__(self, sigma: float, beta: float) -> None:
+        self.sigma, self.beta = sigma, beta
 
     @torch.no_grad()
-    def start(self, model: nn.Module) -> None:
-        found = find_adapter(model, self.adapter)
-        self.terms = [term for term in found.all_terms() if isinstance(term, LowRank)]
-        self.hooks = [RowNoise(self.adapter) for _ in self.terms]
-        for layer, hook in zip(found.terms, self.hooks, strict=True):
+    def begin(self, model: nn.Module) -> None:
+        found = self.found(LowRank)
+        self.factors = [term for _, term in found]
+        self.hooks = [RowNoise(term) for term in self.factors]
+        for (layer, _), hook in zip(found, self.hooks, strict=True):
             watch(unwrapped(model).get_submodule(layer), hook)
-        self.size = [_mean_row_norm(model, layer) for layer in found.terms]
-        self.slope = [torch.zeros(term.out_features, device=term.A.device) for term in self.terms]
+        self.size = [_mean_row_norm(model, layer, self.terms).to(term.A.device) for layer, term in found]
+        self.slope = [torch.zeros(term.out_features, device=term.A.device) for term in self.factors]
         self._scale()
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
-        for i, term in enumerate(self.terms):
+        for i, term in enumerate(self.factors):
             if term.A.grad is not None and term.B.grad is not None:
                 B, A, dB, dA = (whole(t).float() for t in (term.B, term.A, term.B.grad, term.A.grad))
                 self.slope[i] = term.scale * product_row_norms(torch.cat([B, dB], 1), torch.cat([dA, A]))
@@ -95,7 +96,7 @@ class GuidedNoise(Rule):
         self._scale()
 
     def _scale(self) -> None:
-        for term, hook, size, slope in zip(self.terms, self.hooks, self.size, self.slope, strict=True):
+        for term, hook, size, slope in zip(self.factors, self.hooks, self.size, self.slope, strict=True):
             added = term.scale * product_row_norms(whole(term.B).float(), whole(term.A).float())
             hook.scale = self.sigma * (size.square() + added.square()).sqrt() + self.beta * slope.square()
 
@@ -105,7 +106,7 @@ def product_row_norms(B: Tensor, A: Tensor) -> Tensor:
     return ((B @ (A @ A.mT)) * B).sum(1).clamp(min=0).sqrt()
 
 
-def _mean_row_norm(model: nn.Module, layer: str) -> Tensor:
-    """w0 of the frozen terms of a layer, a scalar in fp32."""
-    first, *rest = (whole(term.dense()).float() for term in base_terms(model, layer).values())
-    return torch.linalg.vector_norm(sum(rest, start=first), dim=1).mean()
+def _mean_row_norm(model: nn.Module, layer: str, terms: Terms) -> Tensor:
+    """w0 of what stands beside the terms in a layer, a scalar in fp32."""
+    dense = [whole(term.dense()).float() for term in beside(model, layer, terms)]
+    return torch.linalg.vector_norm(sum(dense[1:], start=dense[0]), dim=1).mean() if dense else torch.zeros(())

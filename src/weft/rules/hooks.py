@@ -1,4 +1,4 @@
-"""Forward hooks of rules: one of a kind for each adapter on a module, however often training starts anew."""
+"""Forward hooks of rules: one of a kind for each term on a module, however often training starts anew."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from weft.terms import Term
+
 __all__ = ["Hook", "watch"]
 
 
 class Hook(Protocol):
     """hook(module, args, output) -> None, or what takes the output's place."""
 
-    adapter: str
+    term: Term  # whose rule it serves
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any: ...
 
 
 def watch(module: nn.Module, hook: Hook) -> None:
-    """Register a hook, in the place of one of its class and adapter that an earlier training left there."""
+    """Register a hook, in the place of one of its class and term that an earlier training left there."""
     for key, other in list(module._forward_hooks.items()):
-        if type(other) is type(hook) and other.adapter == hook.adapter:  # type: ignore[attr-defined]
+        if type(other) is type(hook) and other.term is hook.term:  # type: ignore[attr-defined]
             del module._forward_hooks[key]
     module.register_forward_hook(hook)

@@ -4,16 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from weft.linalg.svd import truncated_svd
 from weft.rules.base import Rule
+from weft.rules.scope import beside
 from weft.rules.sharded import whole
 from weft.terms import Shifted, Spectral
-from weft.terms.adapters import base_terms, find_adapter
 
 __all__ = ["KeptSubspace", "orthogonality_loss", "size_loss"]
 
@@ -22,7 +20,7 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 
 class KeptSubspace(Rule):
-    """Adds, averaged over the layers of an adapter of shifted Spectral terms (Yan et al., 2024, arXiv 2411.15633,
+    """Adds, averaged over layers of shifted Spectral terms (Yan et al., 2024, arXiv 2411.15633,
     section 3.3):
 
         orthogonality * (||[U_main, U]^T [U_main, U] - I||_F + ||[V_main; V] [V_main; V]^T - I||_F) / 2
@@ -32,27 +30,30 @@ class KeptSubspace(Rule):
     nothing is computed or held.
 
     Args:
-        adapter: its name.
         orthogonality: weight of the first loss.
         norm: weight of the second.
     """
 
-    def __init__(self, adapter: str, *, orthogonality: float, norm: float) -> None:
-        self.adapter, self.orthogonality, self.norm = adapter, orthogonality, norm
+    works_on = (Shifted,)
+
+    def __init__(self, orthogonality: float, norm: float) -> None:
+        self.orthogonality, self.norm = orthogonality, norm
         self._main: dict[str, Factors] = {}
 
     @torch.no_grad()
-    def start(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module) -> None:
+        self.shifts, self._main = self.found(Shifted), {}
         if not (self.orthogonality or self.norm):
             return
-        for layer, term in self._terms(model):
-            weight: Tensor = sum(whole(base.dense(torch.float32)) for base in base_terms(model, layer).values())  # type: ignore[assignment]
+        for layer, term in self.shifts:
+            rest = [whole(other.dense(torch.float32)) for other in beside(model, layer, self.terms)]
+            weight = sum(rest, start=torch.zeros_like(whole(term.start.dense(torch.float32))))
             main = weight - whole(term.start.dense(torch.float32))
             assert isinstance(term.now, Spectral)
             self._main[layer] = truncated_svd(main, min(main.shape) - term.now.rank)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        losses = [self._of(layer, term) for layer, term in self._terms(model)] if self._main else []
+        losses = [self._of(layer, term) for layer, term in self.shifts] if self._main else []
         return torch.stack(losses).mean() if losses else None
 
     def _of(self, layer: str, term: Shifted) -> Tensor:
@@ -62,10 +63,6 @@ class KeptSubspace(Rule):
             sides = orthogonality_loss(main[0].mT, now[0].mT) + orthogonality_loss(main[2], now[2])
             loss = loss + self.orthogonality * sides / 2
         return loss + self.norm * size_loss(main, now, start) if self.norm else loss
-
-    def _terms(self, model: nn.Module) -> Iterator[tuple[str, Shifted]]:
-        for layer, terms in find_adapter(model, self.adapter).terms.items():
-            yield from ((layer, term) for term in terms.values() if isinstance(term, Shifted))
 
 
 def _factors(term: nn.Module) -> Factors:

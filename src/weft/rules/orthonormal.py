@@ -6,40 +6,45 @@ import torch
 from torch import Tensor, nn
 
 from weft.rules.base import Rule
+from weft.rules.schedule import peak_rate
 from weft.rules.sharded import sharded_like, whole
 from weft.terms import Spectral
-from weft.terms.adapters import find_adapter
 
 __all__ = ["Orthonormal", "orthonormal_pull"]
 
 
 class Orthonormal(Rule):
-    """Adds the gradient of weight * mean over factors of ||U^T U - I||_F and ||V V^T - I||_F (Cao, 2024, arXiv
-    2409.00055).
+    """Adds the gradient of gamma / lr * mean over the trained factors of ||U^T U - I||_F and ||V V^T - I||_F (Cao, 2024,
+    arXiv 2409.00055).
 
     Args:
-        adapter: the name of the adapter whose trained Spectral terms are meant.
-        weight: factor of the mean.
+        gamma: what a step at the peak rate takes of the mean.
+        lr: the peak learning rate; None for the optimizer's.
     """
 
-    def __init__(self, adapter: str, weight: float) -> None:
-        self.adapter, self.weight = adapter, weight
+    works_on = (Spectral,)
+
+    def __init__(self, gamma: float, *, lr: float | None = None) -> None:
+        self.gamma, self.lr = gamma, lr
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def begin(self, model: nn.Module) -> None:
+        trained = [term for _, term in self.found(Spectral) if term.U.requires_grad]
+        self.factors = [pair for term in trained for pair in ((term.U, True), (term.V, False))]  # columns, or rows
+        sides = [side for side, _ in self.factors]
+        self.weight = self.gamma / (peak_rate(self.optimizer, sides, "The pull") if self.lr is None else self.lr)
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
-        factors = self._factors(model)
-        for parameter, columns in factors:
+        for parameter, columns in self.factors:
             if parameter.grad is None:
                 continue
             side = whole(parameter)
             pull = orthonormal_pull(side.mT).mT if columns else orthonormal_pull(side)
-            parameter.grad += sharded_like(pull * (self.weight / len(factors)), parameter)
-
-    def _factors(self, model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
-        """The trained sides, and whether it is their columns that shall be orthonormal."""
-        modules = [m for term in find_adapter(model, self.adapter).all_terms() for m in term.modules()]
-        trained = [m for m in modules if isinstance(m, Spectral) and m.U.requires_grad]
-        return [pair for m in trained for pair in ((m.U, True), (m.V, False))]
+            parameter.grad += sharded_like(pull * (self.weight / len(self.factors)), parameter)
 
 
 def orthonormal_pull(V: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from weft.linalg.subspace import randomized_svd
 from weft.linalg.svd import truncated_svd
 from weft.rules.base import Rule
+from weft.rules.schedule import period
+from weft.rules.scope import beside
 from weft.rules.sharded import whole
-from weft.rules.support import agreed, move, moving_terms
+from weft.rules.support import agreed, move
 from weft.terms import MovingSparse
-from weft.terms.adapters import base_terms
 
 __all__ = ["PrincipalMask", "principal_entries"]
 
@@ -41,27 +42,33 @@ class PrincipalMask(Rule):
     2506.00772, algorithm 1). Entries that leave stay as they are; the moments of those that stay go on.
 
     Args:
-        adapter: its name.
-        rank: f, of the approximation.
-        interval: T; 0 for the first choice for good.
+        filter_rank: f, of the approximation.
+        interval: T; None for a fifth of the run, at most 400; 0 for the first choice for good.
         randomized: the SVD by random projections, much cheaper on large matrices.
     """
 
-    def __init__(self, adapter: str, *, rank: int, interval: int, randomized: bool) -> None:
-        self.adapter, self.rank, self.interval, self.randomized = adapter, rank, interval, randomized
+    works_on = (MovingSparse,)
+
+    def __init__(self, filter_rank: int, *, interval: int | None = None, randomized: bool = False) -> None:
+        self.rank, self.interval, self.randomized = filter_rank, interval, randomized
         self.optimizer: torch.optim.Optimizer | None = None
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
+    def begin(self, model: nn.Module) -> None:
+        self.moving = self.found(MovingSparse)
+        what = "The interval between two choices of entries (interval)"
+        self.every = 0 if self.interval == 0 else period(self.interval, self.steps, share=0.2, most=400, what=what)
+
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
-        if not self.interval or step % self.interval:
+        if not self.every or step % self.every or step == self.steps:
             return
         generator = torch.Generator().manual_seed(step)
-        for layer, term in moving_terms(model, self.adapter).items():
-            weight: Tensor = sum(whole(base.dense(torch.float32)) for base in base_terms(model, layer).values())  # type: ignore[assignment]
-            weight = weight + _change(term)
+        for layer, term in self.moving:
+            rest = [whole(other.dense(torch.float32)) for other in beside(model, layer, self.terms)]
+            weight = sum(rest, start=_change(term))
             chosen = principal_entries(
                 weight, self.rank, term.nonzeros, randomized=self.randomized, generator=generator
             )

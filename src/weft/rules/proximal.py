@@ -1,4 +1,4 @@
-"""Proximal: after each step the gates of an adapter's rank-one components are shrunk towards zero, and stay there
+"""Proximal: after each step the gates of rank-one components are shrunk towards zero, and stay there
 exactly (SoRA).
 """
 
@@ -11,20 +11,26 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.rules.base import Rule
+from weft.rules.schedule import in_time, length
 from weft.rules.sharded import whole
 from weft.terms import Spectral
-from weft.terms.adapters import find_adapter
 
 __all__ = ["Proximal", "released_threshold", "soft_threshold"]
 
 
+_PUBLISHED = 3e-4
+_CLOSES_30 = 0.385  # P(|g| < 0.385) = 0.3 for a standard normal g
+
+
 class Proximal(Rule):
     """g <- sign(g) max(|g| - xi, 0) after the optimizer's step, the proximal step of xi |g|_1 (Ding et al., 2023, arXiv
-    2311.11696), for the vectors `s` of the adapter's trained Spectral terms.
+    2311.11696), for the vectors `s` of trained Spectral terms.
 
     Args:
-        adapter: its name.
-        xi: the threshold, or a list of thresholds, each kept for `every` steps, the last one to the end.
+        xi: the threshold, or a list of thresholds, each kept for `every` steps, the last one to the end. None for 3e-4 as
+            published, or 0.385 / N in a run of N < 1284 steps, in which 3e-4 would do nothing: a standard normal gate
+            that learns nothing then closes by the end with probability 0.3, the share that the paper closes.
+        every: None for equal shares of the run.
         by_rate: multiply xi by the gate's learning rate, as the proximal gradient step for a fixed penalty does.
         penalty: factor of the mean of |g| over all gates, added to the loss.
         released: the operator of the released code instead, see `released_threshold`.
@@ -32,46 +38,49 @@ class Proximal(Rule):
 
     def __init__(
         self,
-        adapter: str,
+        xi: float | Sequence[float] | None = None,
         *,
-        xi: float | Sequence[float],
         every: int | None = None,
         by_rate: bool = False,
         penalty: float = 0.0,
         released: bool = False,
     ) -> None:
-        self.adapter, self.every, self.by_rate, self.factor = adapter, every, by_rate, penalty
-        self.thresholds = tuple(xi) if isinstance(xi, Sequence) else (xi,)
+        self.every, self.by_rate, self.factor = every, by_rate, penalty
+        self.given = tuple(xi) if isinstance(xi, Sequence) else () if xi is None else (xi,)
         self.operator = released_threshold if released else soft_threshold
         self.optimizer: torch.optim.Optimizer | None = None
-        if not self.thresholds or min(self.thresholds) < 0:
+        if xi is not None and (not self.given or min(self.given) < 0):
             raise WeftError(f"The threshold xi is {xi}; give a number from 0 on, or a list of such numbers.")
-        if len(self.thresholds) > 1 and (every is None or every < 1):
-            raise WeftError("A list of thresholds xi needs every=, the steps that each of them is kept.")
+        if every is not None and every < 1:
+            raise WeftError(f"every is {every}: each threshold xi is kept for 1 step or more.")
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
+    def begin(self, model: nn.Module) -> None:
+        self.gates = [term.s for _, term in self.found(Spectral) if term.s.requires_grad]
+        self.thresholds = self.given or (max(_PUBLISHED, _CLOSES_30 / length(self.steps, "The threshold xi")),)
+        self.kept, count = self.every, len(self.thresholds)
+        if count > 1:
+            self.kept = self.every or max(1, length(self.steps, "A list of thresholds") // count)
+            in_time(self.kept * (count - 1), self.steps, "The start of the last threshold of xi (every)")
+
     def threshold(self, step: int) -> float:
         """xi at step `step` (from 1)."""
-        place = (step - 1) // self.every if self.every else 0
+        place = (step - 1) // self.kept if self.kept else 0
         return self.thresholds[min(place, len(self.thresholds) - 1)]
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if not self.factor:
             return None
-        gates = [whole(gate) for gate in self._gates(model)]
+        gates = [whole(gate) for gate in self.gates]
         return self.factor * torch.stack([gate.abs().sum() for gate in gates]).sum() / sum(g.numel() for g in gates)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
         xi = self.threshold(step)
-        for gate in self._gates(model):
+        for gate in self.gates:
             gate.copy_(self.operator(gate, xi * self._rate(gate) if self.by_rate else xi))
-
-    def _gates(self, model: nn.Module) -> list[nn.Parameter]:
-        terms = find_adapter(model, self.adapter).all_terms()
-        return [term.s for term in terms if isinstance(term, Spectral) and term.s.requires_grad]
 
     def _rate(self, gate: nn.Parameter) -> float:
         groups = self.optimizer.param_groups if self.optimizer is not None else []

@@ -14,6 +14,7 @@ from torch import nn
 
 from weft.linalg.svd import product_factors
 from weft.rules.base import Rule
+from weft.rules.schedule import in_time
 from weft.rules.sharded import sharded_like, whole
 from weft.terms import LowRank
 
@@ -25,18 +26,23 @@ class Refactorise(Rule):
     alone.
     """
 
+    works_on = (LowRank,)
+
     def __init__(self, every: int = 200) -> None:
         self.every = every
+
+    def begin(self, model: nn.Module) -> None:
+        self.products = [t for _, t in self.found(LowRank) if t.A.requires_grad and t.B.requires_grad]
+        in_time(self.every, self.steps, "The interval of refactorisation")
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
         """The factors of W_t are re-balanced in fp32 and cast back."""
         if step % self.every:
             return
-        for term in model.modules():
-            if isinstance(term, LowRank) and term.A.requires_grad and term.B.requires_grad:
-                B, A = product_factors(whole(term.B), whole(term.A))
-                if not B.any():  # both factors of a zero product would become zero, and stay so
-                    continue
-                term.B.copy_(sharded_like(B.to(term.B.dtype), term.B))
-                term.A.copy_(sharded_like(A.to(term.A.dtype), term.A))
+        for term in self.products:
+            B, A = product_factors(whole(term.B), whole(term.A))
+            if not B.any():  # both factors of a zero product would become zero, and stay so
+                continue
+            term.B.copy_(sharded_like(B.to(term.B.dtype), term.B))
+            term.A.copy_(sharded_like(A.to(term.A.dtype), term.A))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -23,20 +23,16 @@ class Replicated(Rule):
     `fully_shard(block, ignored_params=set(shared_parameters(model)))` it stays whole, and nobody reduces its gradient:
     this rule does. On one process, and where the parameter is sharded, it does nothing; under DDP, which has averaged
     the gradient already, the mean of equal numbers changes nothing.
-
-    Args:
-        adapter: the name of the adapter.
-        **_: the method's options, of which it needs none.
     """
 
-    def __init__(self, adapter: str, **_: Any) -> None:
-        self.adapter = adapter
+    def begin(self, model: nn.Module) -> None:
+        self.shared = _shared(term for _, term in self.all_terms())
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
         if not dist.is_initialized():
             return
-        for parameter in shared_parameters(model, self.adapter):
+        for parameter in self.shared:
             if parameter.grad is not None and not isinstance(parameter, DTensor):
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= dist.get_world_size()
@@ -44,6 +40,10 @@ class Replicated(Rule):
 
 def shared_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
     """The parameters of an adapter (None: the only one) that more than one of its terms holds, each once."""
-    held = [p for term in find_adapter(model, adapter).all_terms() for p in set(term.parameters()) if p.requires_grad]
+    return _shared(find_adapter(model, adapter).all_terms())
+
+
+def _shared(terms: Iterable[nn.Module]) -> list[nn.Parameter]:
+    held = [p for term in terms for p in set(term.parameters()) if p.requires_grad]
     counts = Counter(map(id, held))
     return list({id(p): p for p in held if counts[id(p)] > 1}.values())

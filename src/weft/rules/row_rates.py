@@ -1,4 +1,4 @@
-"""RowRates: each row of an adapter's matrices takes a larger share of its step while it is short (ALLoRA)."""
+"""RowRates: each row of the trained matrices takes a larger share of its step while it is short (ALLoRA)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from weft.rules.base import Rule
-from weft.terms.adapters import find_adapter
 
 __all__ = ["RowRates", "row_rates"]
 
@@ -19,18 +18,19 @@ class RowRates(Rule):
     scales the step's weight decay with it. For SGD both are the same.
 
     Args:
-        adapter: its name.
         eta: the factor of a row of zeros.
     """
 
-    def __init__(self, adapter: str, eta: float) -> None:
-        self.adapter, self.eta = adapter, eta
+    def __init__(self, eta: float) -> None:
+        self.eta = eta
         self._before: list[tuple[nn.Parameter, Tensor]] = []
+
+    def begin(self, model: nn.Module) -> None:
+        self.matrices = [parameter for parameter in self.trained() if parameter.dim() == 2]
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
-        trained = [p for _, p in find_adapter(model, self.adapter).named_parameters() if p.dim() == 2]
-        self._before = [(p, p.detach().clone()) for p in trained]
+        self._before = [(p, p.detach().clone()) for p in self.matrices]
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Sensitivity: how much the loss depends on what an adapter adds to a layer, sum |dW o dL/d(dW)| / sqrt(out in)."""
+"""Sensitivity: how much the loss depends on what a term adds to a layer, sum |dW o dL/d(dW)| / sqrt(out in)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from weft.terms import Spectral, SumLinear
+from weft.rules.scope import in_use
+from weft.terms import Spectral
 
 __all__ = ["Sensitivity"]
 
 
 class Sensitivity:
-    """A forward hook of an adapted layer that sums the layer's sensitivity over the backward passes since it was last
+    """A forward hook of a layer that sums the layer's sensitivity over the backward passes since it was last
     taken (Zhang et al., 2023, arXiv 2308.12043).
 
     The absolute values need the whole out x in gradient: it is made for one layer at a time, in its backward pass, and
@@ -22,19 +23,17 @@ class Sensitivity:
     torch.compile the graph breaks there while training, until growth is complete.
 
     Args:
-        adapter: the name of the Spectral term dW in the layer.
+        term: dW, in the layer's sum.
     """
 
-    def __init__(self, adapter: str) -> None:
-        self.adapter, self.on = adapter, True
+    def __init__(self, term: Spectral) -> None:
+        self.term, self.on = term, True
         self.total: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        assert isinstance(module, SumLinear)
-        if not (self.on and module.training and output.requires_grad and self.adapter in module.terms):
+        term = self.term
+        if not (self.on and module.training and output.requires_grad and in_use(module, term)):
             return None
-        term = module.terms[self.adapter]
-        assert isinstance(term, Spectral)
         watched: Tensor = _Watch.apply(output, args[0], term.U, term.s, term.V, term.scale, self)  # type: ignore[no-untyped-call]
         return watched
 

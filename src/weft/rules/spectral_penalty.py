@@ -8,28 +8,29 @@ from torch import Tensor, nn
 from weft.rules.base import Rule
 from weft.rules.sharded import whole
 from weft.terms import Spectral
-from weft.terms.adapters import find_adapter
 
 __all__ = ["SpectralPenalty", "distance_from_orthonormal"]
 
 
 class SpectralPenalty(Rule):
-    """Adds size * sum s^2 + orthogonality * (||U^T U - I||_F + ||V V^T - I||_F), summed over an adapter's trained
-    Spectral terms, to the loss (Wang et al., 2024, arXiv 2412.06071, equations 9 to 11).
+    """Adds size * sum s^2 + orthogonality * (||U^T U - I||_F + ||V V^T - I||_F), summed over trained Spectral
+    terms, to the loss (Wang et al., 2024, arXiv 2412.06071, equations 9 to 11).
 
     Args:
-        adapter: its name.
         size: weight of the singular values' squares (beta).
         orthogonality: weight of the distances (gamma), on the r x r side.
     """
 
-    def __init__(self, adapter: str, *, size: float, orthogonality: float) -> None:
-        self.adapter, self.size, self.orthogonality = adapter, size, orthogonality
+    works_on = (Spectral,)
+
+    def __init__(self, size: float, orthogonality: float) -> None:
+        self.size, self.orthogonality = size, orthogonality
+
+    def begin(self, model: nn.Module) -> None:
+        self.factors = [term for _, term in self.found(Spectral) if term.s.requires_grad]
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        modules = [m for term in find_adapter(model, self.adapter).all_terms() for m in term.modules()]
-        parts = [self._of(m) for m in modules if isinstance(m, Spectral) and m.s.requires_grad]
-        return torch.stack(parts).sum() if parts else None
+        return torch.stack([self._of(term) for term in self.factors]).sum()
 
     def _of(self, term: Spectral) -> Tensor:
         U, s, V = (whole(p).float() for p in (term.U, term.s, term.V))

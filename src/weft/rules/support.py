@@ -11,21 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from weft.rules.sharded import sharded_like, whole
 from weft.terms import MovingSparse
-from weft.terms.adapters import find_adapter
 
-__all__ = ["agreed", "lookup", "move", "moving_terms"]
+__all__ = ["agreed", "lookup", "move"]
 
 _PER_ENTRY = ("age", "frozen", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master")
-
-
-def moving_terms(model: nn.Module, adapter: str) -> dict[str, MovingSparse]:
-    """layer -> the adapter's term whose entries move."""
-    terms = find_adapter(model, adapter).terms
-    return {layer: t for layer, roles in terms.items() for t in roles.values() if isinstance(t, MovingSparse)}
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class RuleCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.rule.start(kwargs["model"])
+        self.rule.start(kwargs["model"], steps=state.max_steps)
         if state.global_step > 0:
             self.rule.load_state_dict(load_rule_state(checkpoint(args, state)))
 

@@ -21,6 +21,7 @@ from weft.errors import WeftError, nearest
 from weft.io.quantizer import remark
 from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
+from weft.rules import Rule, Rules, make_rules
 from weft.seeds import generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import SumLinear, Term
@@ -61,7 +62,7 @@ class Trainable:
     """What training will update."""
 
     parameters: dict[str, nn.Parameter]  # by name
-    count: int  # numbers in them
+    count: int  # numbers in them that are trained: without the room that a growing adapter has
     total: int  # numbers in the whole model
 
     @property
@@ -138,7 +139,21 @@ def adapt(
 def trainable(model: nn.Module) -> Trainable:
     """The parameters that require a gradient, by name, how many numbers they are, and how many the model has."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return Trainable(named, sum(p.numel() for p in named.values()), sum(p.numel() for p in model.parameters()))
+    count = sum(p.numel() for p in named.values()) - sum(map(_room, _active(model)))
+    return Trainable(named, count, sum(p.numel() for p in model.parameters()))
+
+
+def _room(adapter: Adapter) -> int:
+    """Numbers of an adapter's trainable tensors that are there for what may grow, beyond those that are trained."""
+    method = METHODS[adapter.method]
+    if method.held is None or method.count is None:
+        return 0
+    options, total = method.defaults | adapter.settings["options"], 0
+    for layer, rank in adapter.settings["ranks"].items():
+        term = next(iter(adapter.terms[layer].values()))
+        shape = term.out_features, term.in_features
+        total += method.held(*shape, rank, options) - method.count(*shape, rank, options)
+    return total
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -196,13 +211,16 @@ def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
     return {name: lr * (sum(found) / len(found) if found else 1.0) for name, found in scales.items()}
 
 
-def rules(model: nn.Module) -> list[Any]:
-    """The rules of the active adapters' methods (see `weft.rules`), to be run around each training step."""
-    return [
-        make(adapter=adapter.name, **adapter.settings.get("options", {}))
-        for adapter in _active(model)
-        for make in METHODS[adapter.method].rules
-    ]
+def rules(model: nn.Module) -> list[Rule]:
+    """The rules of the active adapters' methods (see `weft.rules`), to be run around each training step: those of each
+    adapter as one, started on its terms.
+    """
+    found = []
+    for adapter in _active(model):
+        settings = adapter.settings | adapter.settings.get("options", {})
+        if made := make_rules(METHODS[adapter.method].rules, settings):
+            found.append(Rules(made, adapter.terms))
+    return found
 
 
 def _active(model: nn.Module) -> list[Adapter]:

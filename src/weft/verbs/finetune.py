@@ -23,7 +23,7 @@ from weft.io.save import save_model
 from weft.methods import find
 from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
-from weft.rules import Rule
+from weft.rules import Rule, make_rules
 from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
@@ -141,13 +141,17 @@ def prepare(
         return adapter_rules(model)
     chosen = method.options(options)
     method.freeze(model)
-    return [make(**chosen) for make in method.rules]
+    return make_rules(method.rules, {"rank": rank, "seed": recipe.seed, **chosen})
 
 
 def with_totals(method: Method, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, and the run's own `steps` and `lr` where the method has options of these names."""
-    totals = {"steps": recipe.steps, "lr": recipe.lr}
-    return {key: value for key, value in totals.items() if key in method.defaults} | dict(options)
+    """The options given, and the run's own `lr`, with its warm-up, where the method has options of these names: lora-sb
+    starts from the first step that training would take. Rules learn of the steps when they start.
+    """
+    if "lr" not in method.defaults:
+        return dict(options)
+    warmup = {"warmup": recipe.warmup} if recipe.warmup and "warmup" in method.defaults else {}
+    return {"lr": recipe.lr, **warmup, **options}
 
 
 def calibration(
