@@ -222,16 +222,19 @@ def test_weight_decay_of_a_shift_moves_to_the_residual() -> None:
 
 
 def test_annealed_decay_follows_both_schedules() -> None:
-    rule = AnnealedDecay("default", steps=100, lr=1e-2, first=0.05, last=1e-5, power=0.9)
+    model = adapt(One(drawn(OUT, IN)), "soma", R)
+    terms = find_adapter(model).terms
+    rule = AnnealedDecay(0.05)
+    rule.bind(torch.optim.SGD(trainable(model).parameters.values(), lr=1e-2))
+    rule.start(model, terms, steps=100)
     for step in (1, 40, 100):
         done = (step - 1) / 100
         decay = 1e-5 + (0.05 - 1e-5) * 0.5 * (1 + math.cos(math.pi * done))
         assert rule.shrink(step) == pytest.approx(1e-2 * (1 - done) ** 0.9 * decay)
-    model = adapt(One(drawn(OUT, IN)), "soma", R)
-    before = find_adapter(model).terms["layer"]["default"].now.A.detach().clone()
+    before = terms["layer"]["default"].now.A.detach().clone()
     rule.after_step(model, 1)
-    close(find_adapter(model).terms["layer"]["default"].now.A.detach(), before * (1 - 5e-4))
-    assert AnnealedDecay("x", steps=None, lr=1.0, first=1.0, last=1.0, power=1.0).shrink(1) == 0
+    close(terms["layer"]["default"].now.A.detach(), before * (1 - 5e-4))
+    assert AnnealedDecay(0.0).shrink(1) == 0
 
 
 def test_olora_takes_the_leading_columns_of_qr() -> None:
@@ -450,7 +453,8 @@ def test_sorsa_pull_brings_factors_back() -> None:
     model = adapt(One(drawn(OUT, IN)), "sorsa", R)
     term = model.layer.terms["default"]
     term.now.U.data += 0.3 * drawn(OUT, R)
-    rule, errors = Orthonormal("default", weight=0.02), []
+    rule, errors = Orthonormal(gamma=0.01, lr=0.5), []
+    rule.start(model, find_adapter(model).terms)
     for step in range(20):
         for parameter in term.now.parameters():
             parameter.grad = torch.zeros_like(parameter)

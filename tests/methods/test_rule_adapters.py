@@ -20,6 +20,7 @@ from weft.io.adapters import load_adapter, save_adapter
 from weft.methods import METHODS, ce_ssl, dylora, sora
 from weft.rules import Rules
 from weft.rules.freeze_columns import FreezeColumns
+from weft.rules.rank_growth import live_components
 from weft.terms import Spectral
 from weft.terms.adapters import find_adapter
 from weft.testing_adapters import adapted, task, tiny_llama, train
@@ -62,7 +63,7 @@ def started(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     rule = Rules(rules(model))
     if optimizer is not None:
         rule.bind(optimizer)
-    rule.start(model)
+    rule.start(model, steps=100)
     return rule
 
 
@@ -193,7 +194,7 @@ def test_sora_penalty_is_the_mean_over_all_gates() -> None:
     model = adapted(METHODS["sora"], penalty=10.0)
     gates = torch.cat([term.s.detach() for term in find_adapter(model).all_terms()])
     close(started(model).penalty(model), 10 * gates.abs().mean(), 1e-6)
-    assert Rules(rules(adapted(METHODS["sora"]))).penalty(model) is None
+    assert started(adapted(METHODS["sora"])).penalty(model) is None
 
 
 def test_sora_decays_no_gate() -> None:
@@ -453,7 +454,7 @@ def test_ce_ssl_is_the_base_while_B_is_zero() -> None:
 # ---- increlora
 
 
-GROWING = {"warmup": 0, "interval": 1, "ramp": 0}
+GROWING = {"warmup": 0, "interval": 1, "ramp": 0, "top_h": 2}
 
 
 def growing(**options: Any) -> nn.Module:
@@ -461,7 +462,8 @@ def growing(**options: Any) -> nn.Module:
 
 
 def live(model: nn.Module) -> list[int]:
-    return list(find_adapter(model).settings.get("live", dict.fromkeys(find_adapter(model).terms, 1)).values())
+    """Live components by layer, as the terms themselves tell."""
+    return [live_components(part, 1) for part in find_adapter(model).all_terms()]
 
 
 def test_increlora_starts_at_the_base_up_to_its_reserve() -> None:
@@ -544,7 +546,7 @@ def test_increlora_moments_and_ages_follow_the_components() -> None:
 
 def test_increlora_trains_what_is_there_alone() -> None:
     """Also with a decay, and with an optimizer that knows nothing of components."""
-    model = growing(warmup=100)
+    model = growing(warmup=90)
     terms = find_adapter(model).all_terms()
     before = [[p.detach().clone() for p in (t.U.mT, t.V, t.s)] for t in terms]
     for optimizer in (make_optimizer(model, 1e-2, 0.1), torch.optim.SGD(trainable(model).parameters.values(), 1e-2)):
@@ -588,7 +590,7 @@ def test_increlora_resumes_amid_its_growth(early: bool) -> None:
     rule.bind(optimizer)
     if early:
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-    rule.start(resumed)
+    rule.start(resumed, steps=100)
     if not early:
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     rule.load_state_dict(copy.deepcopy(rule_state))
@@ -654,11 +656,13 @@ def test_lamda_freezes_columns_on_schedule(sharp: Any) -> None:
 
 
 def test_lamda_schedule_is_exact_where_rounding_is_not() -> None:
-    rule = FreezeColumns("default", steps=100, eta=0.3)
+    rule, model = FreezeColumns(eta=0.3), one("lamda")[0]
+    rule.start(model, find_adapter(model).terms, steps=100)
     assert [rule.frozen(i, 30) for i in (0, 1, 29, 30, 99)] == [0, 1, 29, 30, 30]
-    assert FreezeColumns("default", steps=None, eta=0.3).frozen(10**6, 8) == 0
+    with pytest.raises(WeftError, match="follows the length of the run, which is not known"):
+        rule.start(model, find_adapter(model).terms)
     with pytest.raises(WeftError, match="from 0 to 1"):
-        FreezeColumns("default", steps=10, eta=2.0)
+        FreezeColumns(eta=2.0)
 
 
 def test_lamda_without_a_trained_side_is_lora_xs() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import weft
+from tests.methods.moving import moving_terms
 from weft.io.adapters import load_adapter, save_adapter
 from weft.memory import lean_report
 from weft.memory.measure import saved_bytes
@@ -20,7 +21,7 @@ from weft.methods import METHODS
 from weft.optim.entries import EntryAdamW
 from weft.rules import Rules
 from weft.rules.principal_mask import principal_entries
-from weft.rules.support import move, moving_terms
+from weft.rules.support import move
 from weft.terms import Columns, Dense, MovingSparse, NormalFloat, SumLinear
 from weft.terms.adapters import find_adapter
 from weft.testing_adapters import RANK, adapted, task, tiny_llama, train
@@ -376,7 +377,7 @@ def test_lift_moves_with_any_optimizer_and_with_none() -> None:
     model = adapted(METHODS["lift"], filter_rank=1, interval=1)
     rule, optimizer = Rules(rules(model)), torch.optim.AdamW(model.parameters(), lr=0.1)
     rule.bind(optimizer)
-    rule.start(model)
+    rule.start(model, steps=100)
     before = entries_of(model)
     for step in (1, 2):
         model(**task()[0]).loss.backward()
@@ -389,7 +390,9 @@ def test_lift_moves_with_any_optimizer_and_with_none() -> None:
         assert torch.equal(optimizer.state[term.values]["exp_avg"][known], moments[stayed])
         assert not optimizer.state[term.values]["exp_avg"][~known].any()
     assert any(not torch.equal(p, before[layer]) for layer, p in entries_of(model).items())
-    Rules(rules(model)).after_step(model, 3)
+    alone = Rules(rules(model))
+    alone.start(model, steps=100)
+    alone.after_step(model, 3)
 
 
 # beside other things

@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.methods.moving import moving_terms
 from weft.io.adapters import save_adapter
 from weft.methods import METHODS
 from weft.rules import Rules
-from weft.rules.support import moving_terms
 from weft.testing_adapters import adapted, task
 from weft.verbs.adapt import make_optimizer, rules
 
@@ -35,7 +35,7 @@ def steps(model: nn.Module, inner: nn.Module, optimizer: torch.optim.Optimizer, 
     """Train on a part of each batch."""
     rule = Rules(rules(inner))
     rule.bind(optimizer)
-    rule.start(inner)
+    rule.start(inner, steps=100)
     model.train()
     for step in range(1, count + 1):
         model(**{key: tensor[part] for key, tensor in task()[step % 4].items()}).loss.backward()

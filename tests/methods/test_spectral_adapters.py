@@ -228,13 +228,15 @@ def test_kasa_penalty_is_the_formula() -> None:
             expected += beta * float((d * d).sum())
             for gram in (B.mT @ B, A @ A.mT):
                 expected += gamma * math.sqrt(float((gram - torch.eye(len(gram))).square().sum()))
-        found = SpectralPenalty("default", size=beta, orthogonality=gamma).penalty(model)
+        rule = SpectralPenalty(size=beta, orthogonality=gamma)
+        rule.start(model, find_adapter(model).terms)
+        found = rule.penalty(model)
         assert found.item() == pytest.approx(expected, rel=1e-5)
         penalties.append(found.item())
     assert penalties[2] == pytest.approx(penalties[0] + penalties[1])
     V = torch.linalg.qr(drawn(IN, R))[0].mT
     term = Spectral.from_factors(torch.eye(OUT)[:, :R], torch.zeros(R), V)
-    assert float(SpectralPenalty("x", size=1.0, orthogonality=1.0)._of(term)) < 1e-5
+    assert float(SpectralPenalty(size=1.0, orthogonality=1.0)._of(term)) < 1e-5
     assert [type(rule) for rule in rules(model)] == [SpectralPenalty]
 
 
@@ -266,7 +268,9 @@ def test_kasa_agrees_with_peft() -> None:
         module.lora_diag["default"].data = d
     ids = task()[0]["input_ids"]
     close(ours(ids).logits, theirs.eval()(ids).logits)
-    close(Rules(rules(ours)).penalty(ours), theirs._get_kasa_loss())
+    rule = Rules(rules(ours))
+    rule.start(ours, steps=100)
+    close(rule.penalty(ours), theirs._get_kasa_loss())
 
 
 # ---- effort
@@ -299,7 +303,7 @@ def test_effort_losses_are_the_papers(shape: tuple[int, int]) -> None:
     model = one("effort", W, orthogonality=1.0, norm=1.0)
     term = model.layer.terms["default"]
     rule = Rules(rules(model))
-    rule.start(model)
+    rule.start(model, steps=100)
     assert float(rule.penalty(model)) < 1e-3
     U, _, V = torch.linalg.svd(W, full_matrices=False)
     for parameter in term.now.parameters():
@@ -314,7 +318,7 @@ def test_effort_start_has_no_loss_and_no_gradient() -> None:
     W = drawn(IN, IN)
     model = one("effort", W, orthogonality=1.0)
     rule = Rules(rules(model))
-    rule.start(model)
+    rule.start(model, steps=100)
     penalty = rule.penalty(model)
     penalty.backward()
     assert float(penalty) < 1e-4
@@ -339,7 +343,7 @@ def test_effort_losses_are_off_unless_asked_for() -> None:
     model = adapted(METHODS["effort"])
     (rule,) = rules(model)
     assert isinstance(rule, KeptSubspace)
-    rule.start(model)
+    rule.start(model, steps=100)
     assert rule.penalty(model) is None and not rule._main
 
 
@@ -348,8 +352,8 @@ def test_effort_losses_hold_the_subspace_while_it_learns() -> None:
     for weight in (0.0, 1.0):
         model = adapted(METHODS["effort"], orthogonality=weight)
         losses, _ = train(model, 20, lr=1e-2)
-        measure = KeptSubspace("default", orthogonality=1.0, norm=0.0)
-        measure.start(model)
+        measure = KeptSubspace(orthogonality=1.0, norm=0.0)
+        measure.start(model, find_adapter(model).terms)
         distances.append(float(measure.penalty(model)))
         assert losses[-1] < losses[0]
     assert distances[1] < 0.5 * distances[0]

@@ -479,7 +479,7 @@ def sharded_worker(rank: int, directory: str) -> None:
 
 def descend(model: nn.Module, batch: dict[str, Tensor]) -> None:
     rule = Rules(rules(model))
-    rule.start(model)
+    rule.start(model, steps=100)
     for _ in range(2):
         model(**batch).loss.backward()
         rule.before_step(model, 1)

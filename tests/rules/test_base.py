@@ -15,8 +15,8 @@ class Noted(Rule):
     def __init__(self, name, calls, penalty=None):
         self.name, self.calls, self.value, self.memory = name, calls, penalty, {}
 
-    def start(self, model):
-        self.calls.append((self.name, "start"))
+    def begin(self, model):
+        self.calls.append((self.name, "start", self.steps))
 
     def penalty(self, model):
         return self.value
@@ -37,11 +37,13 @@ class Noted(Rule):
 def test_hooks_run_in_order_and_penalties_add_up():
     calls, model = [], nn.Linear(1, 1)
     rules = Rules([Noted("a", calls, torch.tensor(2.0)), Noted("b", calls), Noted("c", calls, torch.tensor(3.0))])
-    rules.start(model)
+    rules.start(model, steps=9)
     rules.before_step(model, 1)
     rules.after_step(model, 1)
     names = ["a", "b", "c"]
-    assert calls == [(n, "start") for n in names] + [(n, "before", 1) for n in names] + [(n, "after", 1) for n in names]
+    assert calls == [(n, "start", 9) for n in names] + [(n, "before", 1) for n in names] + [
+        (n, "after", 1) for n in names
+    ]
     assert rules.penalty(model) == 5
     assert Rules([]).penalty(model) is None and Rules([Noted("b", calls)]).penalty(model) is None
 

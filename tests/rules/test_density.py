@@ -48,7 +48,7 @@ def test_gradient_is_autograds(dtype: torch.dtype) -> None:
 
 def penalty(model: nn.Module, **batch: Tensor) -> Tensor:
     rule = Rules(rules(model))
-    rule.start(model)
+    rule.start(model, steps=9)
     model.train()(**batch)
     found = rule.penalty(model)
     assert found is not None
@@ -133,7 +133,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     for checkpointing in (False, True):
         model = adapted(METHODS["deft"], eps=1e-2).train()
         rule = Rules(rules(model))
-        rule.start(model)
+        rule.start(model, steps=9)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for _ in range(2):  # two micro-batches
@@ -171,7 +171,7 @@ def test_training_with_the_penalty_lowers_the_exact_density(weight: float) -> No
     before = activation_density(model, [{"x": x}])["blocks.0.1"]
     weft.adapt(model, "deft", 4, weight=weight, eps=1.0)
     rule = Rules(rules(model))
-    rule.start(model)
+    rule.start(model, steps=9)
     optimizer = torch.optim.AdamW(trainable(model).parameters.values(), lr=1e-2)
     for _ in range(150):
         optimizer.zero_grad()
@@ -188,10 +188,10 @@ def test_refusals() -> None:
     with pytest.raises(WeftError, match="no activation modules"):
         activations(plain)
     with pytest.raises(WeftError, match="eps is 0"):
-        DensityPenalty("default", weight=1.0, eps=0)
+        DensityPenalty(weight=1.0, eps=0)
     model = adapted(METHODS["deft"])
     rule = Rules(rules(model))
-    rule.start(model)
+    rule.start(model, steps=9)
     with torch.no_grad():
         model.train()(**task()[0])
     with pytest.raises(WeftError, match="use_reentrant=False"):

@@ -32,8 +32,13 @@ def low_rank(model):
 
 
 def refactorised(model):
-    Refactorise(1).after_step(model, 1)
+    started(Refactorise(1), model).after_step(model, 1)
     return low_rank(model)
+
+
+def started(rule, model):
+    rule.start(model)
+    return rule
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -84,15 +89,15 @@ def test_a_product_of_zero_stays_zero():
 def test_only_trained_factors_and_only_at_multiples():
     model = model_of()
     before = low_rank(model).B.detach().clone()
-    rule = Refactorise(3)
+    rule = started(Refactorise(3), model)
     for step in (1, 2, 4):
         rule.after_step(model, step)
     assert torch.equal(low_rank(model).B, before)
     low_rank(model).A.requires_grad_(False)
-    rule.after_step(model, 3)
+    started(rule, model).after_step(model, 3)
     assert torch.equal(low_rank(model).B, before)
     low_rank(model).A.requires_grad_(True)
-    rule.after_step(model, 3)
+    started(rule, model).after_step(model, 3)
     assert not torch.equal(low_rank(model).B, before)
 
 
@@ -102,13 +107,15 @@ def test_the_model_computes_what_it_did():
     ids = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         before = model(ids).logits
-        Refactorise(5).after_step(model, 10)
+        started(Refactorise(5), model).after_step(model, 10)
         torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
 
 
 def test_a_zero_product_keeps_its_factors() -> None:
     term = LowRank.from_factors(torch.zeros(6, 2), torch.ones(2, 4))
-    Refactorise(every=1).after_step(term, 1)
+    rule = Refactorise(every=1)
+    rule.start(term, {"layer": {"low_rank": term}})
+    rule.after_step(term, 1)
     assert not term.B.any() and term.A.any()
 
 

@@ -34,8 +34,9 @@ MAKERS = {
 }
 
 
-def bound(rule, optimizer):
+def bound(rule, optimizer, model):
     rule.bind(optimizer)
+    rule.start(model)
     return rule
 
 
@@ -46,7 +47,7 @@ def test_the_step_after_a_reset_is_a_first_step(name):
     for step in (1, 2, 3):
         gradients(model, step)
         optimizer.step()
-    bound(ResetMoments(3), optimizer).after_step(model, 3)
+    bound(ResetMoments(3), optimizer, model).after_step(model, 3)
     fresh = model_of()
     fresh.load_state_dict(model.state_dict())
     first = MAKERS[name](fresh)
@@ -63,7 +64,7 @@ def test_a_factored_model_loses_the_moments_of_its_factors_alone():
     for step in (1, 2):
         gradients(model, step)
         optimizer.step()
-    rule = bound(ResetMoments(2), optimizer)
+    rule = bound(ResetMoments(2), optimizer, model)
     rule.after_step(model, 1)
     assert all(optimizer.state[p]["exp_avg"].any() for p in model.parameters())
     bases = {name: optimizer.state[p].get("basis") for name, p in model.named_parameters()}
@@ -76,5 +77,5 @@ def test_a_factored_model_loses_the_moments_of_its_factors_alone():
         assert int(state["count"]) == 2, "the refresh keeps its own time"
         if name in bases:
             assert torch.equal(state["basis"], bases[name])
-    bound(ResetMoments(2, terms_only=False), optimizer).after_step(model, 2)
+    bound(ResetMoments(2, terms_only=False), optimizer, model).after_step(model, 2)
     assert not any(optimizer.state[p]["exp_avg"].any() for p in model.parameters())

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from tests.methods.moving import moving_terms
 from weft.errors import WeftError
 from weft.methods import find
-from weft.rules.support import moving_terms
+from weft.rules.annealed_decay import AnnealedDecay
 from weft.terms import LowRank, SumLinear
-from weft.terms.adapters import find_adapter
 from weft.terms.layers import linear_layers, set_low_rank, weight_of
 from weft.train.checkpoints import last_checkpoint
 from weft.train.recipe import Recipe
@@ -81,15 +81,16 @@ def test_a_run_shorter_than_a_log_line_still_says_its_loss(tiny_directory, token
     assert result["loss_first"] == result["loss_last"] > 0
 
 
-def test_methods_that_ask_for_the_runs_length_and_rate_are_told(tiny_directory, tokenizer):
-    for method, told in (("sft", {"steps": 4}), ("sorsa", {"lr": 1e-2}), ("soma", {"steps": 4, "lr": 1e-2})):
-        model = model_of(tiny_directory)
-        (rule,) = verb.prepare(model, tokenizer, [], find(method), 2, Recipe(**SHORT), {"targets": "q_proj"})
-        settings = find_adapter(model).settings["options"]
-        assert {key: settings[key] for key in told} == told
-    assert rule.steps == 4 and rule.lr == 1e-2  # soma's
-    given = verb.with_totals(find("soma"), Recipe(**SHORT), {"steps": 9})
-    assert given == {"steps": 9, "lr": 1e-2} and verb.with_totals(find("lora"), Recipe(**SHORT), {}) == {}
+def test_methods_that_ask_for_the_runs_length_and_rate_are_told(tiny_directory, tokenizer, monkeypatch):
+    started = []
+    begin = AnnealedDecay.begin
+    monkeypatch.setattr(AnnealedDecay, "begin", lambda self, model: (started.append(self), begin(self, model)))
+    finetune(model_of(tiny_directory), tokenizer, TEXT, "soma", rank=2, **SHORT, targets="q_proj", skip=0.0)
+    (rule,) = started
+    assert rule.span == 4 and rule.peak == 1e-2 and rule.matrices
+    given = verb.with_totals(find("lora-sb"), Recipe(**SHORT), {})
+    assert given == {"lr": 1e-2} and verb.with_totals(find("lora"), Recipe(**SHORT), {}) == {}
+    assert verb.with_totals(find("lora-sb"), Recipe(**SHORT | {"warmup": 2}), {}) == {"lr": 1e-2, "warmup": 2}
 
 
 def test_sft_trains_with_its_own_optimizer_and_moves_its_entries(tiny_directory, tokenizer):

@@ -266,8 +266,8 @@ class Method(Record):
         deviates: how the function differs at the start; "" where it does not.
         exempt: property of the conformance suite (`weft.testing_adapters`) -> a sentence saying why the method does not
             have it.
-        rules: factories of `weft.rules.Rule`, each called with those of the method's options, and of the `rank`, `ranks` by
-            layer and `seed`, that it names; run around each training step, on the method's terms.
+        rules: factories of `weft.rules.Rule`, each called with those of the method's options, and of `rank`, `ranks`
+            (by layer) and `seed`, that it names; run around each training step, on the method's terms.
         optimizer: (parameter groups with their "lr" and "weight_decay", options) -> the optimizer that the method was
             published with, where AdamW's state per parameter will not do (an age of each entry, say).
         trained: (model) -> the parameters that training updates; all others are frozen.

@@ -13,7 +13,6 @@ components that do not learn in a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -8,8 +8,8 @@ al., 2023, arXiv 2308.12043).
 The trained numbers have moments and ages of their own (`EntryAdamW`); the tensors have room for min(ceiling r, out, in)
 components a layer, of which only live ones are exported. What is new is brought to the full learning rate over `ramp`
 steps (None: `interval`). By default an eighth of the layers grows at once and growth is complete after a third of the
-run, as in the published runs on RTE (top_h 9 of 72 layers, warmup and interval 100 of 3,900 steps); on MNLI these are 2,
-1000 and 1000 of 110,000.
+run, as in the published runs on RTE (top_h 9 of 72 layers, warmup and interval 100 of 3,900 steps); on MNLI these are
+2, 1000 and 1000 of 110,000.
 Deviations: the scale does not jump as alpha / (live rank) does at each growth, so that growing changes no output; the
 components live in tensors of capacity c, so that a run is resumed, compiled and sharded like any other; growth stops
 exactly at the total, and of equal scores the first layer wins; the orthonormality holds between the components of a

@@ -28,14 +28,15 @@ from weft.methods.base import Method, Site, Split
 from weft.methods.lift import entry_optimizer
 from weft.methods.random_mask import entry_count, random_entries
 from weft.optim.sm3 import SM3
-from weft.rules.drop_and_grow import DropAndGrow
+from weft.rules.drop_and_grow import DropAndGrow, check_phase
 from weft.terms import MovingSparse
 
 __all__ = ["METHOD", "split"]
 
 
-def split(site: Site, *, density: float | None, grow: str, **_: Any) -> Split:
+def split(site: Site, *, density: float | None, grow: str, interval: int, phase: int | None, **_: Any) -> Split:
     """Zeros at random entries."""
+    check_phase(2 if phase is None else phase, interval)
     if grow not in ("ag", "ma"):
         raise WeftError(f"grow is {grow!r}: give 'ag' (summed gradients, AdamW) or 'ma' (SM3's accumulators).")
     return Split({"": MovingSparse.at(random_entries(site, density), *site.shape, dtype=site.dtype)})

@@ -7,8 +7,8 @@
 The first blocks (`skip`, a third of them) get no adapter, the biases of the adapted layers are trained, and weight
 decay is annealed by a cosine. MiLoRA is the same start for language models (`skip=0, biases=False, decay=0`).
 Deviations: the decay is annealed over the run (or `steps`) with the paper's polynomial learning rate, lr (1 - t /
-steps)^0.9, whatever the run's own schedule; no half rate for a backbone and no moving average of the weights, which belong to
-the trainer.
+steps)^0.9, whatever the run's own schedule; no half rate for a backbone and no moving average of the weights, which
+belong to the trainer.
 """
 
 from __future__ import annotations

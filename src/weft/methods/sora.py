@@ -4,10 +4,10 @@
     y = W x + s B (g * (A x)),  A Kaiming, B = 0, g ~ N(0, 1);   g <- sign(g) max(|g| - xi, 0) after each step
     r (in + out + 1) trainable numbers, of which a component with g = 0 is dropped on export: kept (in + out)
 
-xi is used as it is, not times the learning rate (`by_rate=True` for that): 3e-4 as published, more in runs of fewer than
-1284 steps (`Proximal` says how much). `xi=[...]` is the paper's schedule of thresholds (algorithm 1), each for `every`
-steps or an equal share of the run; save the adapter at the end of each. `ones=True` starts the gates at 1 instead,
-where no component is below xi before it has learned anything. Gates are vectors, so they are not decayed.
+xi is used as it is, not times the learning rate (`by_rate=True` for that): 3e-4 as published, more in runs of fewer
+than 1284 steps (`Proximal` says how much). `xi=[...]` is the paper's schedule of thresholds (algorithm 1), each for
+`every` steps or an equal share of the run; save the adapter at the end of each. `ones=True` starts the gates at 1
+instead, where no component is below xi before it has learned anything. Gates are vectors, so they are not decayed.
 Deviations: the exact soft threshold, where the released operator zeroes all |g| < 2 xi (`released=True` for it); the
 released trainer also adds `penalty` (10 there) times the mean |g| to the loss, which shrinks gates twice: 0 here; the
 learning rate schedule does not end before the last threshold, as it does there.

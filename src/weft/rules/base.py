@@ -8,10 +8,10 @@ For step t = 1, 2, ..., N (an optimizer step, whatever the number of micro-batch
     after_step(model, t)       W_t may be changed: a proximal step, a truncation, a projection
 
 A gate, a regulariser, rank sampling or growth, periodic truncation, re-orthonormalisation: each is one rule. A rule has
-a scope: it is started on the terms that it works on, an adapter's or the model's own, and touches nothing else. It knows
-no trainer and no data, and of the optimizer only what `bind` hands over. Under several processes it runs on each of them
-on equal weights, and must do the same on each: no randomness but from a generator seeded by its own arguments and the
-step.
+a scope: it is started on the terms that it works on, an adapter's or the model's own, and touches nothing else. It
+knows no trainer and no data, and of the optimizer only what `bind` hands over. Under several processes it runs on each
+of them on equal weights, and must do the same on each: no randomness but from a generator seeded by its own arguments
+and the step.
 
 Schedules follow the run: what is not given in steps is found from its length, and a schedule that the run is too short
 for is refused (`weft.rules.schedule`).
@@ -40,10 +40,14 @@ Kind = TypeVar("Kind", bound=nn.Module)
 class Rule:
     """One rule. An author writes `begin` and the hooks; every hook does nothing unless it is written.
 
-    terms: the scope, layer name -> term name -> term. steps: the length N of the run, None where it is not known.
-    works_on: the kinds of terms that the rule can do something with; none for terms of any kind.
+    scope: the terms that it is started on where `start` is not told of others, as those of an adapter; None for all the
+        model's own.
+    works_on: the kinds of terms that it can do something with; none for terms of any kind.
+    terms, steps: what it was started on, layer name -> term name -> term, and for how long a run, None where that is
+        not known.
     """
 
+    scope: Terms | None = None
     works_on: ClassVar[tuple[type[nn.Module], ...]] = ()
     terms: Terms
     steps: int | None = None
@@ -54,14 +58,15 @@ class Rule:
         """
 
     def start(self, model: nn.Module, terms: Terms | None = None, steps: int | None = None) -> None:
-        """Training of `steps` steps begins on `terms` (None: all the model's own), or goes on (`load_state_dict` then
-        follows). The model is in its place and trainable parts are marked.
+        """Training of `steps` steps begins on `terms` (None: its scope), or goes on (`load_state_dict` then follows).
+        The model is in its place and trainable parts are marked.
 
         Raises:
             WeftError: a schedule that these steps are too few for, or that follows the length of a run of unknown
                 length; or no term that the rule works on.
         """
-        self.terms, self.steps = model_terms(model) if terms is None else terms, steps
+        chosen = self.scope if terms is None else terms
+        self.terms, self.steps = model_terms(model) if chosen is None else chosen, steps
         self.begin(model)
 
     def begin(self, model: nn.Module) -> None:
@@ -86,15 +91,22 @@ class Rule:
         """Take back what `state_dict` gave, exactly."""
 
     def found(self, *kinds: type[Kind]) -> list[tuple[str, Kind]]:
-        """(layer, part) for each part of the scope that is of one of these kinds, a term or within one.
+        """(layer, part) for each trained part of the scope that is of one of these kinds, a term or within one.
 
         Raises WeftError where kinds are named and nothing is of them: the rule would silently do nothing.
         """
-        parts = [(layer, part) for layer, term in self.all_terms() for part in term.modules() if isinstance(part, kinds)]
+        named = [(layer, name, part) for layer, term in self.all_terms() for name, part in term.named_modules()]
+        parts = [
+            (layer, part)
+            for layer, name, part in named
+            if isinstance(part, kinds)
+            and name.partition(".")[0] != "inner"
+            and any(p.requires_grad for p in part.parameters())
+        ]
         if kinds and not parts:
             raise WeftError(
-                f"{type(self).__name__} works on {' and '.join(kind.__name__ for kind in kinds)} terms, and there are none "
-                f"among the {len(self.all_terms())} that it was started on; choose a method that has them."
+                f"{type(self).__name__} works on trained {' or '.join(k.__name__ for k in kinds)} terms, and there "
+                f"are none among the {len(self.all_terms())} that it was started on; choose a method that has them."
             )
         return parts
 
@@ -111,16 +123,10 @@ class Rule:
 class Rules(Rule):
     """Several rules as one: hooks run in the order given, penalties add up, the state of rule i is under the names
     "i.name".
-
-    Args:
-        scope: the terms that they are started on, whatever `start` is told: an adapter's rules know their adapter.
     """
 
-    def __init__(self, rules: Sequence[Rule], scope: Terms | None = None) -> None:
-        self.rules, self.scope = tuple(rules), scope
-
-    def __iter__(self) -> Any:
-        return iter(self.rules)
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = tuple(rules)
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         for rule in self.rules:
@@ -128,7 +134,7 @@ class Rules(Rule):
 
     def start(self, model: nn.Module, terms: Terms | None = None, steps: int | None = None) -> None:
         for rule in self.rules:
-            rule.start(model, terms if self.scope is None else self.scope, steps)
+            rule.start(model, terms, steps)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         penalties = [penalty for rule in self.rules if (penalty := rule.penalty(model)) is not None]
@@ -157,8 +163,15 @@ class Rules(Rule):
             rule.load_state_dict(part)
 
 
-def make_rules(makers: Iterable[Callable[..., Rule]], settings: Mapping[str, Any]) -> list[Rule]:
-    """The rules that a method's record names: each maker is given those of the settings (the method's options; rank,
-    ranks and seed of an adapter) that it names.
+def make_rules(
+    makers: Iterable[Callable[..., Rule]], settings: Mapping[str, Any], scope: Terms | None = None
+) -> list[Rule]:
+    """The rules that a method's record names, for a scope: each maker is given those of the settings (the method's
+    options; rank, ranks and seed of an adapter) that it names.
     """
-    return [make(**{key: settings[key] for key in inspect.signature(make).parameters if key in settings}) for make in makers]
+    made = []
+    for make in makers:
+        names = inspect.signature(make).parameters
+        made.append(make(**{key: settings[key] for key in names if key in settings}))
+        made[-1].scope = scope
+    return made

@@ -19,7 +19,7 @@ from weft.rules.sharded import whole
 from weft.rules.support import agreed, lookup, move
 from weft.terms import MovingSparse
 
-__all__ = ["DropAndGrow", "GradientProbe"]
+__all__ = ["DropAndGrow", "GradientProbe", "check_phase"]
 
 _KEPT = ("positions", "total", "squares")
 
@@ -115,11 +115,7 @@ class DropAndGrow(Rule):
         self.moving = [term for _, term in self.found(MovingSparse)]
         self.span = length(self.steps, "The share of entries that are dropped") if self.total is None else self.total
         self.phase = max(2, min(5, (self.steps or self.span) // 2)) if self.given is None else self.given
-        if not 2 <= self.phase <= self.interval:
-            raise WeftError(
-                f"A selection phase of {self.phase} steps every {self.interval} is not possible: the first step proposes "
-                "entries and the others judge them, so give phase= at least 2 and at most interval=."
-            )
+        check_phase(self.phase, self.interval)
         in_time(self.phase, self.steps, "The first selection phase (phase)", given=self.given is not None)
         for term in self.moving:
             self._tell(term)
@@ -198,6 +194,15 @@ class DropAndGrow(Rule):
     def _tell(self, term: MovingSparse) -> None:
         if isinstance(self.optimizer, SM3):
             self.optimizer.place(term.values, term.positions, (term.out_features, term.in_features))
+
+
+def check_phase(phase: int, interval: int) -> None:
+    """Raises WeftError for a selection phase that could propose or judge nothing."""
+    if not 2 <= phase <= interval:
+        raise WeftError(
+            f"A selection phase of {phase} steps every {interval} is not possible: the first step proposes entries and "
+            "the others judge them, so give phase= at least 2 and at most interval=."
+        )
 
 
 def _gathered(tensor: Tensor) -> list[Tensor]:

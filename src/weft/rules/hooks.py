@@ -14,7 +14,9 @@ __all__ = ["Hook", "watch"]
 class Hook(Protocol):
     """hook(module, args, output) -> None, or what takes the output's place."""
 
-    term: Term  # whose rule it serves
+    @property
+    def term(self) -> Term:
+        """Whose rule it serves."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any: ...
 

@@ -14,8 +14,8 @@ __all__ = ["Orthonormal", "orthonormal_pull"]
 
 
 class Orthonormal(Rule):
-    """Adds the gradient of gamma / lr * mean over the trained factors of ||U^T U - I||_F and ||V V^T - I||_F (Cao, 2024,
-    arXiv 2409.00055).
+    """Adds the gradient of gamma / lr * mean over the trained factors of ||U^T U - I||_F and ||V V^T - I||_F (Cao,
+    2024, arXiv 2409.00055).
 
     Args:
         gamma: what a step at the peak rate takes of the mean.

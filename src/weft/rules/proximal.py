@@ -27,9 +27,9 @@ class Proximal(Rule):
     2311.11696), for the vectors `s` of trained Spectral terms.
 
     Args:
-        xi: the threshold, or a list of thresholds, each kept for `every` steps, the last one to the end. None for 3e-4 as
-            published, or 0.385 / N in a run of N < 1284 steps, in which 3e-4 would do nothing: a standard normal gate
-            that learns nothing then closes by the end with probability 0.3, the share that the paper closes.
+        xi: the threshold, or a list of thresholds, each kept for `every` steps, the last one to the end. None for 3e-4
+            as published, or 0.385 / N in a run of N < 1284 steps, in which 3e-4 would do nothing: a standard normal
+            gate that learns nothing then closes by the end with probability 0.3, the share that the paper closes.
         every: None for equal shares of the run.
         by_rate: multiply xi by the gate's learning rate, as the proximal gradient step for a fixed penalty does.
         penalty: factor of the mean of |g| over all gates, added to the loss.

@@ -21,7 +21,7 @@ from weft.rules.sharded import sharded_like, whole
 from weft.terms import Spectral
 from weft.terms.adapters import unwrapped
 
-__all__ = ["RESERVE", "Growth", "RankGrowth"]
+__all__ = ["RESERVE", "Growth", "RankGrowth", "live_components"]
 
 RESERVE = 1e-5
 """The fixed coefficient of a component that is trained in advance."""
@@ -35,8 +35,8 @@ class Growth:
         start: live components of a layer at first.
         increment: components that a chosen layer gains, and that are trained in advance; None for half the rank.
         top_h: layers chosen at once; None for an eighth of them, or for as many as it takes in a short run.
-        warmup, interval: growth after step t where t > warmup and t is a multiple of interval. None for such that growth
-            is complete after a third of the run, as in the published ones; the warm-up is one interval.
+        warmup, interval: growth after step t where t > warmup and t is a multiple of interval. None for such that
+            growth is complete after a third of the run, as in the published ones; the warm-up is one interval.
         ramp: steps over which what is new is brought to the full learning rate; None for an interval.
         smoothing: of the sensitivity and of its uncertainty.
         coefficient: of the orthonormality of the components.
@@ -75,8 +75,8 @@ class Growth:
         grown = gain * top_h * max(0, (steps - 1 - first) // interval + 1) if steps is not None else missing
         if 0 < grown < missing:
             warnings.warn(
-                f"{steps} steps are too few for this growth: {grown} of {missing} components will be added; lower warmup "
-                "and interval, or raise top_h.",
+                f"{steps} steps are too few for this growth: {grown} of {missing} components will be added; lower "
+                "warmup and interval, or raise top_h.",
                 stacklevel=2,
             )
         return replace(self, top_h=top_h, warmup=warmup, interval=interval, ramp=ramp)
@@ -114,7 +114,7 @@ class RankGrowth(Rule):
         rank = max(room) if self.rank is None else self.rank
         self.total = sum(self.ranks.values()) if self.ranks else sum(min(rank, most) for most in room)
         self.gain = self.given.gain(rank)
-        self.live = [_live(part, self.given.start) for part in self.parts]
+        self.live = [live_components(part, self.given.start) for part in self.parts]
         from_the_start = self.total - self.given.start * len(self.parts)  # a resumed run keeps its plan
         self.growth = self.given.planned(from_the_start, self.gain, len(self.parts), self.steps)
         self.hooks = [Sensitivity(part) for part in self.parts]
@@ -217,8 +217,10 @@ class RankGrowth(Rule):
         self._choose(anew=True)
 
     def _settle(self, s: nn.Parameter, live: int, known: int) -> None:
-        """1e-5 for what is in reserve, 0 beyond."""
+        """1e-5 for what is in reserve, and for nothing else, by which it is known again; 0 beyond."""
         values = whole(s).clone()
+        reserve = torch.full_like(values, RESERVE)
+        values = torch.where(values == reserve, torch.nextafter(reserve, 2 * reserve), values)
         values[live:known], values[known:] = RESERVE, 0
         s.copy_(sharded_like(values, s))
 
@@ -241,7 +243,7 @@ class RankGrowth(Rule):
                     self.optimizer.choose(parameter, index, axis)
 
 
-def _live(part: Spectral, start: int) -> int:
+def live_components(part: Spectral, start: int) -> int:
     """How many components are live already: those before the reserve, or all that are not zero; `start` at first."""
     s = whole(part.s.detach())
     reserve = (s == torch.tensor(RESERVE, dtype=s.dtype, device=s.device)).nonzero()

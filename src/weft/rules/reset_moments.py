@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.rules.base import Rule
-from weft.terms import Term
+from weft.rules.schedule import in_time
 
 __all__ = ["ResetMoments"]
 
@@ -25,8 +25,8 @@ class ResetMoments(Rule):
     of `every` steps.
 
     Args:
-        terms_only: only parameters of low-rank and other terms; embeddings and norms keep their moments. Where a model
-            has no terms, all are reset.
+        terms_only: only parameters of the scope's terms; embeddings and norms keep their moments. Where there are no
+            terms, all are reset.
     """
 
     def __init__(self, every: int, *, terms_only: bool = True) -> None:
@@ -35,14 +35,17 @@ class ResetMoments(Rule):
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
+    def begin(self, model: nn.Module) -> None:
+        in_time(self.every, self.steps, "The interval between two resets of moments")
+        self.mine = {id(parameter) for parameter in self.trained()} if self.terms_only else set()
+
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
         """Reset, at a multiple of `every`."""
         if step % self.every:
             return
-        terms = {id(p) for module in model.modules() if isinstance(module, Term) for p in module.parameters()}
         for parameter, state in self.optimizer.state.items():
-            if not (self.terms_only and terms) or id(parameter) in terms:
+            if not self.mine or id(parameter) in self.mine:
                 for name, value in state.items():
                     if isinstance(value, Tensor) and (name in _AGES or name.startswith(_MOMENTS)):
                         value.zero_()

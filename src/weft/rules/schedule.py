@@ -39,8 +39,8 @@ def period(given: int | None, steps: int | None, *, share: float, most: int, wha
 def in_time(first: int, steps: int | None, what: str, *, given: bool = True) -> int:
     """`first`, the step after which something happens for the first time.
 
-    Raises WeftError where no step follows it. If it was not `given`, but found from the steps, these are too few for any
-    schedule: a warning then says so.
+    Raises WeftError where no step follows it. If it was not `given`, but found from the steps, these are too few for
+    any schedule: a warning then says so.
     """
     if steps is not None and first >= steps:
         sentence = f"{what} is {first} steps and the run has {steps}, so that it never takes effect"
@@ -59,5 +59,7 @@ def peak_rate(optimizer: torch.optim.Optimizer | None, parameters: Collection[nn
     groups = optimizer.param_groups if optimizer is not None else []
     rates = [float(g.get("initial_lr", g["lr"])) for g in groups if any(id(p) in mine for p in g["params"])]
     if not rates:
-        raise WeftError(f"{what} follows the learning rate, and no optimizer of its parameters is bound: call bind first.")
+        raise WeftError(
+            f"{what} follows the learning rate, and no optimizer of its parameters is bound: call bind first."
+        )
     return max(rates)

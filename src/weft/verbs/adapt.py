@@ -21,7 +21,7 @@ from weft.errors import WeftError, nearest
 from weft.io.quantizer import remark
 from weft.methods import METHODS, Method, Site, find
 from weft.methods.base import Moments
-from weft.rules import Rule, Rules, make_rules
+from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import SumLinear, Term
@@ -212,15 +212,16 @@ def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
 
 
 def rules(model: nn.Module) -> list[Rule]:
-    """The rules of the active adapters' methods (see `weft.rules`), to be run around each training step: those of each
-    adapter as one, started on its terms.
+    """The rules of the active adapters' methods (see `weft.rules`), each with its adapter's terms as its scope, to be
+    run around each training step.
     """
-    found = []
-    for adapter in _active(model):
-        settings = adapter.settings | adapter.settings.get("options", {})
-        if made := make_rules(METHODS[adapter.method].rules, settings):
-            found.append(Rules(made, adapter.terms))
-    return found
+    return [
+        rule
+        for adapter in _active(model)
+        for rule in make_rules(
+            METHODS[adapter.method].rules, adapter.settings | adapter.settings.get("options", {}), adapter.terms
+        )
+    ]
 
 
 def _active(model: nn.Module) -> list[Adapter]:

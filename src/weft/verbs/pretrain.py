@@ -27,6 +27,7 @@ from weft.optim.state import state_bytes
 from weft.rules import Rule
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
+from weft.rules.schedule import in_time
 from weft.runs.inputs import contents
 from weft.runs.loading import load_tokenizer, resolve_dtype
 from weft.runs.output import check_output, open_output
@@ -194,7 +195,7 @@ def run(
     recipe, options = _settings(optimizer, rank, lr, warmup, settings)
     if optimizer == "gradnormlorp" and low_rank is not None:
         options.setdefault("normalize", False)  # factors are projected as they are
-    _check_rules(refactorise, reset_moments, low_rank)
+    _check_rules(refactorise, reset_moments, low_rank, recipe.steps)
     _check_width(optimizer, mup, decay)
     _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
     files = source_files(text) if text is not None else calibration_files()
@@ -249,10 +250,12 @@ def _rank(optimizer: str, rank: float) -> float:
     return int(rank) if rank >= 1 else rank
 
 
-def _check_rules(refactorise: int | None, reset_moments: int | None, low_rank: int | None) -> None:
+def _check_rules(refactorise: int | None, reset_moments: int | None, low_rank: int | None, steps: int) -> None:
     for name, value in (("refactorise", refactorise), ("reset-moments", reset_moments)):
         if value is not None and value < 1:
             raise WeftError(f"--{name} is {value}: give the steps between two, at least 1.")
+        if value is not None:
+            in_time(value, steps, f"--{name}")
     if refactorise is not None and low_rank is None:
         raise WeftError("--refactorise re-balances low-rank factors: give --low-rank RANK too.")
 
@@ -301,4 +304,5 @@ def _schedule(name: str, recipe: Recipe, restart: int, period: int | None) -> sc
         return plans[name]()
     if period is None:
         raise WeftError("--restart warms up after each new subspace, and this optimizer has none: add --reset-moments.")
+    in_time(period, recipe.steps, "The interval between two new subspaces, or resets, that --restart follows,")
     return schedules.restarted(plans[name](), period, restart)
