@@ -15,9 +15,9 @@ from weft.errors import WeftError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Header", "check_tensors", "keep_mixed_precision"]
+__all__ = ["FLOATS", "Header", "check_tensors", "keep_mixed_precision", "read_headers", "renamed"]
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Header(NamedTuple):
@@ -44,7 +44,7 @@ def check_tensors(
         WeftError: a file cannot be read to its end; a sum's tensor is missing, has another shape, or belongs to no sum
             of the config.
     """
-    stored = _renamed(model, _read(files), quantizer)
+    stored = renamed(model, read_headers(files), quantizer)
     for name, home in [*tied.items(), *tied.items()]:  # to the home, and from there to the others
         for here, there in ((name, home), (home, name)):
             if here in stored:
@@ -79,11 +79,12 @@ def keep_mixed_precision(model: PreTrainedModel, layers: list[str], stored: Head
     for layer in layers:
         for key, tensor in model.get_submodule(layer).state_dict(keep_vars=True).items():
             dtype = stored[f"{layer}.{key}"].dtype
-            if dtype in _FLOATS and dtype != stored[f"{layer}.weight"].dtype:
-                tensor.data = tensor.data.to(_FLOATS[dtype])
+            if dtype in FLOATS and dtype != stored[f"{layer}.weight"].dtype:
+                tensor.data = tensor.data.to(FLOATS[dtype])
 
 
-def _read(files: list[str]) -> Headers:
+def read_headers(files: list[str]) -> Headers:
+    """The stored tensors by the names in the files. Raises WeftError for a file that cannot be read."""
     headers: Headers = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
@@ -100,7 +101,7 @@ def _read(files: list[str]) -> Headers:
     return headers
 
 
-def _renamed(model: PreTrainedModel, stored: Headers, quantizer: Any) -> Headers:
+def renamed(model: PreTrainedModel, stored: Headers, quantizer: Any) -> Headers:
     """The stored headers by the model's own names, as transformers' loader will map them."""
     mapping = get_model_conversion_mapping(model, None, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

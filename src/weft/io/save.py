@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from weft.io.precision import as_stored
 from weft.io.quantizer import remark, sum_specs
 
 __all__ = ["model_card", "save_model"]
@@ -31,7 +32,8 @@ def save_model(
 ) -> None:
     """Write everything that `from_pretrained` and `push_to_hub` need into `directory`.
 
-    The directory is not made whole or not at all here: verbs give the one of `weft.runs.output.open_output`, which is.
+    A model that was widened to compute in is written in the precision of its checkpoint (`weft.io.precision`). The
+    directory is not made whole or not at all here: verbs give the one of `weft.runs.output.open_output`, which is.
 
     Args:
         model: with sums of terms or without; its marks are brought up to date.
@@ -41,7 +43,8 @@ def save_model(
     """
     directory = Path(directory)
     remark(model)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    with as_stored(model):
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(model_card(model, run or {}), encoding="utf-8")

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import weft.embedded
 from weft.errors import WeftError, nearest
+from weft.io.precision import note_precision
 from weft.tensors import own_memory
 
 __all__ = ["load_config", "load_model", "load_tokenizer", "resolve", "resolve_device", "resolve_dtype"]
@@ -108,8 +110,8 @@ def load_model(
 
     Args:
         device: None for the GPU where there is one, else the CPU.
-        dtype: None for the checkpoint's own on an accelerator and float32 on a CPU; "auto" for the checkpoint's own
-            everywhere.
+        dtype: None for the checkpoint's own on an accelerator and float32 on a CPU, to be written in the checkpoint's
+            own all the same (`weft.io.precision`); "auto" for the checkpoint's own everywhere.
         trust_remote_code: run Python code that the checkpoint brings along.
 
     Raises:
@@ -135,8 +137,19 @@ def load_model(
             f"The checkpoint {name} lacks {len(missing)} tensors that it should hold, such as {missing[0]}."
         )
     own_memory(loaded)
+    if dtype is None and wanted is not None:  # widened to compute in, to be written as it was read
+        _note_precision(loaded, resolve(name))
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded
+
+
+def _note_precision(model: PreTrainedModel, name: str) -> None:
+    directory = Path(name)
+    if not directory.is_dir():
+        found = try_to_load_from_cache(name, "config.json")
+        directory = Path(found).parent if isinstance(found, str) else directory
+    if directory.is_dir():
+        note_precision(model, directory)
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

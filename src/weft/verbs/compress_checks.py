@@ -12,10 +12,10 @@ from torch import nn
 from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
 from weft.allocate.base import check_ranks, check_reach
 from weft.errors import WeftError, unknown
+from weft.io.precision import layer_bytes, saved_dtype, saved_size
 from weft.methods.base import LowRankSplit, Method
 from weft.stats.calibrate import Batch, Stats
 from weft.terms.layers import stored_weight, weight_of
-from weft.verbs.evaluate import model_size
 from weft.verbs.truncation import Plan
 
 __all__ = ["allowed_parameters", "check", "check_options", "check_round", "given_ranks", "is_ranks_file", "reads"]
@@ -64,10 +64,11 @@ def is_ranks_file(allocate: str | Path) -> bool:
 
 def allowed_parameters(model: nn.Module, budget: Budget, infos: Mapping[str, LayerInfo], multiple: int) -> int:
     """Parameters that the budget leaves to these layers. Raises WeftError where it is out of reach, or already met."""
-    stored = [stored_weight(model.get_submodule(name)) for name in infos]
-    numbers, nbytes = (sum(column) for column in zip(*stored, strict=True))
-    itemsize = weight_of(model.get_submodule(next(iter(infos)))).element_size()
-    allowed = budget.parameters(infos, other_bytes=model_size(model)[1] - nbytes, itemsize=itemsize)
+    numbers = sum(stored_weight(model.get_submodule(name))[0] for name in infos)
+    first = next(iter(infos))
+    itemsize = saved_dtype(model, f"{first}.weight", weight_of(model.get_submodule(first))).itemsize
+    other_bytes = saved_size(model)[1] - layer_bytes(model, infos)
+    allowed = budget.parameters(infos, other_bytes=other_bytes, itemsize=itemsize)
     total = sum(info.size for info in infos.values())
     if numbers < total and allowed >= numbers:
         raise WeftError(

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
+from weft.io.precision import saved_size as model_size
 from weft.runs.loading import load_config, load_model, load_tokenizer
 from weft.seeds import check_seed
 from weft.train.sources import read_texts
@@ -217,15 +218,6 @@ def text_perplexities(
 def exponential(loss: float) -> float:
     """e^loss, infinite where a float does not hold it."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def model_size(model: nn.Module) -> tuple[int, int]:
-    """(parameters, bytes) that saving the model stores: every parameter and persistent buffer once, tied ones
-    included once.
-    """
-    stored = {(t.data_ptr(), t.shape, t.stride()): t for t in model.state_dict().values() if t.numel()}
-    parameters = {p.data_ptr(): p.numel() for p in model.parameters()}
-    return sum(parameters.values()), sum(t.numel() * t.element_size() for t in stored.values())
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,0 +1,98 @@
+"""A checkpoint's precision, kept: a model that was widened to compute in is written as it was read.
+
+    load in fp32 on a CPU   ->   note_precision(model, directory)   ->   as_stored(model): save_pretrained
+
+Every tensor returns to the dtype that its file had it in, exactly, since what came from bf16 is a number of bf16 still;
+the terms that took a weight's place get the weight's. Adapters keep their own precision, and codes are integers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weft.io.headers import FLOATS, read_headers, renamed
+from weft.terms.adapters import adapters_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["as_stored", "layer_bytes", "note_precision", "saved_dtype", "saved_size"]
+
+
+class Stored(NamedTuple):
+    """The dtypes of a checkpoint."""
+
+    by_name: Mapping[str, torch.dtype]  # by the model's names
+    usual: torch.dtype  # of most numbers
+
+
+_STORED: weakref.WeakKeyDictionary[nn.Module, Stored] = weakref.WeakKeyDictionary()
+
+
+def note_precision(model: PreTrainedModel, directory: Path) -> None:
+    """Remember in which dtypes the safetensors files of `directory` hold the tensors of this model."""
+    headers = renamed(model, read_headers([str(file) for file in sorted(directory.glob("*.safetensors"))]), None)
+    dtypes = {name: FLOATS[header.dtype] for name, header in headers.items() if header.dtype in FLOATS}
+    if dtypes:
+        numbers: dict[torch.dtype, int] = {}
+        for name, dtype in dtypes.items():
+            numbers[dtype] = numbers.get(dtype, 0) + torch.Size(headers[name].shape).numel()
+        _STORED[model] = Stored(dtypes, max(numbers, key=lambda dtype: numbers[dtype]))
+
+
+def saved_dtype(model: nn.Module, name: str, tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor of the model is written in: its own, or a narrower one that its checkpoint had."""
+    stored = _STORED.get(model)
+    layer, inside, term = name.partition(".terms.")
+    if stored is None or not tensor.is_floating_point() or (inside and term.split(".")[0] in adapters_of(model)):
+        return tensor.dtype
+    home = stored.by_name.get(f"{layer}.weight", stored.usual) if inside else stored.usual
+    dtype = stored.by_name.get(name, home)
+    return dtype if dtype.itemsize < tensor.dtype.itemsize else tensor.dtype
+
+
+def saved_size(model: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes) that saving the model stores: every parameter and persistent buffer once, tied ones
+    included once.
+    """
+    stored = {
+        (t.data_ptr(), t.shape, t.stride()): t.numel() * saved_dtype(model, name, t).itemsize
+        for name, t in model.state_dict().items()
+        if t.numel()
+    }
+    parameters = {p.data_ptr(): p.numel() for p in model.parameters()}
+    return sum(parameters.values()), sum(stored.values())
+
+
+def layer_bytes(model: nn.Module, layers: Iterable[str]) -> int:
+    """Bytes that saving the model stores for the weights of these layers, without the biases."""
+    homes = {home for layer in layers for home in (f"{layer}.weight", f"{layer}.terms")}
+    return sum(
+        t.numel() * saved_dtype(model, name, t).itemsize
+        for name, t in model.state_dict().items()
+        if name in homes or name.partition(".terms.")[0] + ".terms" in homes
+    )
+
+
+@contextmanager
+def as_stored(model: nn.Module) -> Iterator[None]:
+    """Within the block, every tensor in the dtype that it is to be written in; afterwards as before."""
+    held = [*model.named_parameters(), *model.named_buffers()] if model in _STORED else []
+    wide = [(t, t.data) for name, t in held if saved_dtype(model, name, t) != t.dtype]
+    kept = getattr(getattr(model, "config", None), "dtype", None)
+    try:
+        for name, tensor in held:
+            tensor.data = tensor.data.to(saved_dtype(model, name, tensor))
+        yield
+    finally:
+        for tensor, data in wide:
+            tensor.data = data
+        if wide and hasattr(model, "config"):
+            model.config.dtype = kept  # type: ignore[union-attr]
