@@ -66,3 +66,19 @@ def default_text_or_empty(root: Path) -> str:
 def test_no_sources_is_said(tmp_path: Path) -> None:
     with pytest.raises(WeftError, match="no Python sources under .* name a text file"):
         default_text("evaluation", tmp_path)
+
+
+def test_the_mixed_text_is_half_prose_from_beginning_to_end() -> None:
+    """A window is drawn from each part of the text: each part must hold both kinds, and nothing of the held out."""
+    from pydoc_data.topics import topics
+
+    text, code = default_text("mixed"), default_text("calibration")
+    prose = [chapter for chapter in topics.values() if len(chapter) > 500]
+    assert all(chapter in text for chapter in prose)
+    quarters = [text[i * len(text) // 4 : (i + 1) * len(text) // 4] for i in range(4)]
+    for quarter in quarters:
+        share = sum(len(chapter) for chapter in prose if chapter[:200] in quarter) / len(quarter)
+        assert 0.3 < share < 0.7 and sum(line in code for line in quarter.splitlines() if "def " in line) > 20
+    assert not any(
+        line in text for file in evaluation_files()[:9] for line in file.read_text().splitlines() if len(line) > 95
+    )

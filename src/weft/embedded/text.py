@@ -1,4 +1,5 @@
-"""The default text: the Python standard library's own sources, which are real and on every machine.
+"""The default text: the Python standard library's own sources, which are real and on every machine; and, to calibrate
+models of prose too, its documentation in turn with them ("mixed").
 
 A file is held out when the SHA-1 of its path relative to the standard library, read as an integer, is a multiple of
 16. That is the rule the embedded model was trained under, so the evaluation text is text that it has not seen, and
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,7 @@ from weft.errors import WeftError
 
 __all__ = ["Split", "calibration_files", "default_text", "evaluation_files", "is_held_out"]
 
-Split = Literal["calibration", "evaluation"]
+Split = Literal["calibration", "evaluation", "mixed"]
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -44,13 +46,36 @@ def evaluation_files(root: Path | None = None) -> list[Path]:
 
 
 def default_text(split: Split, root: Path | None = None) -> str:
-    """All files of one split, joined by a line break.
+    """All files of one split, joined by a line break; "mixed" is the calibration split in turn with as much prose,
+    chapters of the Python reference, where this Python carries it.
 
     Raises:
         WeftError: this Python carries no readable standard library (an embedded or frozen interpreter).
     """
     files = evaluation_files(root) if split == "evaluation" else calibration_files(root)
-    return "\n".join(_read(file) for file in files)
+    texts = map(_read, files)
+    return "\n".join(_in_turn(_chapters(), texts) if split == "mixed" else texts)
+
+
+def _chapters() -> list[str]:
+    """The chapters of the Python reference that `help()` shows: English prose with examples."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # a Python without its documentation
+        return []
+    return [topics[name] for name in sorted(topics)]
+
+
+def _in_turn(chapters: list[str], texts: Iterator[str]) -> Iterator[str]:
+    """Each chapter, and behind it texts of at least its length; all texts where there are no chapters."""
+    for chapter in chapters:
+        yield chapter
+        owed = len(chapter)
+        while owed > 0 and (text := next(texts, "")):
+            yield text[: max(owed, 2000)]
+            owed -= len(text)
+    if not chapters:
+        yield from texts
 
 
 def _files(root: Path | None, held_out: bool) -> list[Path]:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
-from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.io.save import save_model
 from weft.methods import find
 from weft.methods.base import Method
+from weft.runs.calibration import calibration_texts, check_enough
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.progress import track
@@ -29,7 +29,6 @@ from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate, frozen, to_device, token_loss
 from weft.terms.layers import linear_layers, shape_of
 from weft.terms.layers import replace as put_layer
-from weft.train.sources import read_texts
 from weft.train.windows import calibration_batches
 from weft.verbs.compress_checks import (
     allowed_parameters,
@@ -248,20 +247,21 @@ def run(
     arguments = {key: value for key, value in locals().items() if key not in ("options", "device")} | options
     _check_arguments(method, budget, allocate, round, windows, window, seed, options)
     check_output(out, arguments)
-    texts = read_texts(calibration) if calibration is not None else [default_text("calibration")]
+    texts, text = calibration_texts(calibration, model)
     target = resolve_device(device)
     record = begin("compress", arguments, seed=seed, device=target)
     check_context(load_config(model, trust_remote_code=trust_remote_code), window)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     data = calibration_batches(tokenizer, texts, windows=windows, window=window, seed=seed)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokens = check_enough(source, data, layers)
     with open_output(out, arguments) as place:
         before = _size(source)
         done = compress(
             source, method, budget=budget, allocate=allocate, batches=data, layers=layers, round=round,
             sequential=sequential, by_block=by_block, progress=place.progress, track=track, **options,
         )  # fmt: skip
-        metrics = _metrics(before, _size(source), done)
+        metrics = {**_metrics(before, _size(source), done), "calibration": text, "calibration_tokens": tokens}
         done.allocation.save(place.path / "allocation.json")
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
     return {"output": str(out), **metrics}

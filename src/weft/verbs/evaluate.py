@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.io.precision import saved_size as model_size
+from weft.runs.calibration import say_default
 from weft.runs.loading import load_config, load_model, load_tokenizer
 from weft.seeds import check_seed
 from weft.train.sources import read_texts
@@ -141,6 +142,8 @@ def run(
     """
     check_seed(seed)
     evaluation_windows(window, window, stride)  # says what is wrong with either
+    if text is None:
+        say_default(model, "evaluation", "Python sources held out", "--text")
     texts = read_texts(text) if text is not None else [default_text("evaluation")]
     config = load_config(model, trust_remote_code=trust_remote_code)
     check_causal(config)

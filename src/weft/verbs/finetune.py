@@ -24,6 +24,7 @@ from weft.methods import find
 from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
 from weft.rules import Rule, make_rules
+from weft.runs.calibration import say_default
 from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
@@ -245,6 +246,8 @@ def run(
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     inputs = contents(model=model, data=calibration_files() if data is None else data, eval_text=eval_text)
     check_output(out, arguments, inputs)
+    if data is None:
+        say_default(model, "training", "Python's own sources", "--data")
     skipped = Skipped(skip_bad)
     documents = (
         read_documents(data, names, split, skipped)
