@@ -171,7 +171,7 @@ def test_a_full_disk_is_said_and_keeps_finished_steps_only(tmp_path: Path, error
             raise error
     assert not out.exists()
     kept = {p.name for p in (tmp_path / "out.partial").rglob("*") if p.is_file()}
-    assert kept == {"arguments.json", "inputs.json", "one"}
+    assert kept == {"arguments.json", "one"}
 
 
 def test_other_processes_of_a_run_neither_clear_nor_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

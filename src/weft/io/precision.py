@@ -95,4 +95,4 @@ def as_stored(model: nn.Module) -> Iterator[None]:
         for tensor, data in wide:
             tensor.data = data
         if wide and hasattr(model, "config"):
-            model.config.dtype = kept  # type: ignore[union-attr]
+            model.config.dtype = kept  # type: ignore[union-attr, assignment]

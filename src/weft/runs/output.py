@@ -84,7 +84,8 @@ def open_output(
             _clear(partial)
             partial.mkdir(parents=True, exist_ok=True)
             write_json(partial / "arguments.json", _decisive(arguments))
-            write_json(partial / "inputs.json", inputs or {})
+            if inputs:
+                write_json(partial / "inputs.json", inputs)
         resumed = _has_steps(partial)
         for directory in (progress, output):
             directory.mkdir(parents=True, exist_ok=True)
