@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from weft.errors import WeftError, unknown
-from weft.linalg.svd import truncated_svd
+from weft.linalg.svd import minor_svd, truncated_svd
 from weft.methods.adapter import SCALING, Pair, lora_count, low_rank
 from weft.methods.base import Method, Site
 
@@ -31,11 +31,10 @@ def initialise(site: Site, scale: float, *, mode: str = "ipm", damp: float = 0.0
         raise WeftError(f"corda inverts the inputs' second moment, which needs damp above 0; it is {damp}.")
     C = site.moments["input_moment"].to(site.device, torch.float64)
     C = C + torch.eye(len(C), dtype=C.dtype, device=C.device) * (damp * C.diagonal().mean())
-    U, s, V = truncated_svd(site.weight(torch.float64) @ C)
-    chosen = slice(0, site.rank) if mode == "ipm" else slice(len(s) - site.rank, None)
-    root = (s[chosen] / scale).sqrt()
+    U, s, V = (truncated_svd if mode == "ipm" else minor_svd)(site.weight(torch.float64) @ C, site.rank)
+    root = (s / scale).sqrt()
     # V C^-1 with a symmetric C
-    return U[:, chosen] * root, root.unsqueeze(1) * torch.linalg.solve(C, V[chosen].mT).mT
+    return U * root, root.unsqueeze(1) * torch.linalg.solve(C, V.mT).mT
 
 
 METHOD = Method(

@@ -16,9 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from weft.linalg.svd import truncated_svd
+from weft.linalg.svd import minor_svd
 from weft.methods.adapter import lora_count
 from weft.methods.base import Method, Site, Split
 from weft.rules.kept_subspace import KeptSubspace
@@ -29,9 +27,8 @@ __all__ = ["METHOD", "split"]
 
 def split(site: Site, *, orthogonality: float, norm: float) -> Split:
     """The minor triplets, taken out of the base."""
-    U, s, V = (factor.to(site.dtype) for factor in truncated_svd(site.weight(torch.float64)))
-    r = site.rank
-    return Split({"": Shifted.from_term(Spectral.from_factors(U[:, -r:], s[-r:], V[-r:]))})
+    U, s, V = (factor.to(site.dtype) for factor in minor_svd(site.weight(), site.rank))
+    return Split({"": Shifted.from_term(Spectral.from_factors(U, s, V))})
 
 
 def _count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.linalg.krylov import leading_eigh
 from weft.methods.adapter import SCALING, Pair, lora_count, low_rank
 from weft.methods.base import Method, Moments, Site
 
@@ -25,10 +26,10 @@ __all__ = ["METHOD", "initialise", "spread"]
 
 def initialise(site: Site, scale: float, *, centred: bool, whiten: bool, rho: float) -> Pair:
     """The leading principal directions of the inputs; `centred` subtracts their mean, as the official code does."""
-    variances, Q = torch.linalg.eigh(covariance(site.moments, centred))
-    A = Q.flip(1)[:, : site.rank].mT
+    variances, Q = leading_eigh(covariance(site.moments, centred), site.rank)
+    A = Q.mT
     if whiten:
-        deviation = variances.flip(0)[: site.rank].clamp(min=0).sqrt()
+        deviation = variances.clamp(min=0).sqrt()
         A = A / deviation.clamp(min=deviation[0] * torch.finfo(A.dtype).eps).sqrt().unsqueeze(1)
     return torch.zeros(site.shape[0], site.rank), A
 
@@ -37,9 +38,9 @@ def spread(
     moments: Mapping[str, Moments], shapes: Mapping[str, tuple[int, int]], rank: int, options: Mapping[str, Any]
 ) -> dict[str, int]:
     """Rank by layer, `rank` in the mean, from 0 to round(rho * rank)."""
-    ratios = {name: _ratios(moments[name], options["centred"]) for name in shapes}
     most = {name: min(round(rank * options["rho"]), *shapes[name]) for name in shapes}
-    claims = [(-float(ratio), name) for name in shapes for ratio in ratios[name][: most[name]]]
+    ratios = {name: _ratios(moments[name], options["centred"], most[name]) for name in shapes}
+    claims = [(-float(ratio), name) for name in shapes for ratio in ratios[name]]
     ranks = dict.fromkeys(shapes, 0)
     # the sort is stable: among equal ratios the earlier layer comes first
     for _, name in sorted(claims, key=lambda claim: claim[0])[: rank * len(shapes)]:
@@ -54,10 +55,11 @@ def covariance(moments: Moments, centred: bool = True) -> Tensor:
     return C - torch.outer(m, m) if centred else C
 
 
-def _ratios(moments: Moments, centred: bool) -> Tensor:
-    """Shares of the variance, falling: (in,)."""
-    variances: Tensor = torch.linalg.eigvalsh(covariance(moments, centred)).flip(0).clamp(min=0)
-    return variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
+def _ratios(moments: Moments, centred: bool, count: int) -> Tensor:
+    """The largest shares of the variance, falling: (count,)."""
+    C = covariance(moments, centred)
+    variances = leading_eigh(C, count)[0].clamp(min=0)
+    return variances / C.diagonal().sum().clamp(min=torch.finfo(variances.dtype).tiny)
 
 
 METHOD = Method(

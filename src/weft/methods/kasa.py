@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from weft.linalg.svd import truncated_svd
+from weft.linalg.svd import minor_svd
 from weft.methods.adapter import kaiming, lora_count, scale_of
 from weft.methods.base import Method, Site, Split
 from weft.rules.spectral_penalty import SpectralPenalty
@@ -34,9 +34,8 @@ def split(site: Site, *, alpha: float, dropout: float, beta: float, gamma: float
     d = torch.randn(site.rank, generator=site.generator)
     B, d, A = (factor.to(site.device, site.dtype) for factor in (torch.zeros(out_features, site.rank), d, A))
     update = Spectral.from_factors(B, d, A, scale=scale_of(site.nominal, alpha=alpha), dropout=dropout)
-    # the smallest components need a full SVD, and its digits
-    U, s, V = (factor.to(site.dtype) for factor in truncated_svd(site.weight(torch.float64)))
-    return Split({"": update, "minor": Removed.of(U[:, -site.rank :] * s[-site.rank :], V[-site.rank :])})
+    U, s, V = (factor.to(site.dtype) for factor in minor_svd(site.weight(), site.rank))
+    return Split({"": update, "minor": Removed.of(U * s, V)})
 
 
 def limit(out_features: int, in_features: int, options: Mapping[str, Any]) -> int:

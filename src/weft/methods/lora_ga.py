@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import unknown
-from weft.linalg.svd import singular_values, truncated_svd
+from weft.linalg.svd import truncated_svd
 from weft.methods.adapter import SCALING, Pair, lora_count, low_rank
 from weft.methods.base import Method, Site
 
@@ -69,7 +69,7 @@ def _length(size: str, site: Site, scale: float, gamma: float) -> float:
     if size == "stable":
         return float(site.shape[0] ** 0.25 / gamma**0.5)
     if size == "weight":
-        return float((singular_values(site.weight())[: site.rank] / scale).sqrt().mean())
+        return float((truncated_svd(site.weight(), site.rank)[1] / scale).sqrt().mean())
     return 1 / scale if size == "gd" else 1.0
 
 

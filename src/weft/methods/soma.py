@@ -17,9 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from weft.linalg.svd import truncated_svd
+from weft.linalg.svd import minor_svd
 from weft.methods.adapter import SCALING, Pair, lora_count, low_rank
 from weft.methods.base import Method, Moments, Site
 from weft.rules.annealed_decay import AnnealedDecay
@@ -28,11 +26,10 @@ __all__ = ["METHOD", "initialise", "spread"]
 
 
 def initialise(site: Site, scale: float, **_: Any) -> Pair:
-    """The minor triplets, from a full SVD in fp64: a randomised one finds the top, and close small values need
-    digits."""
-    U, s, V = truncated_svd(site.weight(torch.float64))
-    root = (s[-site.rank :] / scale).sqrt()
-    return U[:, -site.rank :] * root, root.unsqueeze(1) * V[-site.rank :]
+    """The minor triplets, in fp64: close small values need digits."""
+    U, s, V = minor_svd(site.weight(), site.rank)
+    root = (s / scale).sqrt()
+    return U * root, root.unsqueeze(1) * V
 
 
 def spread(
