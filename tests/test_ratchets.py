@@ -50,7 +50,7 @@ PUBLIC = [
     *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compensate", "compress", "disable"),
     *("effective_rates", "evaluate"),
     *("finetune", "inspect", "lean", "load_adapter", "merge", "merge_adapter", "methods", "mix", "needs", "optim"),
-    *("parameter_groups", "quantize", "remove_adapter", "save_adapter", "set_adapter", "trainable"),
+    *("parameter_groups", "quantize", "register", "remove_adapter", "save_adapter", "set_adapter", "trainable"),
 ]
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "scipy", "typer", "rich", "numpy", "peft")

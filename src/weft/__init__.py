@@ -16,17 +16,18 @@ from weft.io import hook
 if TYPE_CHECKING:
     from weft import optim as optim
     from weft.allocate import Budget as Budget
-    from weft.io.adapters import load_adapter as load_adapter
-    from weft.io.adapters import save_adapter as save_adapter
     from weft.memory import lean as lean
+    from weft.records import register as register
     from weft.verbs.adapt import adapt as adapt
-    from weft.verbs.adapt import disable as disable
     from weft.verbs.adapt import effective_rates as effective_rates
-    from weft.verbs.adapt import merge_adapter as merge_adapter
     from weft.verbs.adapt import parameter_groups as parameter_groups
-    from weft.verbs.adapt import remove_adapter as remove_adapter
-    from weft.verbs.adapt import set_adapter as set_adapter
     from weft.verbs.adapt import trainable as trainable
+    from weft.verbs.adapters import disable as disable
+    from weft.verbs.adapters import load_adapter as load_adapter
+    from weft.verbs.adapters import merge_adapter as merge_adapter
+    from weft.verbs.adapters import remove_adapter as remove_adapter
+    from weft.verbs.adapters import save_adapter as save_adapter
+    from weft.verbs.adapters import set_adapter as set_adapter
     from weft.verbs.combine import combine as combine
     from weft.verbs.compensate import compensate as compensate
     from weft.verbs.compress import calibrate as calibrate
@@ -51,24 +52,25 @@ _EXPORTS = {
     "combine": "weft.verbs.combine",
     "compensate": "weft.verbs.compensate",
     "compress": "weft.verbs.compress",
-    "disable": "weft.verbs.adapt",
+    "disable": "weft.verbs.adapters",
     "effective_rates": "weft.verbs.adapt",
     "evaluate": "weft.verbs.evaluate",
     "finetune": "weft.verbs.finetune",
     "inspect": "weft.verbs.inspect",
     "lean": "weft.memory",
-    "load_adapter": "weft.io.adapters",
+    "load_adapter": "weft.verbs.adapters",
     "merge": "weft.verbs.merge",
-    "merge_adapter": "weft.verbs.adapt",
+    "merge_adapter": "weft.verbs.adapters",
     "methods": "weft",  # the room itself: calling it lists what lies in it
     "mix": "weft.verbs.mix",
     "needs": "weft.verbs.compress",
     "optim": "weft",
     "parameter_groups": "weft.verbs.adapt",
     "quantize": "weft.verbs.quantize",
-    "remove_adapter": "weft.verbs.adapt",
-    "save_adapter": "weft.io.adapters",
-    "set_adapter": "weft.verbs.adapt",
+    "register": "weft.records",
+    "remove_adapter": "weft.verbs.adapters",
+    "save_adapter": "weft.verbs.adapters",
+    "set_adapter": "weft.verbs.adapters",
     "trainable": "weft.verbs.adapt",
 }
 

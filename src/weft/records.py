@@ -3,6 +3,7 @@
     Record    the common head: name, kind, summary, paper, defaults
     Table     the records of one room by name
     tables()  every room's table: what `weft.methods()` lists
+    find()    a record by its name, in whichever room
 
 `weft.register` adds to a table, and so do installed packages, by the entry points of the group "weft.methods".
 """
@@ -10,14 +11,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from weft.errors import WeftError, unknown
 
-__all__ = ["Record", "Table", "load_entry_points", "register", "tables"]
+__all__ = ["Record", "Table", "find", "load_entry_points", "register", "tables"]
 
 ROOMS = ("weft.methods", "weft.optim", "weft.merging", "weft.grafts", "weft.allocate")
 """The rooms that have a table."""
@@ -87,65 +89,94 @@ class Table(dict[str, R], Generic[R]):
         return record
 
     def find(self, name: str | R, *kinds: str) -> R:
-        """The record of that name (or the record itself), of one of these kinds (none: any).
+        """The record of that name, of one of these kinds (none: any); a record itself is added, and given back.
 
         Raises WeftError with the nearest names.
         """
         if isinstance(name, self.holds):
-            return name
+            return self.add(name)
         load_entry_points()
-        among = {key: record for key, record in self.items() if not kinds or record.kind in kinds}
-        if name not in among:
-            raise unknown(f"method to {' or '.join(kinds)}" if kinds else "method", str(name), among)
-        return among[str(name)]
+        return _among([self], str(name), kinds)
+
+    def known(self, name: str) -> R | None:
+        """The record of that name, those of installed packages included, or None."""
+        if name not in self:
+            load_entry_points()
+        return self.get(name)
+
+
+def find(name: str | Record, *kinds: str) -> Record:
+    """The record of that name, of one of these kinds, in whichever room; a record itself is added to its table.
+
+    Raises WeftError with the nearest names.
+    """
+    return register(name) if isinstance(name, Record) else _among(tables(), name, kinds)
 
 
 def tables() -> list[Table[Any]]:
     """Every room's table, what installed packages add included."""
     load_entry_points()
-    return [_table(importlib.import_module(room)) for room in ROOMS]
+    return _tables()
 
 
-def register(record: Record) -> Record:
-    """Add a record to the table that holds its sort, and return it.
+def register(offered: Any) -> Any:
+    """Add a record to the table that holds its sort, or a class to the structures that a term can be; it is returned.
+
+    What is registered has a name like any other: in Python, on the command line, in saved directories.
+
+    Args:
+        offered: a record (`weft.methods.Method`, `weft.optim.Optimizer`, ...), or a subclass of `weft.terms.Term`.
 
     Raises:
-        WeftError: it is no record, or its name is taken.
+        WeftError: it is neither, or its name is taken.
     """
-    for room in ROOMS:
-        table = _table(importlib.import_module(room))
-        if isinstance(record, table.holds):
-            table.add(record)
-            return record
-    raise WeftError(f"{record!r} is no record that weft knows; give a Method, an Optimizer, a Merger or a Graft.")
+    from weft.terms import register_term
+
+    if isinstance(offered, type):
+        return register_term(offered)
+    for table in _tables():
+        if isinstance(offered, table.holds):
+            return table.add(offered)
+    sorts = ", ".join(table.holds.__name__ for table in _tables())
+    raise WeftError(f"{offered!r} is nothing that weft can register; give a record ({sorts}) or a subclass of Term.")
 
 
-_loaded: set[str] = set()
+_asked: set[tuple[str, str]] = set()
+_broken: dict[str, str] = {}
 
 
 def load_entry_points() -> None:
-    """Register what installed packages offer, once a process: groups "weft.terms" and "weft.methods".
+    """Register what installed packages offer under the groups "weft.terms" and "weft.methods", once a process.
 
-    A package that fails to load is named in the error, with the cause.
+    A package that cannot be used is named in a warning, with the cause, and again where a name is not found; all
+    others, and weft itself, work on.
     """
-    from weft.terms import register_term  # the one room below that has something to register
-
-    for group, add in (("weft.terms", register_term), ("weft.methods", register)):
+    for group in ("weft.terms", "weft.methods"):
         for point in entry_points(group=group):
-            if point.value in _loaded:
+            if (group, point.value) in _asked:
                 continue
-            _loaded.add(point.value)
+            _asked.add((group, point.value))
             try:
-                add(point.load())
-            except Exception as error:
-                raise WeftError(
-                    f"The package {point.dist.name if point.dist else point.value} offers {point.value} to weft, which "
-                    f"cannot be used ({error}); mend or uninstall it."
-                ) from error
+                register(point.load())
+            except Exception as error:  # whatever a stranger's module does when it is imported
+                package = point.dist.name if point.dist else point.value
+                _broken[point.name] = f"The package {package} offers {point.value} to weft, which cannot be used: "
+                _broken[point.name] += " ".join((str(error) or repr(error)).split())
+                warnings.warn(f"{_broken[point.name]}. Mend or uninstall it.", stacklevel=2)
 
 
-def _table(room: Any) -> Table[Any]:
-    return next(value for value in vars(room).values() if isinstance(value, Table))
+def _among(tables: Sequence[Table[R]], name: str, kinds: Sequence[str]) -> R:
+    found = {key: r for table in tables for key, r in table.items() if not kinds or r.kind in kinds}
+    if name in found:
+        return found[name]
+    if name in _broken:
+        raise WeftError(f"{_broken[name]}.")
+    raise unknown(f"method to {' or '.join(kinds)}" if kinds else "method", name, found)
+
+
+def _tables() -> list[Table[Any]]:
+    rooms = map(importlib.import_module, ROOMS)
+    return [value for room in rooms for value in vars(room).values() if isinstance(value, Table)]
 
 
 def _plain(value: Any) -> Any:

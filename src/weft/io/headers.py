@@ -72,14 +72,15 @@ def check_tensors(
 
 
 def keep_mixed_precision(model: PreTrainedModel, layers: list[str], stored: Headers) -> None:
-    """Have a term whose precision is not its layer's (an fp32 adapter on a bf16 base) loaded as it was stored.
+    """Have a term whose precision is not its layer's (an fp32 adapter on a bf16 base), and what is no layer's (a
+    graft), loaded as it was stored.
 
     All other tensors follow the dtype that the caller of `from_pretrained` asks for.
     """
     for layer in layers:
         for key, tensor in model.get_submodule(layer).state_dict(keep_vars=True).items():
-            dtype = stored[f"{layer}.{key}"].dtype
-            if dtype in FLOATS and dtype != stored[f"{layer}.weight"].dtype:
+            dtype, reference = stored[f"{layer}.{key}"].dtype, stored.get(f"{layer}.weight")
+            if dtype in FLOATS and (reference is None or dtype != reference.dtype):
                 tensor.data = tensor.data.to(FLOATS[dtype])
 
 

@@ -5,6 +5,7 @@
     weft                    the version that wrote it
     method, settings        what made the terms
     layers                  {"model.layers.0.self_attn.q_proj": SumLinear.spec(), ...}
+    graft                   name, options and seed of a graft (`weft.grafts`), where there is one
 
 Everything that can be wrong with a checkpoint is found in its headers, while the model is still on the meta device.
 """
@@ -25,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from weft import __version__
 from weft.errors import WeftError
 from weft.io.headers import check_tensors, keep_mixed_precision
+from weft.records import find
 from weft.tensors import own_memory
 from weft.terms import Spec, SumLinear, build_sum
 from weft.terms.layers import is_linear, replace, weight_of
@@ -33,10 +35,12 @@ from weft.terms.random_products import share_stores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # at run time when it is needed: the hook comes before the models
 
-__all__ = ["FORMAT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "tied_tensors", "unmark"]
+__all__ = ["FORMAT", "GRAFT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "tied_tensors", "unmark"]
 
 FORMAT = 1
 """The version of the layout; raised when an older weft could not read what this one writes."""
+GRAFT = "_weft_graft"
+"""The attribute of a model that remembers its graft (`weft.grafts.base.Grafted`)."""
 
 
 @register_quantization_config("weft")
@@ -54,6 +58,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method: str | None = None,
         settings: Mapping[str, Any] | None = None,
         tied: Mapping[str, str] | None = None,
+        graft: Mapping[str, Any] | None = None,
         format: int = FORMAT,
         weft: str | None = None,
         quant_method: str = "weft",
@@ -69,7 +74,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method: Any = quant_method  # transformers types it as a member of its own enum
         self.format, self.weft = format, weft or __version__
         self.method, self.settings, self.layers = method, dict(settings or {}), dict(layers or {})
-        self.tied = dict(tied or {})
+        self.tied, self.graft = dict(tied or {}), graft
         self._model: weakref.ref[nn.Module] | None = None
 
     def bind(self, model: nn.Module) -> None:
@@ -79,14 +84,17 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         state = self.__getstate__()
         del state["_model"]
-        if not self.tied:
-            del state["tied"]
+        for name in ("tied", "graft"):
+            if not state[name]:
+                del state[name]
         return copy.deepcopy(state)
 
     def __getstate__(self) -> dict[str, Any]:
         model = None if self._model is None else self._model()
         if model is not None:
             self.layers, self.tied = sum_specs(model), tied_tensors(model)
+            grafted = getattr(model, GRAFT, None)
+            self.graft = None if grafted is None else grafted.json()
         return {**self.__dict__, "_model": None}  # a copy belongs to no model until it is bound
 
 
@@ -107,17 +115,23 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
         placed = _resolve(model, self.quantization_config.layers)
         for name, spec in placed.items():
             _place(model, name, spec)
+        said = self.quantization_config.graft
+        grafted = [] if said is None else find(said["name"], "graft").rebuild(model, said)  # type: ignore[attr-defined]
         tied = _tied_here(model, self.quantization_config.tied)
         model.all_tied_weights_keys |= tied  # transformers makes them one again, whichever is stored
         if checkpoint_files:
-            stored = check_tensors(model, list(placed), list(checkpoint_files), self, tied)
-            keep_mixed_precision(model, list(placed), stored)
+            places = [*placed, *grafted]
+            stored = check_tensors(model, places, list(checkpoint_files), self, tied)
+            keep_mixed_precision(model, places, stored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         own_memory(model)
         share_stores([model])
         _forget_quantizer(model)
         _adopt(model, self.quantization_config)
+        said = self.quantization_config.graft
+        if said is not None:
+            find(said["name"], "graft").reconnect(model)  # type: ignore[attr-defined]
 
 
 def mark(model: PreTrainedModel, method: str | None = None, **settings: Any) -> None:

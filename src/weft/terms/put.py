@@ -1,4 +1,4 @@
-"""put: the one way to set a sum of terms in the place of a model's layer."""
+"""put: the one way to set a sum of terms in the place of a model's layer, and to take a sum of one matrix away."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from weft.errors import WeftError
-from weft.terms.adapters import adapters_of, unwrapped
+from weft.terms.adapters import adapters_of, plain_layer, unwrapped
 from weft.terms.base import Term
+from weft.terms.dense import Dense
 from weft.terms.layers import is_conv1d, is_linear, replace, shape_of
 from weft.terms.sum_linear import SumLinear
 
-__all__ = ["KEEP", "Keep", "put"]
+__all__ = ["KEEP", "Keep", "is_one_matrix", "put", "unput"]
 
 
 class Keep(Enum):
@@ -65,6 +66,20 @@ def put(
     new.bias = _bias(old, bias)
     replace(model, layer, new)
     return new
+
+
+def is_one_matrix(layer: nn.Module) -> bool:
+    """Whether this is a sum of one Dense term."""
+    return isinstance(layer, SumLinear) and [type(term) for term in layer.terms.values()] == [Dense]
+
+
+def unput(model: nn.Module, layer: str) -> None:
+    """Set the plain layer of the very same parameters in the place of a sum of one matrix (`is_one_matrix`)."""
+    old = unwrapped(model).get_submodule(layer)
+    assert isinstance(old, SumLinear)
+    (term,) = old.terms.values()
+    assert isinstance(term, Dense)
+    replace(unwrapped(model), layer, plain_layer(term.matrix, old.bias, transposed=old.transposed))
 
 
 def _bias(old: nn.Module, bias: Tensor | Literal[Keep.KEEP] | None) -> nn.Parameter | None:

@@ -1,4 +1,4 @@
-"""Adapters on a model: put on by a method, trained, switched, merged, taken off.
+"""Adapters and grafts on a model: put on by a method, and trained.
 
 weft.adapt(model, "pissa", rank=16, targets="all-linear", name="default")
 optimizer = torch.optim.AdamW(weft.parameter_groups(model, lr=2e-4))
@@ -18,26 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError, nearest
+from weft.grafts import Graft
+from weft.grafts import base as grafts
 from weft.io.quantizer import remark
-from weft.methods import METHODS, Method, Site, find
+from weft.methods import METHODS, Method, Site
 from weft.methods.base import Moments
+from weft.records import find
 from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import SumLinear, Term
 from weft.terms.adapters import (
     Adapter,
-    activate,
     adapters_of,
     attach,
     base_terms,
-    detach,
-    disable,
-    merge,
     sum_dense,
     unwrapped,
 )
 from weft.terms.layers import bias_of, linear_layers, weight_of
+from weft.verbs.adapters import check_ungrafted, disable, merge_adapter, remove_adapter, set_adapter
 
 __all__ = [
     "Trainable",
@@ -55,6 +55,8 @@ __all__ = [
 ]
 
 Stats = Mapping[str, Moments]
+RANK = 16
+"""Of an adapter, where none is given."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Trainable:
 
 def adapt(
     model: nn.Module,
-    method: str,
-    rank: int = 16,
+    method: str | Method | Graft,
+    rank: int | None = None,
     targets: str | Sequence[str] = "all-linear",
     name: str = "default",
     *,
@@ -85,11 +87,14 @@ def adapt(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> nn.Module:
-    """Put an adapter on the model's linear layers and freeze everything else; the same model is returned.
+    """Put an adapter on the model's linear layers, or a graft on its forward pass, and freeze everything else; the same
+    model is returned.
 
     Args:
-        method: a method of kind "adapt", see `weft.methods()`.
-        rank: of every layer's adapter (what it counts is the method's affair: components, block side, basis size).
+        method: a method of kind "adapt" or "graft", by its name (see `weft.methods()`) or its record. A graft takes
+            `batches`, `seed`, `dtype` and its own options alone.
+        rank: of every layer's adapter (what it counts is the method's affair: components, block side, basis size);
+            16 by default.
         targets: "all-linear", or names and shell patterns: "q_proj" matches every layer of that name, "*.0.*" the first
             block.
         name: an identifier; several adapters with different names add up.
@@ -108,8 +113,13 @@ def adapt(
             then as it was.
     """
     model = unwrapped(model)
-    chosen = find(method, "adapt")
-    options = chosen.options(options)
+    chosen = find(method, "adapt", "graft")
+    if isinstance(chosen, Graft):
+        _check_whole(chosen, rank=rank, targets=targets, name=name, stats=stats, ranks=ranks)
+        return grafts.put(model, chosen, batches=batches, seed=seed, dtype=dtype, **options)
+    assert isinstance(chosen, Method)
+    check_ungrafted(model)
+    options, rank = chosen.options(options), RANK if rank is None else rank
     layers = _ranks(model, chosen, rank, targets, ranks, options)
     if name in adapters_of(model):
         raise WeftError(
@@ -226,41 +236,7 @@ def rules(model: nn.Module) -> list[Rule]:
 
 def _active(model: nn.Module) -> list[Adapter]:
     """The adapters in use whose methods are known."""
-    return [adapter for adapter in adapters_of(model).values() if adapter.active and adapter.method in METHODS]
-
-
-def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
-    """Use exactly these adapters; their deltas add up.
-
-    An empty list is the base model. Raises WeftError for an unknown name.
-    """
-    activate(model, [names] if isinstance(names, str) else names)
-
-
-def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take an adapter off (None: the only one). Without any other the model is what it was before, byte for byte.
-
-    Raises:
-        WeftError: there is no such adapter, or several and no name.
-    """
-    detach(model, name)
-    remark(model)
-    return model
-
-
-def merge_adapter(model: nn.Module, name: str | None = None) -> dict[str, float]:
-    """Fold an adapter (None: the only one) into the base for good, in fp32, cast last.
-
-    Returns:
-        layer -> how much of the update the cast to the layer's dtype loses, relative to its norm: about 1 where it is
-        below the dtype's resolution, and then keep the adapter apart or merge in fp32 (model.float() first).
-
-    Raises:
-        WeftError: there is no such adapter, or several and no name.
-    """
-    lost = merge(model, name)
-    remark(model)
-    return lost
+    return [adapter for adapter in adapters_of(model).values() if adapter.active and METHODS.known(adapter.method)]
 
 
 def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -283,6 +259,17 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str,
             raise WeftError(f"The target {target!r} matches no linear layer; the nearest names are: {', '.join(near)}.")
         chosen.update(matched)
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _check_whole(graft: Graft, **given: Any) -> None:
+    """Raises WeftError where a graft is given what only adapters of layers have."""
+    unused = {"rank": None, "targets": "all-linear", "name": "default", "stats": None, "ranks": None}
+    strange = next((name for name, value in given.items() if value != unused[name]), None)
+    if strange is not None:
+        raise WeftError(
+            f"{graft.name!r} changes the forward pass as a whole: it takes no {strange}=; its own options are: "
+            f"{', '.join(graft.defaults) or 'none'}."
+        )
 
 
 def _ranks(

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.embedded.text import calibration_files
 from weft.errors import WeftError, unknown
+from weft.grafts import Graft
 from weft.io.save import save_model
-from weft.methods import find
 from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
+from weft.records import Record, find
 from weft.rules import Rule, make_rules
 from weft.runs.calibration import say_default
 from weft.runs.inputs import contents
@@ -44,8 +45,7 @@ from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memo
 
 __all__ = ["finetune", "run"]
 
-KINDS = ("compress", "adapt", "train")
-RANK = 16
+KINDS = ("compress", "adapt", "graft", "train")
 CALIBRATION_WINDOWS = 32  # of the training data, for adapters that start from statistics
 
 
@@ -127,25 +127,28 @@ def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
-    method: Method,
+    method: Record,
     rank: int | None,
     recipe: Recipe,
     options: Mapping[str, Any],
 ) -> list[Rule]:
-    """Put adapters on where the method is one of adapters, freeze what is not trained, and give the rules to train
-    with.
-    """
+    """Put adapters or a graft on where the method is one, freeze what is not trained; the rules to train with."""
     options = with_totals(method, recipe, options)
+    if isinstance(method, Graft):
+        batches = calibration(tokenizer, documents, recipe) if method.start else None
+        adapt(model, method, batches=batches, seed=recipe.seed, **options)
+        return []
+    assert isinstance(method, Method)
     if method.kind == "adapt":
         batches = calibration(tokenizer, documents, recipe) if method.needs else None
-        adapt(model, method.name, rank or RANK, batches=batches, seed=recipe.seed, **options)
+        adapt(model, method, rank, batches=batches, seed=recipe.seed, **options)
         return adapter_rules(model)
     chosen = method.options(options)
     method.freeze(model)
     return make_rules(method.rules, {"rank": rank, "seed": recipe.seed, **chosen})
 
 
-def with_totals(method: Method, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
+def with_totals(method: Record, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options given, and the run's own `lr`, with its warm-up, where the method has options of these names: lora-sb
     starts from the first step that training would take. Rules learn of the steps when they start.
     """

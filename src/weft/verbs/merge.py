@@ -27,6 +27,7 @@ from weft.terms import SumLinear
 from weft.terms.adapters import forget
 from weft.terms.adapters import merge as fold
 from weft.terms.layers import replace
+from weft.verbs.adapters import check_ungrafted
 from weft.verbs.evaluate import model_size
 
 __all__ = ["merge", "run"]
@@ -39,8 +40,9 @@ def merge(model: Model) -> Model:
     """Replace every `SumLinear`, in place, by the plain `nn.Linear` or `Conv1D` it equals; returns the model.
 
     Raises:
-        WeftError: the model has no sum of terms.
+        WeftError: the model has no sum of terms, or a graft, which is none.
     """
+    check_ungrafted(model)
     names = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]
     if not names:
         raise WeftError(f"This {type(model).__name__} has no sum of terms to merge: every layer is plain already.")
@@ -90,6 +92,7 @@ def run(
     )
     tokenizer = _tokenizer(model, trust_remote_code)
     before = model_size(source)
+    check_ungrafted(source)
     lost = {} if adapter is None else fold(load_adapter(source, adapter))
     sums = sum(isinstance(module, SumLinear) for module in source.modules())
     with open_output(out, arguments) as place:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import weft
 from weft.errors import WeftError
 from weft.testing_adapters import tiny_gpt2
-from weft.verbs.ntk_attention import add_prefix, load_prefix, remove_prefix, save_prefix
 
 IDS = torch.randint(32, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -29,6 +27,10 @@ def tiny(blocks: int = 2) -> LlamaForCausalLM:
 def logits(model: nn.Module, **inputs: Tensor) -> Tensor:
     out: Tensor = model(**({"input_ids": IDS} | inputs)).logits
     return out
+
+
+def add_prefix(model: nn.Module, **options: float) -> nn.Module:
+    return weft.adapt(model, "ntk-attention", **options)
 
 
 def moved(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -82,18 +84,6 @@ def test_padding_is_hidden() -> None:
     torch.testing.assert_close(got[:, 3:], logits(model), atol=1e-5, rtol=1e-5)
 
 
-def test_saved_loaded_and_removed(tmp_path: Path) -> None:
-    model = moved(tiny())
-    save_prefix(model, tmp_path / "p")
-    again = load_prefix(tiny(), tmp_path / "p")
-    assert torch.equal(logits(again), logits(model)) and not torch.allclose(logits(again), logits(tiny()), atol=1e-2)
-    remove_prefix(again)
-    plain = tiny()
-    assert torch.equal(logits(again), logits(plain)) and again.state_dict().keys() == plain.state_dict().keys()
-    assert all(p.requires_grad for p in again.parameters())
-    assert again.config._attn_implementation == plain.config._attn_implementation
-
-
 def test_another_model_of_the_same_config_is_left_alone() -> None:
     model, other = tiny(), tiny()
     other.config = other.model.config = model.config
@@ -104,21 +94,11 @@ def test_another_model_of_the_same_config_is_left_alone() -> None:
     torch.testing.assert_close(logits(other), before, atol=1e-6, rtol=1e-5)
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_mistakes() -> None:
     model = moved(tiny())
-    save_prefix(model, tmp_path / "p")
-    with pytest.raises(WeftError, match="There is a prefix on this model already"):
+    before = logits(model)
+    with pytest.raises(WeftError, match="there is 'ntk-attention' on this model already"):
         add_prefix(model)
-    with pytest.raises(WeftError, match="not empty"):
-        save_prefix(model, tmp_path / "p")
-    for call in (remove_prefix, lambda m: save_prefix(m, tmp_path / "q")):
-        with pytest.raises(WeftError, match="There is no prefix on this model"):
-            call(tiny())
-    with pytest.raises(WeftError, match="holds no prefix"):
-        load_prefix(tiny(), tmp_path)
-    other = tiny(1)
-    with pytest.raises(WeftError, match="belongs to another model"):
-        load_prefix(other, tmp_path / "p")
-    assert torch.equal(logits(other), logits(tiny(1)))
+    assert torch.equal(logits(model), before)
     with pytest.raises(WeftError, match="cannot be exchanged"):
         add_prefix(tiny_gpt2())

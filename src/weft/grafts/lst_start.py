@@ -1,4 +1,5 @@
-"""Where the side network of `weft.verbs.lst` starts: the rows and columns of the backbone that matter most to the loss.
+"""Where the side network of `weft.grafts.lst` starts: the rows and columns of the backbone that matter most to the
+loss.
 
     F = sum over sequences of (d loss / d W)^2
     worth of a place = the product, over all matrices that share it, of the sums of F over their other side

@@ -1,0 +1,73 @@
+"""Grafts by the one verb: trained, written, opened, continued, evaluated, and refused where they have no meaning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import weft
+from weft.errors import WeftError
+from weft.grafts import GRAFTS
+from weft.train.checkpoints import last_checkpoint
+from weft.verbs import finetune as verb
+from weft.verbs import merge
+
+TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(120))
+SETTINGS = {"steps": 4, "lr": 1e-2, "window": 32, "batch": 2, "log_every": 1, "device": "cpu", "save_every": 2}
+OPTIONS = {"lst": {"reduction": 4}}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data.txt").write_text(TEXT)
+    return tmp_path / "data.txt"
+
+
+@pytest.mark.parametrize("graft", GRAFTS)
+def test_run_trains_the_graft_and_writes_a_directory_that_opens(
+    graft: str, tiny_directory: Path, data: Path, tmp_path: Path
+) -> None:
+    options = OPTIONS.get(graft, {})
+    result = verb.run(tiny_directory, tmp_path / "out", method=graft, data=data, **SETTINGS, **options)
+    base = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert result["trainable_parameters"] == weft.trainable(tuned).count
+    assert result["trainable_parameters"] == GRAFTS[graft].count(base, GRAFTS[graft].options(options))
+    assert result["loss_last"] < result["loss_first"]
+    evaluated = weft.evaluate(tuned, _tokenizer(tiny_directory), TEXT, 32)["perplexity"]
+    with pytest.raises(WeftError, match="cannot be merged into weights"):
+        merge.run(tmp_path / "out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.partial").exists()
+    plain = weft.remove_adapter(tuned)
+    assert all(torch.equal(p, base.get_parameter(name)) for name, p in plain.named_parameters()), "the base was trained"
+    assert evaluated != weft.evaluate(plain, _tokenizer(tiny_directory), TEXT, 32)["perplexity"]
+    assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("graft", GRAFTS)
+def test_it_goes_on_from_a_checkpoint_bit_for_bit(graft: str, tiny_directory: Path, data: Path, tmp_path: Path) -> None:
+    tokenizer, settings = _tokenizer(tiny_directory), {k: v for k, v in SETTINGS.items() if k != "device"}
+    ends = []
+    for directory in ("straight", "stopped"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_directory)
+        place = tmp_path / directory
+        verb.finetune(model, tokenizer, TEXT, graft, directory=place, **settings, **OPTIONS.get(graft, {}))
+        if directory == "stopped":  # as it is found after an interruption at step 2
+            import shutil
+
+            shutil.rmtree(last_checkpoint(place))
+            model = AutoModelForCausalLM.from_pretrained(tiny_directory)
+            verb.finetune(model, tokenizer, TEXT, graft, directory=place, **settings, **OPTIONS.get(graft, {}))
+        ends.append(weft.trainable(model).parameters)
+    straight, resumed = ends
+    assert all(torch.equal(parameter, resumed[name]) for name, parameter in straight.items())
+
+
+def _tokenizer(directory: Path):  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
