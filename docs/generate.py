@@ -1,5 +1,5 @@
-"""Writes what comes from the code and from committed results: docs/methods.md, docs/cli.md, docs/results.md, and the
-table in README.md.
+"""Writes what comes from the code and from committed results: docs/methods.md, docs/cli.md, docs/results.md,
+docs/deviations.md, docs/negative-results.md, and the table in README.md.
 
     python docs/generate.py           # write them
     python docs/generate.py --check   # exit with 1 where a page is not what the code says
@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 
 import typer
+from deviations import deviations_page
+from negative_results import negative_results_page
 from results import compression_table, results_page
 
 from weft import methods as room
@@ -95,7 +97,14 @@ def readme() -> str:
     return re.sub(r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
 
 
-PAGES = {"methods.md": methods_page, "cli.md": cli_page, "results.md": results_page, "../README.md": readme}
+PAGES = {
+    "methods.md": methods_page,
+    "cli.md": cli_page,
+    "results.md": results_page,
+    "deviations.md": deviations_page,
+    "negative-results.md": negative_results_page,
+    "../README.md": readme,
+}
 
 
 def within(page: str, width: int = 130) -> str:

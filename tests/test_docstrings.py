@@ -107,3 +107,31 @@ def test_a_whole_docstring_is_not_blamed() -> None:
             words).
     """
     assert faults(inspect.cleandoc(text)) == []
+
+
+ROOMS = ("methods", "optim", "rules", "merging", "allocate")
+MACHINERY = {
+    *("methods/base.py", "methods/adapter.py", "methods/full.py", "rules/base.py", "rules/hooks.py"),
+    *(
+        "rules/replicated.py",
+        "rules/sharded.py",
+        "rules/schedule.py",
+        "rules/scope.py",
+        "optim/base.py",
+        "optim/batch.py",
+        "optim/closure.py",
+    ),
+    *("optim/distributed.py", "optim/lowrank.py", "optim/parameters.py", "optim/seeds.py", "optim/state.py"),
+    *("allocate/base.py", "allocate/uniform.py"),
+}
+"""Files that hold no idea of a paper."""
+PAGES = [file for file in FILES if file.parent.name in ROOMS and file.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_every_page_names_its_source(file: Path) -> None:
+    """A paper, by identifier or year, somewhere in its docstrings, unless the file is machinery."""
+    words = " ".join(text for _, _, text in docstrings(file.read_text()))
+    cited = re.search(r"arXiv|doi:|openreview|\b(19|20)\d\d\b", words)
+    assert cited or file.relative_to(SOURCE).as_posix() in MACHINERY
+    assert "weft's own" not in words

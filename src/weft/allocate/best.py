@@ -1,10 +1,18 @@
-"""best: the ranks of least predicted loss within the budget (weft's own).
+"""best: the ranks of least predicted loss within the budget.
 
 For every layer, `losses[r]` is what keeping r components of *this method's* factors costs in the Kronecker-factored
 Fisher norm, tr(D^T G D X): one unit for all layers (see `weft.methods.kfac_svd`). Minimising their sum under a
 parameter budget is a separable problem. On each layer's lower convex hull of (parameters, loss), whose last point is
 the dense matrix at loss 0, the greedy by steepest gain per parameter is exact up to one step; where that step is large,
 uniform ranks may lose less, and are taken.
+
+Ranking the singular directions of all layers by a loss in one unit under one budget is IO-SVD's idea too (Abbasi et
+al., 2026, arXiv 2605.15626: first-order estimates of the loss, components pruned one by one) and LEMS's (Thoma et al.,
+ICML 2026, openreview IjIgNPFuCt: the tail's energy calibrated by one measured point a layer and a depth factor, solved
+as an integer program); the greedy on hulls is bit allocation's (Shoham and Gersho, 1988). That factors stop to pay
+where a matrix may stay dense is discussed by ARA (arXiv 2510.19389); here the dense matrix is a point of every curve.
+Deviations: second-order predictions of the truncation itself, where IO-SVD estimates to first order and LEMS measures;
+a floor of 15 % of the uniform rank, which neither has.
 """
 
 from __future__ import annotations

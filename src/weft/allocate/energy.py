@@ -1,4 +1,7 @@
-"""energy: every matrix keeps the same share of its squared singular values, in the metric of its method."""
+"""energy: every matrix keeps the same share of its squared singular values, in the metric of its method.
+
+The common criterion of principal component analysis (Jolliffe, 2002, section 6.1.1), one threshold for all layers.
+"""
 
 from __future__ import annotations
 

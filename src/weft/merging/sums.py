@@ -4,7 +4,8 @@
     linear   the same matrix in the smallest rank that holds it (to fp32 rounding)
     svd      its best approximation of rank k in the Frobenius norm (Eckart and Young, 1936)
 
-All through the QR decompositions of the thin factors, in fp64: no out x in matrix is formed.
+`cat` and `svd` are PEFT's `add_weighted_adapter` (2023), deltas as vectors those of task arithmetic (Ilharco et al.,
+2022, arXiv 2212.04089). All through the QR decompositions of the thin factors, in fp64: no out x in matrix is formed.
 Deviations: PEFT's "linear" adds the factors, (sum sqrt(w_j) B_j) (sum sqrt(w_j) A_j), whose cross terms B_i A_j belong
 to no adapter, and which needs equal ranks; here "linear" is linear in the deltas.
 """

@@ -8,10 +8,12 @@ q is the rank, so the budget is a LoRA's; f is `filter_rank`, at most min(in, ou
 found again from the weight as it then is; what was learned on entries that leave the mask stays, moments of entries
 that stay in it go on, newcomers start from zero. `interval` is by default a fifth of the run, and at most 400, which is
 about the ratio on MATH-10K (400 of 1,875 steps).
-Deviations: the change of W is a sparse term beside it, in fp32: the entries in the mask are trained, those that have
-left it are kept in the same file, and removal restores W. Newcomers' moments have an age of their own, where the
-released optimizer corrects them with the run's step count, which makes their first update 0.45 of the learning rate.
-Under FSDP2 the optimizer is torch's AdamW, which has one age for all.
+Deviations: the largest entries, as in the paper: the released optimizer takes them only where the name of its mask says
+"largest", and the scripts released with it say `lift_sparse`, which trains the *smallest*; the change of W is a sparse
+term beside it, in fp32: the entries in the mask are trained, those that have left it are kept in the same file, and
+removal restores W. Newcomers' moments have an age of their own, where the released optimizer corrects them with the
+run's step count, which makes their first update 0.45 of the learning rate. Under FSDP2 the optimizer is torch's AdamW,
+which has one age for all.
 """
 
 from __future__ import annotations

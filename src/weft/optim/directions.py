@@ -1,5 +1,5 @@
 """The random directions of a zeroth-order step: named by (step, sample, parameter), drawn again whenever they are
-needed.
+needed (MeZO, Malladi et al., 2023, arXiv 2305.17333).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 bfloat16 has 8 significant bits and float16 has 11: rounded to nearest, an update below 2^-9 or 2^-12 of the weight
 changes nothing.
+
+Source: Gupta et al., 2015, arXiv 1502.02551; for the weight update in bfloat16, Zamirai et al., 2020, arXiv 2010.06192.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ w. What is needed for restoring lives as long:
 A carrier that does not run (fused by its parent, compiled away, bypassed by a loss that reads the weight itself) hands
 its weights up to its parent, at last to the closure as a whole, and the evaluation is made again; so the loss is always
 that of w + d.
+
+The perturbations are those of MeZO (Malladi et al., 2023, arXiv 2305.17333), whose code adds, subtracts and adds again.
 """
 
 from __future__ import annotations

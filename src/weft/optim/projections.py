@@ -156,6 +156,9 @@ class Subspace(_Stored):
     step.
 
     At each later refresh the cost is 4 n s r multiply-adds a round and one s x r sum over processes.
+
+    Source: PowerSGD (Vogels et al., 2019, arXiv 1905.13727) for gradients that are sent; LDAdam (Robert et al., 2024,
+    arXiv 2410.16103) for an optimizer's subspace.
     """
 
     steps: int = 2

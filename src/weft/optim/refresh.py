@@ -1,4 +1,10 @@
-"""Choosing subspaces anew: which weights of a batch are due, and what becomes of their moments."""
+"""Choosing subspaces anew: which weights of a batch are due, and what becomes of their moments.
+
+Every so many steps as in GaLore (Zhao et al., 2024, arXiv 2403.03507); by need, Q-GaLore (arXiv 2407.08296) looks at
+how similar two subspaces in a row are, Lotus (arXiv 2602.01233) at how far the unit gradient has moved, and
+`Refresh.energy` at how much of the gradient the basis still holds. Moments that turn with their basis are LDAdam's
+(arXiv 2410.16103).
+"""
 
 from __future__ import annotations
 

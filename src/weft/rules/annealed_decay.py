@@ -1,4 +1,6 @@
-"""AnnealedDecay: decoupled weight decay of a scope's matrices that falls along a cosine (SoMA)."""
+"""AnnealedDecay: decoupled weight decay of a scope's matrices that falls along a cosine (SoMA, Yun et
+al., 2024, arXiv 2412.04077).
+"""
 
 from __future__ import annotations
 

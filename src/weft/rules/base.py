@@ -40,11 +40,12 @@ Kind = TypeVar("Kind", bound=nn.Module)
 class Rule:
     """One rule. An author writes `begin` and the hooks; every hook does nothing unless it is written.
 
-    scope: the terms that it is started on where `start` is not told of others, as those of an adapter; None for all the
-        model's own.
-    works_on: the kinds of terms that it can do something with; none for terms of any kind.
-    terms, steps: what it was started on, layer name -> term name -> term, and for how long a run, None where that is
-        not known.
+    Attributes:
+        scope: the terms that it is started on where `start` is not told of others, as those of an adapter; None for all
+            the model's own.
+        works_on: the kinds of terms that it can do something with; none for terms of any kind.
+        terms, steps: what it was started on, layer name -> term name -> term, and for how long a run, None where that
+            is not known.
     """
 
     scope: Terms | None = None

@@ -1,4 +1,6 @@
-"""GateDraws: for every step, which components of gated terms take part, and which of them learn."""
+"""GateDraws: for every step, which components of gated terms take part, and which of them learn (DyLoRA, Valipour et
+al., 2022, arXiv 2210.07558; CE-SSL, Zhou et al., 2024, arXiv 2406.14377).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""RankGrowth: layers gain components while they train, where the loss is most sensitive (IncreLoRA)."""
+"""RankGrowth: layers gain components while they train, where the loss is most sensitive (IncreLoRA, Zhang et
+al., 2023, arXiv 2308.12043).
+"""
 
 from __future__ import annotations
 

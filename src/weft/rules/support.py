@@ -1,4 +1,5 @@
-"""Moving the trained entries of a sparse adapter to other places, with their optimizer state (LIFT, SpIEL).
+"""Moving the trained entries of a sparse adapter to other places, with their optimizer state (LIFT, arXiv 2506.00772;
+SpIEL, arXiv 2401.16405).
 
 An entry that stays keeps its value and its moments bit for bit. One that comes starts from what was settled there, or
 from zero, with empty moments of age 0. One that goes either stays in the weight as it is (`settle`), or is back at the
