@@ -23,15 +23,16 @@ from weft import signals
 from weft.allocate import ALLOCATIONS, Allocation
 from weft.errors import WeftError
 from weft.methods import METHODS
+from weft.runs.pieces import Piece, Store
 from weft.stats import calibrate as collection
 from weft.stats.calibrate import calibrate
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import linear_layers, weight_of
 from weft.verbs import compress as verb
-from weft.verbs import truncation
+from weft.verbs import placing
+from weft.verbs import survey as surveying
 from weft.verbs.compress import compress, needs, run
 from weft.verbs.merge import merge
-from weft.verbs.truncation import Store
 
 NAMES = [name for name, method in METHODS.items() if method.kind == "compress"]
 
@@ -99,10 +100,10 @@ def test_a_budget_of_everything_changes_nothing() -> None:
 def test_the_sensitivity_search_measures_all_the_calibration_text() -> None:
     model, data = build("llama"), [{"input_ids": ids(2, 8, 1)}, {"input_ids": ids(1, 20, 2)}]
     layers = tuple(linear_layers(model))
-    plan = verb.Plan(method=METHODS["svd"], options={}, layers=layers, reads=("spectrum", "measure"))
+    plan = surveying.Plan(method=METHODS["svd"], options={}, layers=layers, reads=("spectrum", "measure"))
     store = Store()
-    verb.survey(model, plan, data, None, store)
-    measure = verb.sensitivity(model, plan, data, store)
+    surveying.survey(model, plan, surveying.offered(model, plan), data, None, store)
+    measure = placing.measure(model, plan, data, store)
     before, name = copy.deepcopy(model), layers[0]
     (measured,) = measure(name, [3])
     assert equal(model, before)
@@ -374,7 +375,7 @@ def test_given_statistics_that_cannot_be_are_named() -> None:
     model = build("llama")
     stats = calibrate(model, batches("llama"), ["input_moment"])
     stats["model.layers.1.mlp.down_proj"]["input_moment"][0, 0] = float("nan")
-    with pytest.raises(WeftError, match=r"svd-llm cannot factorise model.layers.1.mlp.down_proj \(16 x 24\): .* NaN"):
+    with pytest.raises(WeftError, match=r"model.layers.1.mlp.down_proj \(16 x 24\) cannot be factorised: .* NaN"):
         compress(model, "svd-llm", stats=stats)
 
 
@@ -385,8 +386,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Raise KeyboardInterrupt once `count` pieces are finished."""
     put, done = Store.put, []
 
-    def counted(self: Store, name: str, tensors: dict[str, Tensor]) -> None:
-        put(self, name, tensors)
+    def counted(self: Store, name: str, piece: Piece) -> None:
+        put(self, name, piece)
         done.append(name)
         if len(done) == count:
             raise KeyboardInterrupt
@@ -469,7 +470,7 @@ def test_a_directory_holds_all_that_is_needed(settings: dict[str, Any], tmp_path
     assert record["command"] == "compress" and record["arguments"]["budget"] == 0.5 and record["seed"] == 0
     assert record["metrics"].items() <= result.items() and result["output"] == str(out)
     allocation = Allocation.load(out / "allocation.json")
-    assert allocation.spent == result["matrix_parameters"] <= result["matrix_parameters_allowed"]
+    assert allocation.spent == result["matrix_bytes"] <= result["matrix_bytes_allowed"]
     assert "weft compress" in (out / "README.md").read_text()
     stored = sum(t.numel() for t in load_file(out / "model.safetensors").values())
     assert stored == result["parameters"] < result["parameters_before"]
@@ -586,7 +587,7 @@ def test_an_interrupted_run_goes_on(
         if where == "survey":
             stop_after(patch, 1)
         else:
-            module, name = {"calibration": (truncation, "calibrate"), "saving": (verb, "save_model")}[where]
+            module, name = {"calibration": (surveying, "calibrate"), "saving": (verb, "save_model")}[where]
 
             def interrupted(*args: Any, **kwargs: Any) -> None:
                 raise KeyboardInterrupt
@@ -639,7 +640,7 @@ def test_a_signal_lets_the_block_under_way_finish(
 DRIVER = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
-from weft.verbs.truncation import Store
+from weft.runs.pieces import Store
 from weft.cli import main
 stop, seen, put = int(sys.argv.pop(1)), [], Store.put
 

@@ -13,63 +13,64 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
-from weft.allocate.base import LayerInfo, Ranks, check_reach, dense_or, total_spend
+from weft.allocate.base import Allocator, Choice, Choices, LayerInfo, check_reach, spent
 
-__all__ = ["READS", "allocate"]
-
-READS = ("spectrum", "measure")
+__all__ = ["ALLOCATION", "allocate"]
 
 _PUBLISHED = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _SMALLER = (0.3, 0.2, 0.1, 0.0)
 
+Measure = Callable[[str, Sequence[Any]], Sequence[float]]
 
-def allocate(
-    layers: Mapping[str, LayerInfo],
-    budget: int,
-    *,
-    measure: Callable[[str, Sequence[int]], Sequence[float]],
-    multiple: int = 1,
-) -> Ranks:
+
+def allocate(layers: Mapping[str, LayerInfo], budget: int, *, measure: Measure) -> Choices:
     """The cut of least loss that fits the budget.
 
     Args:
-        measure: (layer, ranks) -> calibration losses with only that layer truncated to each of them.
+        measure: (layer, sizes) -> calibration losses with only that layer cut to each of them.
 
     Raises:
         WeftError: the smallest shares of the grid exceed the budget.
     """
-    check_reach(layers, budget, multiple)
-    smallest = {name: _rank(layer, _PUBLISHED[-1], multiple) for name, layer in layers.items()}
-    shares = _PUBLISHED if total_spend(layers, smallest) <= budget else _PUBLISHED + _SMALLER
-    table = {name: _curve(name, layer, shares, multiple, measure) for name, layer in layers.items()}
+    check_reach(layers, budget)
+    smallest = {name: _at_share(layer, _PUBLISHED[-1]) for name, layer in layers.items()}
+    shares = _PUBLISHED if spent(smallest) <= budget else _PUBLISHED + _SMALLER
+    table = {name: _curve(name, layer, shares, measure) for name, layer in layers.items()}
     cuts = [-math.inf, *sorted({loss for curve in table.values() for loss, _ in curve})]
     low, high = 0, len(cuts) - 1  # the smallest cut that fits: spending falls as the cut rises
     while low < high:
         middle = (low + high) // 2
-        if total_spend(layers, _at(table, cuts[middle])) <= budget:
+        if spent(_at(layers, table, cuts[middle])) <= budget:
             high = middle
         else:
             low = middle + 1
-    return _at(table, cuts[low])
+    return _at(layers, table, cuts[low])
 
 
-def _curve(
-    name: str,
-    layer: LayerInfo,
-    shares: tuple[float, ...],
-    multiple: int,
-    measure: Callable[[str, Sequence[int]], Sequence[float]],
-) -> list[tuple[float, int]]:
-    """(loss, rank) by falling rank, the losses made monotone: a smaller rank is never better than a larger one."""
-    ranks = [rank for rank in dict.fromkeys(_rank(layer, share, multiple) for share in shares) if rank is not None]
-    losses = [math.inf if math.isnan(loss) else loss for loss in measure(name, ranks)]
-    return list(zip(accumulate(losses, max), ranks, strict=True))
+def _curve(name: str, layer: LayerInfo, shares: tuple[float, ...], measure: Measure) -> list[tuple[float, Choice]]:
+    """(loss, choice) by falling size, the losses made monotone: a smaller size is never better than a larger one."""
+    tried = [c for c in dict.fromkeys(_at_share(layer, share) for share in shares) if c.size is not None]
+    losses = [math.inf if math.isnan(loss) else loss for loss in measure(name, [c.size for c in tried])]
+    return list(zip(accumulate(losses, max), tried, strict=True))
 
 
-def _rank(layer: LayerInfo, share: float, multiple: int) -> int | None:
-    return dense_or(layer, int(share * layer.size / layer.unit), multiple)
+def _at_share(layer: LayerInfo, share: float) -> Choice:
+    return layer.within(share * layer.shape.nbytes)
 
 
-def _at(table: Mapping[str, list[tuple[float, int]]], cut: float) -> Ranks:
-    return {name: min((rank for loss, rank in curve if loss <= cut), default=None) for name, curve in table.items()}
+def _at(layers: Mapping[str, LayerInfo], table: Mapping[str, list[tuple[float, Choice]]], cut: float) -> Choices:
+    return {
+        name: min((c for loss, c in curve if loss <= cut), key=lambda c: c.bytes, default=layers[name].choices[-1])
+        for name, curve in table.items()
+    }
+
+
+ALLOCATION = Allocator(
+    name="asvd",
+    summary="Sensitivity-based truncation rank search: each layer alone is cut and the calibration loss measured.",
+    paper="Yuan et al., 2023, arXiv 2312.05821, section 3.3",
+    allocate=allocate,
+    reads=("spectrum", "measure"),
+)

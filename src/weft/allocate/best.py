@@ -17,91 +17,44 @@ a floor of 15 % of the uniform rank, which neither has.
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from torch import Tensor
+from weft.allocate import greedy, uniform
+from weft.allocate.base import Allocator, Choice, Choices, LayerInfo, check_reach
 
-from weft.allocate import uniform
-from weft.allocate.base import LayerInfo, Ranks, check_reach, rank_limit, spend
-
-__all__ = ["READS", "allocate", "predicted_loss"]
-
-READS = ("losses",)
+__all__ = ["ALLOCATION", "allocate", "predicted_loss"]
 
 
-@dataclass(frozen=True)
-class _Point:
-    rank: int | None
-    cost: int
-    loss: float
-
-
-def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1, floor: float = 0.15) -> Ranks:
-    """Greedy on the hulls, from a floor of `floor` times each matrix's uniform rank; or uniform, if that loses less.
+def allocate(layers: Mapping[str, LayerInfo], budget: int, *, floor: float = 0.15) -> Choices:
+    """Greedy on the hulls, from a floor of `floor` times each matrix's uniform share; or uniform, if that loses less.
 
     Raises:
-        WeftError: a rank of one `multiple` each already exceeds the budget.
+        WeftError: the smallest sizes already exceed the budget.
     """
-    check_reach(layers, budget, multiple)
-    greedy, even = _greedy(layers, budget, multiple, floor), uniform.allocate(layers, budget, multiple=multiple)
-    return min(greedy, even, key=lambda ranks: predicted_loss(layers, ranks))
+    check_reach(layers, budget)
+    share = budget / sum(layer.shape.nbytes for layer in layers.values())
+    found = greedy.solve({name: _from(layer, floor * share) for name, layer in layers.items()}, budget)
+    if found is None:
+        found = greedy.solve({name: layer.choices for name, layer in layers.items()}, budget)
+    assert found is not None
+    return min(found, uniform.allocate(layers, budget), key=predicted_loss)
 
 
-def predicted_loss(layers: Mapping[str, LayerInfo], ranks: Ranks) -> float:
-    """What the ranks cost together; a dense matrix costs nothing."""
-    losses = [(layer.losses, ranks[name]) for name, layer in layers.items()]
-    return sum(float(curve[rank]) for curve, rank in losses if curve is not None and rank is not None)
+def predicted_loss(choices: Mapping[str, Choice]) -> float:
+    """What the choices lose together."""
+    return sum(choice.loss for choice in choices.values())
 
 
-def _greedy(layers: Mapping[str, LayerInfo], budget: int, multiple: int, floor: float) -> Ranks:
-    """By steepest gain per parameter, until nothing that gains can be paid."""
-    share = budget / sum(layer.size for layer in layers.values())
-    curves = {
-        name: _points(layer, int(floor * share * layer.size / layer.unit), multiple) for name, layer in layers.items()
-    }
-    left = budget - sum(points[0].cost for points in curves.values())
-    if left < 0:
-        return _greedy(layers, budget, multiple, floor=0.0)
-
-    hulls = {name: _lower_hull(points) for name, points in curves.items()}  # each begins with what is chosen so far
-    steps = [(-_gain(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
-    heapq.heapify(steps)
-    while steps:
-        _, name = heapq.heappop(steps)
-        chosen, wanted = hulls[name][0], hulls[name][1]
-        if wanted.cost - chosen.cost <= left:
-            left -= wanted.cost - chosen.cost
-            hulls[name].popleft()
-        else:  # go on with what can still be paid: shorter steps, in their own order of gain
-            hulls[name] = _lower_hull([p for p in curves[name] if chosen.cost <= p.cost <= chosen.cost + left])
-        if len(hulls[name]) > 1:
-            heapq.heappush(steps, (-_gain(hulls[name][0], hulls[name][1]), name))
-    return {name: hull[0].rank for name, hull in hulls.items()}
+def _from(layer: LayerInfo, share: float) -> list[Choice]:
+    """The layer's choices from a share of its bytes on."""
+    least = layer.within(share * layer.shape.nbytes)
+    return [choice for choice in layer.choices if choice.bytes >= least.bytes]
 
 
-def _points(layer: LayerInfo, floor: int, multiple: int) -> list[_Point]:
-    """The layer's choices by rising cost: ranks that are multiples, then dense at loss 0."""
-    assert isinstance(layer.losses, Tensor)
-    losses = layer.losses.tolist()
-    start = max(floor // multiple, 1) * multiple
-    ranks = range(start, min(rank_limit(layer, multiple), len(losses) - 1) + 1, multiple)
-    return [_Point(r, spend(layer, r), losses[r]) for r in ranks] + [_Point(None, layer.size, 0.0)]
-
-
-def _lower_hull(points: list[_Point]) -> deque[_Point]:
-    """The lower convex hull of (cost, loss), from the first point on."""
-    hull: deque[_Point] = deque()
-    for point in points:
-        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], point):
-            hull.pop()
-        if not hull or point.loss < hull[-1].loss:
-            hull.append(point)
-    return hull
-
-
-def _gain(a: _Point, b: _Point) -> float:
-    """Loss saved a parameter on the way from a to b."""
-    return (a.loss - b.loss) / (b.cost - a.cost)
+ALLOCATION = Allocator(
+    name="best",
+    summary="Least predicted loss in the Fisher norm: greedy on the convex hull of each layer's curve.",
+    paper="close to IO-SVD's and LEMS' allocations (2026); the hull's greedy is Fox, 1966",
+    allocate=allocate,
+    reads=("losses",),
+)

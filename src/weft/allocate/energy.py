@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weft.allocate.base import LayerInfo, Ranks, bisect_threshold, dense_or
+from weft.allocate.base import Allocator, Choices, LayerInfo, bisect_threshold
 from weft.linalg.spectrum import energy_curve
 
-__all__ = ["READS", "allocate"]
-
-READS = ("spectrum",)
+__all__ = ["ALLOCATION", "allocate"]
 
 
-def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1) -> Ranks:
+def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
     """The largest common energy share whose ranks fit the budget."""
     curves = {name: energy_curve(layer.spectrum) for name, layer in layers.items() if layer.spectrum is not None}
 
-    def ranks_at(share: float) -> Ranks:
-        return {
-            name: dense_or(layer, int((curves[name] < share).sum()) + 1, multiple) for name, layer in layers.items()
-        }
+    def choices_at(share: float) -> Choices:
+        return {name: layer.at_rank(int((curves[name] < share).sum()) + 1) for name, layer in layers.items()}
 
-    return bisect_threshold(layers, budget, ranks_at)
+    return bisect_threshold(layers, budget, choices_at)
+
+
+ALLOCATION = Allocator(
+    name="energy",
+    summary="The same share of squared singular values for every matrix.",
+    paper="folklore; the share of energy kept, as in principal component analysis",
+    allocate=allocate,
+    reads=("spectrum",),
+)

@@ -2,17 +2,45 @@
 
     minimise sum_ij cost_ij x_ij   with x binary, sum_j x_ij = 1 for each layer i, sum_ij size_ij x_ij <= budget
 
-Used for bits: options are formats of a code (Guo et al., 2023, arXiv 2311.12023, equation 5).
+Used for bits, where options are formats of a code (Guo et al., 2023, arXiv 2311.12023, equation 5), and for any curves
+of choices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+import torch
 from torch import Tensor
 
+from weft.allocate.base import Choice, Choices
 from weft.errors import WeftError
 
-__all__ = ["choose"]
+__all__ = ["choose", "solve"]
+
+
+def solve(curves: Mapping[str, Sequence[Choice]], budget: int) -> Choices:
+    """One choice of each curve, of least loss together; the counterpart of `weft.allocate.greedy.solve`.
+
+    Raises:
+        WeftError: as `choose`.
+    """
+    useful = {name: _useful(points) for name, points in curves.items()}
+    width = max(len(points) for points in useful.values())
+    padded = [[*points, *[points[-1]] * (width - len(points))] for points in useful.values()]
+    costs, sizes = (torch.tensor([[p[i] for p in row] for row in padded], dtype=torch.float64) for i in (2, 1))
+    chosen = choose(costs, sizes, budget)
+    return {name: row[option] for name, row, option in zip(curves, padded, chosen, strict=True)}
+
+
+def _useful(points: Sequence[Choice]) -> list[Choice]:
+    """The points that lose less than every cheaper one."""
+    kept: list[Choice] = []
+    for point in points:
+        if not kept or point.loss < kept[-1].loss:
+            kept.append(point)
+    return kept
 
 
 def choose(costs: Tensor, sizes: Tensor, budget: float, *, gap: float = 1e-6, seconds: float = 60.0) -> list[int]:

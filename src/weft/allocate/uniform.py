@@ -1,26 +1,26 @@
-"""uniform: the same share of every matrix, r = floor(share * out * in / (out + in))."""
+"""uniform: the same share of every matrix's bytes; for factors r = floor(share * out * in / (out + in))."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weft.allocate.base import LayerInfo, Ranks, bisect_threshold, dense_or
+from weft.allocate.base import Allocator, Choices, LayerInfo, bisect_threshold
 
-__all__ = ["READS", "allocate"]
-
-READS: tuple[str, ...] = ()
+__all__ = ["ALLOCATION", "allocate"]
 
 
-def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1) -> Ranks:
-    """The largest common share whose ranks, rounded down to a multiple, fit the budget.
+def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
+    """The largest common share whose sizes, the largest within it, fit the budget."""
 
-    A matrix whose factors would not be smaller stays dense.
-    """
+    def choices_at(share: float) -> Choices:
+        return {name: layer.within(share * layer.shape.nbytes + 1e-6) for name, layer in layers.items()}
 
-    def ranks_at(share: float) -> Ranks:
-        return {
-            name: dense_or(layer, int(share * layer.size / layer.unit + 1e-9), multiple)
-            for name, layer in layers.items()
-        }
+    return bisect_threshold(layers, budget, choices_at)
 
-    return bisect_threshold(layers, budget, ranks_at)
+
+ALLOCATION = Allocator(
+    name="uniform",
+    summary="The same share of every matrix.",
+    paper="the default of most papers",
+    allocate=allocate,
+)

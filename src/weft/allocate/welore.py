@@ -13,33 +13,36 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from weft.allocate.base import LayerInfo, Ranks, bisect_threshold, dense_or
+from weft.allocate.base import Allocator, Choices, LayerInfo, bisect_threshold
 
-__all__ = ["READS", "allocate"]
-
-READS = ("weight_spectrum",)
+__all__ = ["ALLOCATION", "allocate"]
 
 
-def allocate(layers: Mapping[str, LayerInfo], budget: int, *, multiple: int = 1, floor: float = 0.0) -> Ranks:
+def allocate(layers: Mapping[str, LayerInfo], budget: int, *, floor: float = 0.0) -> Choices:
     """The smallest threshold whose ranks fit the budget, found by bisection."""
     normalised = {
         name: _min_max(layer.weight_spectrum) for name, layer in layers.items() if layer.weight_spectrum is not None
     }
-    share = budget / sum(layer.size for layer in layers.values())
+    share = budget / sum(layer.shape.nbytes for layer in layers.values())
 
-    def ranks_at(t: float) -> Ranks:
-        return {
-            name: dense_or(
-                layer,
-                max(int((normalised[name] >= 1 - t).sum()), int(floor * share * layer.size / layer.unit)),
-                multiple,
-            )
-            for name, layer in layers.items()
-        }
+    def rank_at(name: str, t: float) -> int:
+        shape = layers[name].shape
+        return max(int((normalised[name] >= 1 - t).sum()), int(floor * share * shape.numel / sum(shape)))
 
-    return bisect_threshold(layers, budget, ranks_at)
+    return bisect_threshold(
+        layers, budget, lambda t: {name: layer.at_rank(rank_at(name, t)) for name, layer in layers.items()}
+    )
 
 
 def _min_max(s: Tensor) -> Tensor:
     spread = s[0] - s[-1]
     return (s - s[-1]) / spread if spread > 0 else (s > 0).to(s.dtype)
+
+
+ALLOCATION = Allocator(
+    name="welore",
+    summary="One threshold on the min-max normalised singular values of all weights.",
+    paper="Jaiswal et al., 2024, arXiv 2407.11239",
+    allocate=allocate,
+    reads=("weight_spectrum",),
+)

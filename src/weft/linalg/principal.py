@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weft.linalg.whiten import Root, finite, moment_root
 
-__all__ = ["even_split", "principal_factors", "tail_losses"]
+__all__ = ["even_split", "principal_factors", "tail_losses", "weighted_loss"]
 
 
 def principal_factors(
@@ -66,6 +66,12 @@ def tail_losses(B: Tensor, A: Tensor, C: Tensor, M: Tensor) -> Tensor:
     pairs = (B.mT @ M.double() @ B) * (A @ C.double() @ A.mT)
     tails = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     return torch.cat([tails, tails.new_zeros(1)]).clamp(min=0)
+
+
+def weighted_loss(D: Tensor, C: Tensor, M: Tensor) -> Tensor:
+    """tr(D^T M D C) of an error D (out, in), in fp64: what `tail_losses` gives for the tails of factors."""
+    D = D.double()
+    return ((M.double().to(D.device) @ D) * (D @ C.double().to(D.device))).sum().clamp(min=0)
 
 
 def _apply_output_metric(W: Tensor, M: Tensor | None, ridge: float) -> tuple[Tensor, Root | Tensor | None]:

@@ -18,10 +18,12 @@ from weft.methods import (
     dora,
     dylora,
     effort,
+    eora,
     eva,
     full,
     fwsvd,
     increlora,
+    int8,
     kasa,
     kfac_svd,
     lamda,
@@ -35,6 +37,7 @@ from weft.methods import (
     lq_lora,
     mos,
     nola,
+    normal_float,
     olora,
     one_bit_adapters,
     paca,
@@ -58,65 +61,67 @@ from weft.records import Table
 
 __all__ = ["METHODS", "Factors", "Method", "Site", "Split", "find"]
 
-METHODS = Table(
-    Method,
-    (
-        module.METHOD
-        for module in (
-            svd,
-            fwsvd,
-            asvd,
-            afm,
-            svd_llm,
-            kfac_svd,
-            welore,
-            full,
-            # starts of a low-rank product
-            lora,
-            dora,
-            pissa,
-            olora,
-            corda,
-            eva,
-            lora_ga,
-            lora_sb,
-            lora_xs,
-            lq_lora,
-            soma,
-            sorsa,
-            # the weight's own factors
-            svfit,
-            loldu,
-            kasa,
-            salt,
-            effort,
-            # other structures
-            bone,
-            soka,
-            compacter,
-            # numbers that layers share, or that nobody keeps
-            nola,
-            randlora,
-            mos,
-            said,
-            one_bit_adapters,
-            # chosen entries
-            random_mask,
-            paca,
-            lift,
-            sft,
-            # rules of training
-            sora,
-            allora,
-            dylora,
-            increlora,
-            lamda,
-            lora_ggpo,
-            ce_ssl,
-            deft,
-        )
-    ),
+_PAGES: tuple[ModuleType, ...] = (
+    svd,
+    fwsvd,
+    asvd,
+    afm,
+    svd_llm,
+    kfac_svd,
+    welore,
+    # codes of few bits, and what takes up their error
+    normal_float,
+    int8,
+    eora,
+    # training of what is there
+    full,
+    # starts of a low-rank product
+    lora,
+    dora,
+    pissa,
+    olora,
+    corda,
+    eva,
+    lora_ga,
+    lora_sb,
+    lora_xs,
+    lq_lora,
+    soma,
+    sorsa,
+    # the weight's own factors
+    svfit,
+    loldu,
+    kasa,
+    salt,
+    effort,
+    # other structures
+    bone,
+    soka,
+    compacter,
+    # numbers that layers share, or that nobody keeps
+    nola,
+    randlora,
+    mos,
+    said,
+    one_bit_adapters,
+    # chosen entries
+    random_mask,
+    paca,
+    lift,
+    sft,
+    # rules of training
+    sora,
+    allora,
+    dylora,
+    increlora,
+    lamda,
+    lora_ggpo,
+    ce_ssl,
+    deft,
 )
+
+METHODS = Table(Method, (method for page in _PAGES for method in vars(page).get("METHODS") or (page.METHOD,)))
+"""Every method by name; a page holds a METHOD, or METHODS where several are one formula."""
 
 
 def find(name: str, *kinds: str) -> Method:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from weft.allocate.base import Shape
 from weft.errors import WeftError
 from weft.records import Record
 
@@ -44,27 +45,6 @@ Moments = Mapping[str, Tensor]
 
 Size = Any
 """How large a layer's representation is, JSON-able: a rank, bits a weight, a density, a list of them; None is dense."""
-
-
-class Shape(tuple[int, int]):
-    """(out, in) of a weight, which knows the bytes of one of its numbers: `out, inn = shape; shape.itemsize`."""
-
-    itemsize: int
-
-    def __new__(cls, out_features: int, in_features: int, itemsize: int = 4) -> Shape:
-        made = super().__new__(cls, (out_features, in_features))
-        made.itemsize = itemsize
-        return made
-
-    @property
-    def numel(self) -> int:
-        """Numbers of the dense matrix."""
-        return self[0] * self[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the dense matrix."""
-        return self.numel * self.itemsize
 
 
 class Factors(NamedTuple):
@@ -253,6 +233,7 @@ class Method(Record):
         split: (site, **options) -> Split.
         sizes: (shape, options) -> [(size, bytes), ...] by rising bytes: what an allocation may choose from.
         groups: (layer names) -> lists of names that are cut together; None where each layer stands alone.
+        replaces: whether an adapter's term "base" stands in the base's place while the adapter is on.
         count: (out, in, rank, options) -> numbers of one matrix that are trained, the paper's formula.
         held: the same for the numbers of its trainable tensors, where these have room for more than is ever trained.
         count_shared: (shapes by layer, rank, options) -> trainable numbers that the layers share, counted once.
@@ -280,6 +261,7 @@ class Method(Record):
     split: Callable[..., Split] | None = None
     sizes: Callable[[Shape, Mapping[str, Any]], Sequence[tuple[Size, int]]] = low_rank_sizes
     groups: Callable[[Sequence[str]], list[list[str]]] | None = None
+    replaces: bool = False
     count: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
     held: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
     count_shared: Callable[[Mapping[str, tuple[int, int]], int, Mapping[str, Any]], int] | None = None

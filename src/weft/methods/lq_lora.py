@@ -16,18 +16,20 @@ the weighted SVD is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from weft.allocate.integer_program import choose
 from weft.kernels.normal_float import NF4, Format
 from weft.linalg.subspace import rayleigh_ritz, subspace_iteration
 from weft.linalg.svd import low_rank_factors
 from weft.methods.adapter import lora_count, scale_of
 from weft.methods.base import Method, Moments, Site, Split
-from weft.terms import LowRank, NormalFloat, Replacement
+from weft.terms import LowRank, NormalFloat
 
 __all__ = ["GRID", "METHOD", "SHORT_GRID", "Decomposition", "decompose", "fisher_roots", "split"]
 
@@ -103,13 +105,41 @@ def fisher_roots(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def split(site: Site, *, alpha: float | None, rslora: bool, iterations: int, **numbers: Any) -> Split:
-    """The code in the base's place, and the factors beside it."""
-    found = decompose(site.weight(), site.rank, Format(**numbers), iterations=iterations)
+    """The code in the base's place, and the factors beside it; weighted where the site has Fisher moments."""
+    roots = fisher_roots(site.moments) if {"fisher_rows", "fisher_columns"} <= site.moments.keys() else None
+    found = decompose(site.weight(), site.rank, Format(**numbers), weights=roots, iterations=iterations)
     scale = scale_of(site.nominal, alpha=alpha, rslora=rslora)
     # the size that the scale takes away is put back, half into each factor
     B, A = (factor.div(scale**0.5).to(site.device, site.dtype) for factor in (found.B, found.A))
     code = found.code.to(next(iter(site.terms.values()))._reference().dtype)
-    return Split({"": Replacement(code.in_features, code.out_features, code, LowRank.from_factors(B, A, scale=scale))})
+    return Split({"base": code, "": LowRank.from_factors(B, A, scale=scale)})
+
+
+def choose_formats(
+    weights: Mapping[str, Tensor],
+    rank: int,
+    bits: float,
+    formats: Sequence[Format] = SHORT_GRID,
+    roots: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, Format]:
+    """The format of each matrix with the least total squared error at `bits` a weight in the mean (equation 5).
+
+    A format's error is that of the first iterate, whose factors all formats share.
+    """
+    errors = []
+    for layer, W in weights.items():
+        start, pair = None, (roots or {}).get(layer)
+        row = []
+        for format in formats:
+            found = decompose(W, rank, format, weights=pair, iterations=1, start=start)
+            start = found.B, found.A
+            row.append(found.error**2)
+        errors.append(row)
+    # with sizes in bits the paper's normalisation is not needed
+    count = torch.tensor([W.numel() for W in weights.values()], dtype=torch.float64)
+    widths = torch.tensor([format.bits_per_weight for format in formats], dtype=torch.float64)
+    chosen = choose(torch.tensor(errors), count.unsqueeze(1) * widths, bits * float(count.sum()))
+    return {layer: formats[option] for layer, option in zip(weights, chosen, strict=True)}
 
 
 def _factors(M: Tensor, rank: int, weights: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -140,6 +170,7 @@ METHOD = Method(
     paper="Guo et al., 2023, arXiv 2311.12023",
     split=split,
     count=lora_count,
+    replaces=True,
     deviates="by the quantisation error that the factors do not take up",
     defaults={"alpha": None, "rslora": False, "iterations": 100, **NF4._asdict()},
 )

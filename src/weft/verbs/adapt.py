@@ -27,7 +27,7 @@ from weft.records import find
 from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.stats.calibrate import Batch, calibrate
-from weft.terms import SumLinear, Term
+from weft.terms import Replacement, SumLinear, Term
 from weft.terms.adapters import (
     Adapter,
     adapters_of,
@@ -374,6 +374,9 @@ def _terms(
         base = base_terms(model, layer)
         bias = bias_of(model.get_submodule(layer))
         site = Site(layer, base, r, rank, moments[layer], generator(seed, method.name, layer), dtype, shared, bias)
-        roles = method.split(site, **options).terms
+        roles = dict(method.split(site, **options).terms)
+        if method.replaces:
+            code, update = roles.pop("base"), roles.pop("")
+            roles[""] = Replacement(code.in_features, code.out_features, code, update)
         made[layer] = {f"{name}_{role}" if role else name: term for role, term in roles.items()}
     return made

@@ -1,15 +1,7 @@
-"""Compensate: a low-rank adapter that repairs the outputs of a compressed model on chosen data (EoRA, 2024, arXiv
-2410.21271).
+"""Compensate: an adapter that repairs the outputs of a compressed model on chosen data (`weft.methods.eora`).
 
-    min over B A of rank r:  tr((dW - B A) C (dW - B A)^T),   dW = W - W_c (out, in),   C = E[x x^T] (in, in)
-    U = leading r eigenvectors of dW C dW^T;   B = U,   A = U^T dW;   y = W_c x + B (A x)
-
-with x the layer's inputs in the compressed model, all layers before it compensated already. No root or inverse of C is
-taken, so that fewer tokens than channels are no special case and ||B A||_2 <= ||dW||_2. W_c is whatever the layer
-computes now: codes, a pruned matrix, low-rank factors. The adapter is a LoRA of scale 1: save it for PEFT, merge it, or
-train it on.
-Deviations: the inverse-free form (the official code divides by eigenvalues and replaces negative ones); a plain mean
-for C (the official one discounts early batches); the components' size is shared evenly between B and A.
+The model may be compressed in any way and by any tool. The adapter is a LoRA of scale 1: save it for PEFT, merge it, or
+train it on. As a part of the weights instead, in one go: `weft.compress(model, ["nf3", "eora"], ...)`.
 """
 
 from __future__ import annotations
@@ -23,12 +15,14 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.io.quantizer import remark
-from weft.linalg.principal import principal_factors
+from weft.methods import METHODS, Method, Site, Split
+from weft.methods.base import Moments
 from weft.runs.loading import load_model
+from weft.seeds import generator
 from weft.stats.calibrate import Batch
 from weft.stats.walk import walk
 from weft.terms import LowRank
-from weft.terms.adapters import Adapter, attach, base_terms, detach, sum_dense, unwrapped
+from weft.terms.adapters import Adapter, attach, base_terms, detach, unwrapped
 from weft.terms.layers import linear_layers, shape_of, weight_of
 from weft.verbs.adapt import resolve_targets
 
@@ -43,6 +37,7 @@ def compensate(
     targets: str | Sequence[str] = "all-linear",
     name: str = "eora",
     *,
+    method: str | Method = "eora",
     dtype: torch.dtype = torch.float32,
     track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
 ) -> nn.Module:
@@ -54,6 +49,7 @@ def compensate(
         batches: [{"input_ids", "attention_mask"}, ...] of the data to be good at: the choice is a part of the gain, so
             do not evaluate on it. The published choice is 64 samples of the task, or 256 of a corpus.
         rank: 128 in the paper's commands.
+        method: of kind "compensate".
         targets, name, dtype: as in `weft.adapt`.
         track: (blocks, description) -> the same blocks, for a progress bar.
 
@@ -61,7 +57,8 @@ def compensate(
         WeftError: no batches, a rank that is no rank of a layer, layers that the original lacks, a name in use, or
             blocks that are no chain. The model is then as it was.
     """
-    model, data = unwrapped(model), list(batches)
+    model, data, chosen = unwrapped(model), list(batches), METHODS.find(method, "compensate")
+    assert chosen.split is not None
     if not data:
         raise WeftError(
             "The compensation needs data: give batches=[{'input_ids': ...}, ...] of what shall be repaired."
@@ -70,11 +67,14 @@ def compensate(
     source = original if isinstance(original, nn.Module) else load_model(original, device="cpu", dtype="auto")
     _check(shapes, unwrapped(source), rank)
     terms = {layer: {name: _zeros(model, layer, rank, dtype)} for layer in shapes}
-    attach(model, Adapter(name, "eora", dict(terms), {"rank": rank}))  # type: ignore[arg-type]
+    attach(model, Adapter(name, chosen.name, dict(terms), {"rank": rank}))  # type: ignore[arg-type]
     try:
         for group in walk(model, data, list(shapes), track=track):
             for layer in group.names:
-                _fill(terms[layer][name], _error(model, source, layer), group.moments["input_moment"])
+                _fill(
+                    terms[layer][name],
+                    chosen.split(_site(model, source, chosen, layer, rank, group.moments), **chosen.options({})),
+                )
     except BaseException:
         detach(model, name)
         raise
@@ -93,17 +93,18 @@ def _zeros(model: nn.Module, layer: str, rank: int, dtype: torch.dtype) -> LowRa
     return LowRank.from_factors(B, A)
 
 
-def _error(model: nn.Module, source: nn.Module, layer: str) -> Tensor:
-    """dW (out, in) in fp32: what the compressed layer lacks."""
-    now = sum_dense(base_terms(model, layer).values())
-    return weight_of(source.get_submodule(layer), torch.float32).to(now.device) - now
+def _site(model: nn.Module, source: nn.Module, method: Method, layer: str, rank: int, moments: Moments) -> Site:
+    """The layer without the adapter, beside what it was in the original."""
+    original = weight_of(source.get_submodule(layer), torch.float32)
+    own = generator(0, method.name, layer)
+    return Site(layer, base_terms(model, layer), rank, rank, moments, own, original=original)
 
 
 @torch.no_grad()
-def _fill(term: LowRank, error: Tensor, moment: Tensor) -> None:
-    B, A, _ = principal_factors(error, C=moment.to(error.device))
-    term.B.copy_(B[:, : term.rank])
-    term.A.copy_(A[: term.rank])
+def _fill(term: LowRank, split: Split) -> None:
+    (made,) = split.terms.values()
+    term.B.copy_(made.B)
+    term.A.copy_(made.A)
 
 
 def _check(shapes: dict[str, tuple[int, int]], source: nn.Module, rank: int) -> None:

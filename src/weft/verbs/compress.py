@@ -1,4 +1,9 @@
-"""Compress a model: calibrate, allocate, factorise, and replace its linear layers by fewer numbers."""
+"""Compress a model: calibrate, allocate, split, and replace its linear layers by fewer bytes; one method, or a chain.
+
+compress(model, "kfac-svd", budget=0.6)                  # ranks
+compress(model, "nf", budget="3.5 bits", allocate="best")   # widths of code
+compress(model, ["nf3", "eora"], budget="3.5 bits")      # codes, and factors for what they lost
+"""
 
 from __future__ import annotations
 
@@ -6,43 +11,50 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
+from weft.allocate import ALLOCATIONS, Allocation, Budget, Choice, LayerInfo
+from weft.allocate.base import spent
+from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.io.save import save_model
-from weft.methods import find
-from weft.methods.base import Method
-from weft.runs.calibration import calibration_texts, check_enough
+from weft.methods import Method
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
+from weft.runs.pieces import Store
 from weft.runs.progress import track
 from weft.runs.record import begin
 from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
-from weft.stats.calibrate import Batch, Stats, calibrate, frozen, to_device, token_loss
-from weft.terms.layers import linear_layers, shape_of
-from weft.terms.layers import replace as put_layer
+from weft.stats.calibrate import Batch, Stats, calibrate
+from weft.terms.layers import linear_layers, weight_of
+from weft.train.sources import read_texts
 from weft.train.windows import calibration_batches
 from weft.verbs.compress_checks import (
-    allowed_parameters,
+    Stage,
+    allowed_bytes,
+    chain,
     check,
     check_options,
     check_round,
-    given_ranks,
-    is_ranks_file,
+    given_sizes,
+    is_sizes_file,
     reads,
 )
 from weft.verbs.evaluate import check_context, model_size
-from weft.verbs.truncation import Plan, Store, one_shot, sequential, survey, surveyed_factors, truncate
+from weft.verbs.placing import measure, one_shot, sequential
+from weft.verbs.survey import Plan, offered, survey
 
-__all__ = ["Compressed", "calibrate", "compress", "needs", "run", "sensitivity"]
+__all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
+
+Methods = str | Method | Sequence[str | Method]
+
+_LARGE = 2**28  # bytes of a model whose finished pieces lie on a disk
 
 
 @dataclass(frozen=True)
@@ -53,15 +65,19 @@ class Compressed:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def needs(method: str, *, allocate: str | None = None) -> tuple[str, ...]:
+def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
     """The statistics that a method (with an allocation; None: its own) reads: what to `calibrate` for it.
 
     Raises WeftError for an unknown name.
     """
-    found = find(method)
-    if found.kind != "compress":
-        return found.needs
-    return Plan(method=found, options={}, layers=(), reads=reads(allocate or found.allocate)).needs
+    from weft.methods import METHODS
+
+    stages = [METHODS.find(method)] if isinstance(method, str | Method) else [METHODS.find(m) for m in method]
+    first, last = stages[0], stages[-1]
+    if first.split is None or first.kind == "adapt":
+        return first.needs
+    how = reads(allocate or last.allocate) if last is first else ()
+    return Plan(method=first, options={}, layers=(), reads=how, sequential=first.sequential).needs
 
 
 _walk = sequential  # an argument of `compress` bears its name
@@ -69,32 +85,34 @@ _walk = sequential  # an argument of `compress` bears its name
 
 def compress(
     model: nn.Module,
-    method: str | Method = "kfac-svd",
+    method: Methods = "kfac-svd",
     *,
-    budget: str | float | Budget = 0.6,
-    allocate: str | Path | Mapping[str, int | None] | None = None,
+    budget: str | float | Budget | None = None,
+    allocate: str | Path | Mapping[str, Any] | None = None,
     batches: Iterable[Batch] | None = None,
     stats: Stats | None = None,
     layers: str | Sequence[str] | None = None,
     round: int = 1,
     sequential: bool | None = None,
     correction: float | None = None,
-    by_block: bool = False,
+    by_block: bool | None = None,
+    seed: int = 0,
     progress: Path | None = None,
     track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
     **options: Any,
 ) -> Compressed:
-    """Replace the model's linear layers, in place, by factors that keep `budget` of their parameters.
+    """Replace the model's linear layers, in place, by terms that keep `budget` of their bytes.
 
     Args:
         model: any transformers model with linear layers (`weft.terms.layers.linear_layers`).
-        method: a name of `weft.methods()` of kind "compress", or a `Method`.
-        budget: what is **kept**: a share of the replaced matrices' parameters (0.6, "60%"), or the size of the whole
-            model ("500MB").
+        method: a name of `weft.methods()` of kind "compress" or "quantize", or a `Method`; or a list of them, each
+            applied to what the one before it made: those of kind "compensate" take up what it lost. Only the last of a
+            list may have sizes to choose from.
+        budget: what is **kept**: a share of the replaced matrices' bytes (0.6, "60%"), mean bits a weight ("3.5 bits"),
+            or the size of the whole model ("500MB"). None: 0.6, or whatever a method of one size takes.
         allocate: a name of `weft.allocate.ALLOCATIONS` (None: the method's own), a saved allocation's path, or a
-            mapping layer -> rank (None: dense).
-        batches: calibration batches, for methods and allocations that need data; `weft.train.data.calibration_batches`
-            makes them.
+            mapping layer -> size (None: as it is); of the last method.
+        batches: calibration batches, for methods and allocations that need data; `weft.train.windows` makes them.
         stats: statistics from `weft.calibrate(model, batches, weft.needs(method))`, instead of a pass over the batches.
         layers: shell patterns of layer names; None for all.
         round: make every rank a multiple of this.
@@ -102,11 +120,12 @@ def compress(
             `batches`.
         correction: share, 0 to 1, of the drift of a layer's inputs that the sequential form corrects (None: the
             method's own).
-        by_block: collect one block's statistics at a time, with a pass over the batches for each: bounded memory for
-            large models.
+        by_block: collect one block's statistics at a time, with a pass over the batches for each (None: as many blocks
+            at a time as take 1.5 times the model's bytes).
+        seed: of methods that draw; a layer's draw depends on it and on the layer's name alone.
         progress: a directory for finished blocks, from which an interrupted call goes on.
         track: (items, description) -> the same items, for a progress bar.
-        options: the method's own hyperparameters.
+        options: the methods' own hyperparameters; of a list, each goes to the one that names it.
 
     Returns:
         The allocation, which says what was spent, and the seconds spent on survey (calibration and factorisation) and
@@ -115,95 +134,134 @@ def compress(
     Raises:
         WeftError: unknown method, allocation, option or layer pattern; a budget out of range or below reach; data
             missing.
+
+    Example:
+        >>> import torch, weft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> done = weft.compress(model, "svd", budget=0.5)
+        >>> done.allocation.spent <= done.allocation.total / 2
+        True
     """
-    found = find(method, "compress") if isinstance(method, str) else method
-    plan = Plan(
-        method=found,
-        options=found.options(options),
-        layers=tuple(linear_layers(model, layers)),
-        sequential=found.sequential if sequential is None else sequential,
-        correction=found.correction if correction is None else correction,
-        by_block=by_block,
-    )
-    plan = replace(plan, track=track) if track else plan
     data = [] if batches is None else list(batches)
-    infos = {name: LayerInfo(shape_of(model.get_submodule(name))) for name in plan.layers}
-    given = given_ranks(allocate, infos)
-    plan = replace(plan, fixed=given) if given else replace(plan, reads=reads(allocate or found.allocate))
-    check(plan, data, stats, round)
-    share = Budget.parse(budget)
-    allowed = 0 if given else allowed_parameters(model, share, infos, round)
+    settings = {"round": round, "by_block": by_block, "seed": seed} | ({"track": track} if track else {})
+    plans = _plans(model, chain(method, options), layers, sequential, correction, settings)
+    infos = [offered(model, plan) for plan in plans]
+    given = given_sizes(allocate, infos[-1], plans[-1])
+    how = "given" if given else str(allocate or plans[-1].method.allocate)
+    plans[-1] = replace(plans[-1], fixed=given) if given else replace(plans[-1], reads=reads(how))
+    check(plans, infos, data, stats, round)
+    words, allowed = allowed_bytes(model, budget, plans, infos, given is not None)
 
-    began = time.perf_counter()
-    # one block's statistics at a time means that what was made of the others is not in memory either
-    with tempfile.TemporaryDirectory() if by_block and progress is None else nullcontext(progress) as place:
-        store = Store() if place is None else Store(Path(place), _key(model, plan, data, stats))
-        infos = survey(model, plan, data, stats, store)
-        surveyed = time.perf_counter()
-        shapes = {name: info.shape for name, info in infos.items()}
-        if given is None:
-            how = str(allocate or found.allocate)
-            ranks = _ranks(how, model, plan, infos, allowed, round, data, store)
-            allocation = Allocation(ranks, shapes, str(share), how, allowed, {"round": round} if round > 1 else {})
-        else:
-            allocation = Allocation(given, shapes, allocate="given")
-        if plan.sequential:
-            _walk(model, plan, allocation.ranks, data, store)
-        else:
-            one_shot(model, plan, allocation.ranks, store)
-    _mark(model, found.name)
-    return Compressed(allocation, {"survey": surveyed - began, "replace": time.perf_counter() - surveyed})
+    began, surveying, chosen = time.perf_counter(), 0.0, list[Mapping[str, Choice]]()
+    with _place(model, plans, progress) as place:
+        store = Store() if place is None else Store(Path(place), _key(model, plans, data, stats))
+        for plan, info in zip(plans, infos, strict=True):
+            started = time.perf_counter()
+            left = allowed - sum(map(spent, chosen))
+            plan, sizes = _decide(model, plan, info, left, how, data, stats, store)
+            surveying += time.perf_counter() - started
+            chosen.append(sizes)
+            wanted = {name: choice.size for name, choice in sizes.items()}
+            _walk(model, plan, wanted, data, store) if plan.sequential else one_shot(model, plan, wanted, store)
+    _mark(model, "+".join(plan.method.name for plan in plans))
+    shapes = {name: info.shape for name, info in infos[-1].items()}
+    details = {"round": round} if round > 1 else {}
+    allocation = Allocation(_joined(chosen), shapes, words, how, 0 if given else allowed, details)
+    return Compressed(allocation, {"survey": surveying, "replace": time.perf_counter() - began - surveying})
 
 
-def _ranks(
-    allocate: str,
+def _plans(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    layers: str | Sequence[str] | None,
+    sequential: bool | None,
+    correction: float | None,
+    settings: Mapping[str, Any],
+) -> list[Plan]:
+    """A plan for each method of a chain; those after the first see what the weights were."""
+    names = tuple(linear_layers(model, layers))
+    kept = {name: weight_of(model.get_submodule(name)) for name in names} if len(stages) > 1 else {}
+    return [
+        Plan(
+            method=method,
+            options=options,
+            layers=names,
+            stage=i,
+            sequential=method.sequential if sequential is None else sequential,
+            correction=method.correction if correction is None else correction,
+            originals=kept if i else {},
+            **settings,
+        )
+        for i, (method, options) in enumerate(stages)
+    ]
+
+
+def _place(model: nn.Module, plans: Sequence[Plan], progress: Path | None) -> AbstractContextManager[Any]:
+    """Where finished pieces lie: where the caller says; on a disk for a large model, since one block's statistics at a
+    time are of no use while all factors pile up; or in memory.
+    """
+    if progress is not None:
+        return nullcontext(progress)
+    large = any(plan.by_block for plan in plans) or sum(p.nbytes for p in model.parameters()) > _LARGE
+    return tempfile.TemporaryDirectory() if large else nullcontext()
+
+
+def _decide(
     model: nn.Module,
     plan: Plan,
     infos: Mapping[str, LayerInfo],
-    allowed: int,
-    multiple: int,
+    budget: int,
+    how: str,
     batches: Sequence[Batch],
+    stats: Stats | None,
     store: Store,
-) -> Ranks:
-    extra = {"measure": sensitivity(model, plan, batches, store)} if "measure" in plan.reads else {}
-    ranks: Ranks = ALLOCATIONS[allocate].allocate(infos, allowed, multiple=multiple, **extra)
-    return ranks
+) -> tuple[Plan, Mapping[str, Choice]]:
+    """Survey the layers and spend the budget, in the order that saves work: sizes that nothing must be known for first.
+
+    Returns the plan, with its sizes where they were known before the survey, and every layer's choice.
+    """
+    chosen: Mapping[str, Choice] | None = None
+    if plan.fixed is not None:
+        chosen = {name: _at(info, plan.fixed[name]) for name, info in infos.items()}
+    elif all(len(info.sizes) <= 1 for info in infos.values()):
+        chosen = {name: [*info.sizes, info.choices[-1]][0] for name, info in infos.items()}
+    elif not plan.reads:
+        chosen = ALLOCATIONS[how].allocate(infos, budget)
+    if chosen is not None:
+        plan = replace(plan, fixed={name: choice.size for name, choice in chosen.items()}, reads=())
+    found = survey(model, plan, infos, batches, stats, store) if plan.reads_weights or plan.carried else infos
+    if chosen is None:
+        extra = {"measure": measure(model, plan, batches, store)} if "measure" in plan.reads else {}
+        chosen = ALLOCATIONS[how].allocate(found, budget, **extra)
+    return plan, chosen
 
 
-def _key(model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> str:
-    """A key of everything that decides a finished piece, the ranks apart."""
+def _at(info: LayerInfo, size: Any) -> Choice:
+    """The choice of a size that the user gave; a rank may be one that saves nothing."""
+    there = next((choice for choice in info.choices if choice.size == size), None)
+    return there or Choice(size, int(size) * sum(info.shape) * info.shape.itemsize, method=info.choices[0].method)
+
+
+def _joined(chosen: Sequence[Mapping[str, Choice]]) -> dict[str, Choice]:
+    """One choice a layer: of a chain, the list of sizes and all bytes."""
+    if len(chosen) == 1:
+        return dict(chosen[0])
+    joined = {}
+    for name in chosen[0]:
+        parts = [stage[name] for stage in chosen]
+        method = "+".join(part.method for part in parts if part.method)
+        joined[name] = Choice([part.size for part in parts], sum(p.bytes for p in parts), parts[-1].loss, method)
+    return joined
+
+
+def _key(model: nn.Module, plans: Sequence[Plan], batches: Sequence[Batch], stats: Stats | None) -> str:
+    """A key of everything that decides a finished piece, the allocated sizes apart."""
     data = [*batches, *({f"{name}": t for name, t in moments.items()} for moments in (stats or {}).values())]
-    decided = [plan.method.name, plan.options, plan.reads, plan.fixed, plan.sequential, plan.correction]
-    made_of = [fingerprint(model, data, plan.needs, plan.layers), str(decided)]
+    decided = [(p.method.name, p.options, p.reads, p.fixed, p.round, p.sequential, p.correction, p.seed) for p in plans]
+    made_of = [fingerprint(model, data, [need for p in plans for need in p.needs], plans[0].layers), str(decided)]
     return hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
-
-
-def sensitivity(
-    model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store
-) -> Callable[[str, Sequence[int]], list[float]]:
-    """(layer, ranks) -> the loss a token of all the calibration text, with only that layer truncated to each rank."""
-    factors = dict(surveyed_factors(model, plan, store))
-
-    @torch.no_grad()
-    def measure(name: str, ranks: Sequence[int]) -> list[float]:
-        layer, losses = model.get_submodule(name), []
-        with frozen(model):
-            for rank in ranks:
-                truncate(model, name, factors[name], rank)
-                losses.append(_loss(model, batches))
-                put_layer(model, name, layer)
-        return losses
-
-    return measure
-
-
-def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The mean loss of a prediction over all batches."""
-    total, predictions = 0.0, 0
-    for batch in batches:
-        loss, count = token_loss(model, to_device(batch, model))
-        total, predictions = total + float(loss) * count, predictions + count
-    return total / predictions
 
 
 def _mark(model: nn.Module, method: str) -> None:
@@ -221,7 +279,8 @@ def run(
     out: str | Path,
     *,
     method: str = "kfac-svd",
-    budget: str | float = 0.6,
+    then: str | None = None,
+    budget: str | float | None = None,
     allocate: str | None = None,
     calibration: str | Path | None = None,
     windows: int = 32,
@@ -229,7 +288,7 @@ def run(
     round: int = 1,
     layers: Sequence[str] | None = None,
     sequential: bool | None = None,
-    by_block: bool = False,
+    by_block: bool | None = None,
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
@@ -238,14 +297,16 @@ def run(
 ) -> dict[str, Any]:
     """`weft compress`: read a model, calibrate, compress, write a directory with `allocation.json` and `run.json`.
 
-    Arguments are those of `compress` and of `weft.train.windows.calibration_batches`. The result is what `run.json`
-    holds as metrics. An interrupted run keeps its finished blocks beside `out` and goes on from them.
+    `then` is a method for what the first one made. Arguments are those of `compress` and of
+    `weft.train.windows.calibration_batches`; the result is what `run.json` holds as metrics. An interrupted run keeps
+    its finished blocks beside `out` and goes on from them.
 
     Raises:
         WeftError: any argument that cannot work, before the model is loaded where it can be told.
     """
     arguments = {key: value for key, value in locals().items() if key not in ("options", "device")} | options
-    _check_arguments(method, budget, allocate, round, windows, window, seed, options)
+    methods = [method, *([then] if then else [])]
+    _check_arguments(methods, budget, allocate, round, windows, window, seed, options)
     check_output(out, arguments)
     texts, text = calibration_texts(calibration, model)
     target = resolve_device(device)
@@ -258,8 +319,8 @@ def run(
     with open_output(out, arguments) as place:
         before = _size(source)
         done = compress(
-            source, method, budget=budget, allocate=allocate, batches=data, layers=layers, round=round,
-            sequential=sequential, by_block=by_block, progress=place.progress, track=track, **options,
+            source, methods, budget=budget, allocate=allocate, batches=data, layers=layers, round=round,
+            sequential=sequential, by_block=by_block, seed=seed, progress=place.progress, track=track, **options,
         )  # fmt: skip
         metrics = {**_metrics(before, _size(source), done), "calibration": text, "calibration_tokens": tokens}
         done.allocation.save(place.path / "allocation.json")
@@ -268,7 +329,7 @@ def run(
 
 
 def _check_arguments(
-    method: str,
+    methods: Sequence[str],
     budget: Any,
     allocate: Any,
     round: int,
@@ -277,11 +338,12 @@ def _check_arguments(
     seed: int,
     options: Mapping[str, Any],
 ) -> None:
-    found = find(method, "compress")
-    check_options(found, found.options(options))
-    Budget.parse(budget)
+    for found, chosen in chain(methods, options):
+        check_options(found, chosen)
+    if budget is not None:
+        Budget.parse(budget)
     check_seed(seed)
-    if allocate is not None and is_ranks_file(allocate):
+    if allocate is not None and is_sizes_file(allocate):
         Allocation.load(allocate)
     elif allocate is not None:
         reads(allocate)
@@ -305,11 +367,12 @@ def _metrics(before: Mapping[str, int], after: Mapping[str, int], done: Compress
         "bytes_before": before["bytes"],
         "bytes": after["bytes"],
         "matrices": len(allocation),
-        "matrices_dense": sum(rank is None for rank in allocation.values()),
-        "matrix_parameters_before": allocation.total,
-        "matrix_parameters_allowed": allocation.allowed,
-        "matrix_parameters": allocation.spent,
+        "matrices_dense": sum(size is None for size in allocation.values()),
+        "matrix_bytes_before": allocation.total,
+        "matrix_bytes_allowed": allocation.allowed,
+        "matrix_bytes": allocation.spent,
         "share_kept": allocation.spent / allocation.total,
+        "bits_per_weight": allocation.bits_per_weight,
         "seconds_survey": done.seconds["survey"],
         "seconds_replace": done.seconds["replace"],
     }

@@ -3,48 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo, Ranks
-from weft.allocate.base import check_ranks, check_reach
+from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo
+from weft.allocate.base import below_reach, check_reach
 from weft.errors import WeftError, unknown
-from weft.io.precision import layer_bytes, saved_dtype, saved_size
+from weft.methods import METHODS
 from weft.methods.base import LowRankSplit, Method
 from weft.stats.calibrate import Batch, Stats
-from weft.terms.layers import stored_weight, weight_of
-from weft.verbs.truncation import Plan
+from weft.terms.adapters import adapters_of
+from weft.terms.layers import stored_weight
+from weft.verbs.evaluate import model_size
+from weft.verbs.survey import Plan
 
-__all__ = ["allowed_parameters", "check", "check_options", "check_round", "given_ranks", "is_ranks_file", "reads"]
+__all__ = [
+    "Stage",
+    "allowed_bytes",
+    "chain",
+    "check",
+    "check_options",
+    "check_round",
+    "given_sizes",
+    "is_sizes_file",
+    "reads",
+]
+
+Stage = tuple[Method, dict[str, Any]]
+"""A method of a chain and its options."""
 
 
-def check(plan: Plan, batches: Sequence[Batch], stats: Stats | None, multiple: int) -> None:
+def chain(method: Any, options: Mapping[str, Any]) -> list[Stage]:
+    """The methods of a chain, each with its options: those that it names.
+
+    Raises:
+        WeftError: an unknown method; one that does not replace weights, or compensates for nothing; an option that none
+            or several of them have.
+    """
+    given = [method] if isinstance(method, str | Method) else list(method)
+    kinds = ("compress", "quantize", "compensate")
+    found = [METHODS.find(one, *(kinds if i else kinds[:2])) for i, one in enumerate(given)]
+    if not found:
+        raise WeftError("There is no method; give one, or a list of them.")
+    if len(found) == 1:
+        return [(found[0], found[0].options(options))]
+    for first, second in pairwise(found):
+        if second.kind != "compensate":
+            raise WeftError(
+                f"{second.name} would replace what {first.name} made; let a method of kind compensate follow it, such "
+                "as eora."
+            )
+    for name in options:
+        owners = [one.name for one in found if name in one.defaults]
+        if len(owners) != 1:
+            known = ", ".join(f"{one.name}: {', '.join(one.defaults) or 'none'}" for one in found)
+            raise WeftError(
+                f"The option {name!r} belongs to {' and '.join(owners) or 'none of the methods'}; their options are "
+                f"({known})."
+            )
+    return [(one, one.options({k: v for k, v in options.items() if k in one.defaults})) for one in found]
+
+
+def check(
+    plans: Sequence[Plan],
+    infos: Sequence[Mapping[str, LayerInfo]],
+    batches: Sequence[Batch],
+    stats: Stats | None,
+    multiple: int,
+) -> None:
     """Everything that can be refused before work starts."""
     check_round(multiple)
-    check_options(plan.method, plan.options)
+    for plan, info in zip(plans, infos, strict=True):
+        check_options(plan.method, plan.options)
+        _check_plan(plan, batches, stats if plan.stage == 0 else None)
+        if plan is not plans[-1] and any(len(layer.sizes) > 1 for layer in info.values()):
+            raise WeftError(
+                f"{plan.method.name} offers several sizes, and only the last method of a chain may: name one of a "
+                "single size, such as nf3."
+            )
+
+
+def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> None:
     if not 0 <= plan.correction <= 1:
         raise WeftError(f"The correction is {plan.correction}; it is a share between 0 and 1.")
     if not batches and (plan.sequential or "measure" in plan.reads or (plan.needs and stats is None)):
         raise WeftError(f"The method {plan.method.name!r} needs calibration text here; give batches.")
+    if plan.nested is None and {"spectrum", "weight_spectrum"} & set(plan.reads):
+        raise WeftError(
+            f"This allocation reads singular values, and {plan.method.name} has none; give allocate='best' or 'equal'."
+        )
     for name in plan.layers if stats is not None else ():
         missing = [need for need in plan.needs if need not in (stats or {}).get(name, {})]
         if missing:
             raise WeftError(f"The statistics lack {missing[0]} of layer {name}; calibrate with needs={plan.needs}.")
 
 
-def given_ranks(allocate: Any, infos: Mapping[str, LayerInfo]) -> Ranks | None:
-    """Ranks that the user gives for exactly these layers, or None when an allocation is to find them."""
-    shapes = {name: info.shape for name, info in infos.items()}
+def given_sizes(allocate: Any, infos: Mapping[str, LayerInfo], plan: Plan) -> dict[str, Any] | None:
+    """Sizes that the user gives for exactly these layers, or None when an allocation is to find them."""
     source = "allocate"
     if isinstance(allocate, str | Path):
-        if not is_ranks_file(allocate):
+        if not is_sizes_file(allocate):
             return None
         source, allocate = str(allocate), Allocation.load(allocate)
     if allocate is None:
         return None
+    shapes: dict[str, Any] = {name: info.shape for name, info in infos.items()}
     theirs = allocate.shapes if isinstance(allocate, Allocation) else shapes
     strange = sorted(name for name in {*allocate, *shapes} if theirs.get(name) != shapes.get(name))
     strange = strange or sorted(set(allocate) ^ set(shapes))
@@ -53,30 +120,84 @@ def given_ranks(allocate: Any, infos: Mapping[str, LayerInfo]) -> Ranks | None:
             f"{source} and the model differ in the layer {strange[0]}; make an allocation for this model, "
             "or name its layers by a pattern."
         )
-    check_ranks(allocate, shapes, source)
-    return dict(allocate)
+    # of a chain, the file lists the sizes of all its methods
+    given = {n: size[plan.stage] if plan.stage and isinstance(size, list) else size for n, size in allocate.items()}
+    for name, size in given.items():
+        _check_size(source, name, size, infos[name], plan)
+    return given
 
 
-def is_ranks_file(allocate: str | Path) -> bool:
-    """Whether a file of ranks is meant, and not the name of an allocation."""
+def _check_size(source: str, name: str, size: Any, info: LayerInfo, plan: Plan) -> None:
+    """Raises WeftError for a size, given by `source`, that the method cannot give this matrix."""
+    out, inn = info.shape
+    if plan.nested is not None:
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        if size is not None and not (whole and 1 <= size <= min(out, inn)):
+            raise WeftError(
+                f"{source} gives {name} the rank {size!r}, but a {out} x {inn} matrix has ranks from 1 to "
+                f"{min(out, inn)}, or is left dense."
+            )
+    elif size not in [choice.size for choice in info.choices]:
+        known = ", ".join(str(choice.size) for choice in info.sizes)
+        raise WeftError(
+            f"{source} gives {name} the size {size!r}, but {plan.method.name} offers {known} for a {out} x {inn} "
+            "matrix, or leaves it dense."
+        )
+
+
+def is_sizes_file(allocate: str | Path) -> bool:
+    """Whether a file of sizes is meant, and not the name of an allocation."""
     return str(allocate) not in ALLOCATIONS and (str(allocate).endswith(".json") or Path(allocate).is_file())
 
 
-def allowed_parameters(model: nn.Module, budget: Budget, infos: Mapping[str, LayerInfo], multiple: int) -> int:
-    """Parameters that the budget leaves to these layers. Raises WeftError where it is out of reach, or already met."""
-    numbers = sum(stored_weight(model.get_submodule(name))[0] for name in infos)
-    first = next(iter(infos))
-    itemsize = saved_dtype(model, f"{first}.weight", weight_of(model.get_submodule(first))).itemsize
-    other_bytes = saved_size(model)[1] - layer_bytes(model, infos)
-    allowed = budget.parameters(infos, other_bytes=other_bytes, itemsize=itemsize)
-    total = sum(info.size for info in infos.values())
-    if numbers < total and allowed >= numbers:
+def allowed_bytes(
+    model: nn.Module,
+    budget: str | float | Budget | None,
+    plans: Sequence[Plan],
+    infos: Sequence[Mapping[str, LayerInfo]],
+    given: bool,
+) -> tuple[str, int]:
+    """The budget in words, and the bytes that it leaves to these layers.
+
+    Raises WeftError where it is out of reach, or already met.
+    """
+    adapters = adapters_of(model)
+    if adapters:
+        raise WeftError(
+            f"There are adapters on this model ({', '.join(adapters)}); merge or remove them first, then compress."
+        )
+    least = [{name: _least(info) for name, info in layers.items()} for layers in infos]
+    floor = sum(choice.bytes for stage in least for choice in stage.values())
+    single = all(len(info.sizes) <= 1 for layers in infos for info in layers.values())
+    if given or (budget is None and single):
+        return "", floor
+    parsed = Budget.parse(0.6 if budget is None and plans[-1].method.kind == "compress" else _needed(budget, plans[-1]))
+    stored = [stored_weight(model.get_submodule(name)) for name in infos[-1]]
+    numbers, nbytes = (sum(column) for column in zip(*stored, strict=True))
+    shapes = [info.shape for info in infos[-1].values()]
+    allowed = parsed.allowed(shapes, other_bytes=model_size(model)[1] - nbytes)
+    total = sum(shape.numel for shape in shapes)
+    if numbers < total and allowed >= nbytes:
         raise WeftError(
             f"The model is compressed already: its matrices keep {numbers / total:.4f} of their parameters, within the "
-            f"budget of {budget}; give a smaller budget, or compress the original model."
+            f"budget of {parsed}; give a smaller budget, or compress the original model."
         )
-    check_reach(infos, allowed, multiple)
-    return allowed
+    if len(plans) == 1 and not single:
+        check_reach(infos[0], allowed)
+    elif floor > allowed:
+        raise below_reach(infos[0], {f"{i}{n}": c for i, stage in enumerate(least) for n, c in stage.items()}, allowed)
+    return str(parsed), allowed
+
+
+def _least(info: LayerInfo) -> Any:
+    """The only size that there is, or the smallest choice."""
+    return info.sizes[0] if len(info.sizes) == 1 else info.choices[0]
+
+
+def _needed(budget: str | float | Budget | None, plan: Plan) -> str | float | Budget:
+    if budget is None:
+        raise WeftError(f"{plan.method.name} offers several sizes: say what to keep, as budget='3.5 bits' or 0.25.")
+    return budget
 
 
 def check_round(multiple: int) -> None:
@@ -87,7 +208,8 @@ def check_round(multiple: int) -> None:
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
     """Options that cannot work are told by factorising one number."""
-    assert isinstance(method.split, LowRankSplit)
+    if not isinstance(method.split, LowRankSplit):
+        return
     ones = {need: torch.ones(1, 1) if need.endswith(("moment", "grad")) else torch.ones(1) for need in method.needs}
     try:
         method.split.factorise(torch.ones(1, 1, dtype=torch.float64), ones, **options)
@@ -99,8 +221,7 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
 
 
 def reads(allocate: Any) -> tuple[str, ...]:
-    """The fields of `LayerInfo` that an allocation looks at. Raises WeftError with the nearest names."""
+    """What an allocation looks at. Raises WeftError with the nearest names."""
     if allocate not in ALLOCATIONS:
         raise unknown("allocation", str(allocate), ALLOCATIONS)
-    fields: tuple[str, ...] = ALLOCATIONS[allocate].READS
-    return fields
+    return ALLOCATIONS[allocate].reads

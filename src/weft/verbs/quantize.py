@@ -5,43 +5,43 @@ weft quantize MODEL -o OUT --bits 4          the same on a directory, which tran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.allocate.integer_program import choose
+from weft.allocate import Shape
 from weft.errors import WeftError, unknown
-from weft.io.quantizer import mark
+from weft.io.quantizer import mark, remark
 from weft.io.save import save_model
 from weft.kernels.normal_float import NF4, Format
-from weft.methods.adapter import scale_of
+from weft.methods import METHODS, Method, Site
 from weft.methods.base import Moments
-from weft.methods.lq_lora import SHORT_GRID, decompose, fisher_roots
+from weft.methods.lq_lora import SHORT_GRID, choose_formats, fisher_roots
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.record import begin
-from weft.terms import Dense, Int8, LowRank, NormalFloat, SumLinear, Term
+from weft.seeds import generator
+from weft.terms import Dense, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
 from weft.terms.layers import bias_of, is_conv1d, replace
+from weft.terms.quantized import Quantized
 from weft.verbs.adapt import resolve_targets
 from weft.verbs.evaluate import model_size
 
-__all__ = ["SCHEMES", "choose_formats", "quantize", "run"]
+__all__ = ["quantize", "run", "schemes"]
 
-SCHEMES: dict[str, Callable[[Tensor], Term]] = {
-    "int8": Int8.from_matrix,
-    **{f"nf{bits}": partial(NormalFloat.from_matrix, format=Format(bits)) for bits in (2, 3, 4, 8)},
-}
-"""What one matrix becomes; NormalFloats with double quantisation."""
+
+def schemes() -> dict[str, Method]:
+    """What `quantize` puts in a weight's place: the methods of kind "quantize", and adapters found with their base."""
+    return {name: method for name, method in METHODS.items() if method.kind == "quantize" or method.replaces}
 
 
 def quantize(
     model: nn.Module,
-    scheme: str = "nf4",
+    scheme: str | Method = "nf4",
     targets: str | Sequence[str] = "all-linear",
     *,
     rank: int = 64,
@@ -55,8 +55,8 @@ def quantize(
     """Replace dense weights by codes; the same model is returned, the weights themselves are gone.
 
     Args:
-        scheme: "int8" (a scale a row), "nf2", "nf3", "nf4", "nf8" (block-wise, 64 weights a scale), or "lq-lora": codes
-            and a low-rank adapter called `name` that takes up their error.
+        scheme: a method of kind "quantize" ("int8": a scale a row; "nf2", "nf3", "nf4", "nf8": 64 weights a scale), or
+            "lq-lora": codes and a low-rank adapter called `name` that takes up their error.
         targets: as in `weft.adapt`.
         rank, alpha, name: of the adapter, for "lq-lora"; the paper's rank is 64.
         bits: for "lq-lora", the mean bits a weight of the codes, spent where they help most among `formats`; None for
@@ -70,19 +70,46 @@ def quantize(
             smallest format has. The model is then as it was.
     """
     model = unwrapped(model)
-    if scheme not in SCHEMES and scheme != "lq-lora":
-        raise unknown("scheme of quantisation", scheme, [*SCHEMES, "lq-lora"])
+    method = scheme if isinstance(scheme, Method) else _find(scheme)
     if adapters_of(model):
         on = ", ".join(adapters_of(model))
         raise WeftError(f"There are adapters on this model ({on}); quantise first, then put adapters on.")
     layers = {layer: m for layer, m in resolve_targets(model, targets).items() if _dense_terms(m)}
-    if scheme == "lq-lora":
-        _lq_lora(model, layers, rank, bits, alpha, formats, iterations, stats, name)
-        return model
-    for layer, module in layers.items():
-        codes = {key: SCHEMES[scheme](matrix) for key, matrix in _dense_terms(module).items()}
-        _put(model, layer, module, codes)
+    if method.replaces:
+        options = method.options({"alpha": alpha, "iterations": iterations})
+        plan = _formats(layers, rank, bits, formats, stats)
+        _with_adapter(model, layers, method, rank, options, plan, stats, name)
+    else:
+        for layer, module in layers.items():
+            _put(model, layer, module, _codes(method, layer, module, bits))
+    remark(model)
     return model
+
+
+def _find(scheme: str) -> Method:
+    METHODS.find("lora")  # so that what installed packages offer is there
+    if scheme not in schemes():
+        raise unknown("scheme of quantisation", scheme, schemes())
+    return schemes()[scheme]
+
+
+def _codes(method: Method, layer: str, module: nn.Module, bits: float | None) -> dict[str, Term]:
+    """The codes of a layer's dense terms, by the name of the term.
+
+    Raises:
+        WeftError: the method offers several sizes, and `bits` is none of them.
+    """
+    assert method.split is not None
+    made: dict[str, Term] = {}
+    for key, matrix in _dense_terms(module).items():
+        out, inn = matrix.shape
+        sizes = [size for size, _ in method.sizes(Shape(out, inn, matrix.element_size()), method.options({}))]
+        wanted = [size for size in sizes if len(sizes) == 1 or size == bits]
+        if not wanted:
+            raise WeftError(f"{method.name} has {', '.join(map(str, sizes))} bits; give one of them as bits=.")
+        site = _site(method, layer, {"base": Dense.from_matrix(matrix)}, wanted[0], {}, matrix.dtype)
+        (made[key],) = method.split(site, **method.options({})).terms.values()
+    return made
 
 
 def run(
@@ -119,7 +146,7 @@ def run(
     source = load_model(model, device=target, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
     before = model_size(source)
     # a part of the weight from now on, so not under the name that an adapter gets by default
-    mean = {"bits": bits, "rank": rank, "alpha": alpha, "name": "low_rank"} if chosen == "lq-lora" else {}
+    mean = {"bits": bits, "rank": rank, "alpha": alpha, "name": "low_rank"}
     with open_output(out, arguments) as place:
         quantize(source, chosen, targets or "all-linear", **mean)  # type: ignore[arg-type]
         mark(source, chosen)
@@ -130,66 +157,65 @@ def run(
 
 def _scheme(scheme: str | None, bits: float | None) -> str:
     """The scheme that is meant, checked."""
-    if scheme == "lq-lora":
-        return scheme
-    if scheme is not None and scheme not in SCHEMES:
-        raise unknown("scheme of quantisation", scheme, [*SCHEMES, "lq-lora"])
-    widths = {name.lstrip("inft"): name for name in SCHEMES if name.startswith("nf")}
-    if scheme is None and bits is not None and f"{bits:g}" not in widths:
-        raise WeftError(f"{bits:g} bits are not possible; give 2, 3, 4 or 8, or a mean with --scheme lq-lora.")
-    if scheme is not None and bits is not None and not scheme.endswith(f"{bits:g}"):
+    if scheme is None and bits is None:
+        return "nf4"
+    if scheme is None:
+        widths = [size for size, _ in METHODS["nf"].sizes(Shape(64, 64), METHODS["nf"].options({}))]
+        if bits not in widths:
+            raise WeftError(f"{bits:g} bits are not possible; give 2, 3, 4 or 8, or a mean with --scheme lq-lora.")
+        return f"nf{bits:g}"
+    method = _find(scheme)
+    sizes = [size for size, _ in method.sizes(Shape(64, 64), method.options({}))]
+    if bits is not None and not method.replaces and bits not in sizes:
         raise WeftError(f"--scheme {scheme} has its own number of bits, not {bits:g}; give one of the two.")
-    return scheme or ("nf4" if bits is None else widths[f"{bits:g}"])
+    return scheme
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
     """How many matrices are in code, and what a weight of theirs takes, the low-rank terms apart."""
     sums = [m for m in model.modules() if isinstance(m, SumLinear)]
-    codes = [term for layer in sums for term in layer._terms() if isinstance(term, Int8 | NormalFloat)]
+    codes = [term for layer in sums for term in layer._terms() if isinstance(term, Quantized)]
     weights = sum(term.in_features * term.out_features for term in codes)
     bits = 8 * sum(term.nbytes for term in codes)
     return {"matrices": len(codes), "bits_per_weight": bits / max(weights, 1)}
 
 
-def choose_formats(
-    weights: Mapping[str, Tensor],
-    rank: int,
-    bits: float,
-    formats: Sequence[Format] = SHORT_GRID,
-    roots: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-) -> dict[str, Format]:
-    """The format of each matrix with the least total squared error at `bits` a weight in the mean.
-
-    A format's error is that of the first iterate, whose factors all formats share.
-    """
-    errors = []
-    for layer, W in weights.items():
-        start, pair = None, (roots or {}).get(layer)
-        row = []
-        for format in formats:
-            found = decompose(W, rank, format, weights=pair, iterations=1, start=start)
-            start = found.B, found.A
-            row.append(found.error**2)
-        errors.append(row)
-    # with sizes in bits the paper's normalisation is not needed
-    count = torch.tensor([W.numel() for W in weights.values()], dtype=torch.float64)
-    widths = torch.tensor([format.bits_per_weight for format in formats], dtype=torch.float64)
-    chosen = choose(torch.tensor(errors), count.unsqueeze(1) * widths, bits * float(count.sum()))
-    return {layer: formats[option] for layer, option in zip(weights, chosen, strict=True)}
-
-
-def _lq_lora(
+def _with_adapter(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
+    method: Method,
     rank: int,
-    bits: float | None,
-    alpha: float | None,
-    formats: Sequence[Format],
-    iterations: int,
+    options: Mapping[str, Any],
+    plan: Mapping[str, Format],
     stats: Mapping[str, Moments] | None,
     name: str,
 ) -> None:
-    weights = {layer: sum(_dense_terms(m).values(), start=torch.zeros(())) for layer, m in layers.items()}
+    """Codes in the place of the weights, and the low-rank terms found with them as an adapter."""
+    assert method.split is not None
+    terms: dict[str, dict[str, Term]] = {}
+    for layer, module in layers.items():
+        W = _whole(module)
+        site = _site(method, layer, {"base": Dense.from_matrix(W)}, rank, (stats or {}).get(layer, {}), torch.float32)
+        made = dict(method.split(site, **{**options, **plan[layer]._asdict()}).terms)
+        _put(model, layer, module, {"base": made.pop("base").to(W.dtype)})
+        terms[layer] = {name: made.pop("")}
+    settings = {
+        "rank": rank,
+        "options": {"alpha": options["alpha"]},
+        "formats": {layer: format._asdict() for layer, format in plan.items()},
+    }
+    attach(model, Adapter(name, method.name, terms, settings=settings))
+
+
+def _formats(
+    layers: Mapping[str, nn.Module],
+    rank: int,
+    bits: float | None,
+    formats: Sequence[Format],
+    stats: Mapping[str, Moments] | None,
+) -> dict[str, Format]:
+    """The format of each layer, checked: NF4, or what an integer program chooses at a mean number of bits."""
+    weights = {layer: _whole(module) for layer, module in layers.items()}
     for layer, W in weights.items():
         if not 1 <= rank <= min(W.shape):
             raise WeftError(f"Rank {rank} is not possible on {layer} {tuple(W.shape)}; give 1 to {min(W.shape)}.")
@@ -199,20 +225,23 @@ def _lq_lora(
         raise WeftError(
             f"The statistics of {lacking[0]} lack fisher_rows and fisher_columns; calibrate with these needs."
         )
-    roots = {layer: fisher_roots(stats[layer]) for layer in layers} if stats is not None else {}
     least = min(format.bits_per_weight for format in formats)
-    if bits is not None and bits < least:
+    if bits is None:
+        return dict.fromkeys(layers, NF4)
+    if bits < least:
         raise WeftError(f"{bits:g} bits a weight are fewer than the smallest format has; give at least {least:.3f}.")
-    plan = dict.fromkeys(layers, NF4) if bits is None else choose_formats(weights, rank, bits, formats, roots)
-    terms: dict[str, dict[str, Term]] = {}
-    for layer, module in layers.items():
-        found = decompose(weights[layer], rank, plan[layer], weights=roots.get(layer), iterations=iterations)
-        scale = scale_of(rank, alpha=alpha)
-        B, A = found.B / scale**0.5, found.A / scale**0.5
-        terms[layer] = {name: LowRank.from_factors(B, A, scale=scale)}
-        _put(model, layer, module, {"base": found.code.to(weights[layer].dtype)})
-    settings = {"rank": rank, "options": {"alpha": alpha}, "formats": {layer: f._asdict() for layer, f in plan.items()}}
-    attach(model, Adapter(name, "lq-lora", terms, settings=settings))
+    roots = {layer: fisher_roots(stats[layer]) for layer in layers} if stats is not None else {}
+    return choose_formats(weights, rank, bits, formats, roots)
+
+
+def _site(
+    method: Method, layer: str, terms: Mapping[str, Term], size: Any, moments: Moments, dtype: torch.dtype
+) -> Site:
+    return Site(layer, terms, size, size, moments, generator(0, method.name, layer), dtype)
+
+
+def _whole(module: nn.Module) -> Tensor:
+    return sum(_dense_terms(module).values(), start=torch.zeros(()))
 
 
 def _dense_terms(module: nn.Module) -> dict[str, Tensor]:

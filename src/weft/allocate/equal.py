@@ -1,0 +1,38 @@
+"""equal: the same size for every matrix, a rank or a width of code; what quantisers and compensations publish."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weft.allocate.base import Allocator, Choice, Choices, LayerInfo, check_reach, spent
+
+__all__ = ["ALLOCATION", "allocate"]
+
+
+def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
+    """The largest size that fits the budget when every matrix has it, or the largest that it can have below it."""
+    check_reach(layers, budget)
+    sizes = sorted({choice.size for layer in layers.values() for choice in layer.choices if choice.size is not None})
+    best = {name: layer.choices[0] for name, layer in layers.items()}
+    low, high = 0, len(sizes)
+    while low < high:  # spending grows with the size
+        middle = (low + high) // 2
+        found = {name: _up_to(layer, sizes[middle]) for name, layer in layers.items()}
+        if spent(found) <= budget:
+            best, low = found, middle + 1
+        else:
+            high = middle
+    return best
+
+
+def _up_to(layer: LayerInfo, size: float) -> Choice:
+    there = [choice for choice in layer.choices if choice.size is not None and choice.size <= size]
+    return there[-1] if there else layer.choices[0]
+
+
+ALLOCATION = Allocator(
+    name="equal",
+    summary="The same size for every matrix: one rank, or one width of code.",
+    paper="the default of quantisers and of EoRA",
+    allocate=allocate,
+)

@@ -1,0 +1,138 @@
+"""How `compress` puts what was decided into the model, layer by layer.
+
+    one_shot     each layer becomes the surveyed terms of its size
+    sequential   walk the blocks; split each group of layers anew on the inputs that it gets in the model changed so far
+
+With a `Store` that has a directory, finished blocks are kept on disk, and an interrupted run goes on from them to the
+same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from weft.linalg.whiten import moment_root
+from weft.methods.base import Moments, Size, Split
+from weft.runs.pieces import Piece, Store, packed, unpacked
+from weft.signals import finishing
+from weft.stats.calibrate import Batch, frozen, layers_by_block, to_device, token_loss
+from weft.stats.collect import INPUT_NEEDS
+from weft.stats.walk import walk
+from weft.terms import Dense, SumLinear
+from weft.terms.adapters import base_terms
+from weft.terms.layers import replace as replace_layer
+from weft.terms.put import KEEP, put
+from weft.verbs.survey import Plan, carried_moments, check_finite, piece_name, site_of, surveyed_split
+
+__all__ = ["measure", "one_shot", "place", "sequential"]
+
+Sizes = Mapping[str, Size]
+
+
+def place(model: nn.Module, plan: Plan, name: str, split: Split) -> SumLinear:
+    """Put the terms in the layer's place, or beside what it has where the method compensates."""
+    beside = base_terms(model, name) if plan.method.kind == "compensate" else {}
+    return put(model, name, {**beside, **split.terms}, KEEP if split.bias is None else split.bias)
+
+
+def one_shot(model: nn.Module, plan: Plan, sizes: Sizes, store: Store) -> None:
+    """Every layer that has a size becomes what the survey made of it at that size."""
+    for name, split in surveyed_split(model, plan, store):
+        if sizes[name] is not None:
+            place(model, plan, name, split(sizes[name]))
+
+
+def measure(
+    model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store
+) -> Callable[[str, Sequence[Size]], list[float]]:
+    """(layer, sizes) -> the loss a token of all the calibration text, with only that layer cut to each size."""
+    block_of = {name: i for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
+    now: dict[int, dict[str, Callable[[Size], Split]]] = {}
+
+    @torch.no_grad()
+    def losses(name: str, sizes: Sequence[Size]) -> list[float]:
+        if block_of[name] not in now:
+            now.clear()
+            now[block_of[name]] = dict(surveyed_split(model, plan, store, block_of[name]))
+        layer, found = model.get_submodule(name), []
+        with frozen(model):
+            for size in sizes:
+                place(model, plan, name, now[block_of[name]][name](size))
+                found.append(_loss(model, batches))
+                replace_layer(model, name, layer)
+        return found
+
+    return losses
+
+
+def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean loss of a prediction over all batches."""
+    total, predictions = 0.0, 0
+    for batch in batches:
+        loss, count = token_loss(model, to_device(batch, model))
+        total, predictions = total + float(loss) * count, predictions + count
+    return total / predictions
+
+
+def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Batch], store: Store) -> None:
+    """Walk the blocks, replacing each group of layers on the inputs it gets after everything before it was replaced.
+
+    With `plan.correction` = a > 0, the target is not this layer's own map W but W ((1 - a) X + a C) X^-1, where
+    X = E[x x^T] of the inputs x now and C = E[x_o x^T] with the inputs x_o of the original model: the least-squares
+    map from x to the mix (1 - a) W x + a W x_o.
+    """
+    piece_of = {name: i for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
+    chosen = hashlib.sha256(json.dumps(dict(sizes), sort_keys=True).encode()).hexdigest()[:12]
+
+    def key(block: str) -> str:
+        return f"block-{block}-{chosen}" if plan.stage == 0 else f"block-{plan.stage}-{block}-{chosen}"
+
+    def restore(block: str) -> bool:
+        done = store.get(key(block))
+        for name in done.words if done else ():
+            terms, bias = unpacked(done, name, model.get_submodule(name))  # type: ignore[arg-type]
+            place(model, plan, name, Split(terms, bias))
+        return done is not None
+
+    needs = [need for need in INPUT_NEEDS if need in plan.method.needs or need == "input_moment"]
+    groups = walk(model, batches, plan.layers, needs, original=plan.correction > 0, done=restore, track=plan.track)
+    for block, members in groupby(groups, key=lambda group: group.block):
+        changed = Piece({"": torch.zeros(1)})  # a block that stays as it is is finished too
+        kept: Piece | None = None
+        with finishing():
+            for group in members:
+                if plan.carried and kept is None:
+                    kept = store.get(piece_name(plan, piece_of[group.names[0]]))
+                for name in (name for name in group.names if sizes[name] is not None):
+                    moments = {**group.moments, **carried_moments(plan, kept, name)}
+                    split = _split(model, plan, name, sizes[name], moments)
+                    place(model, plan, name, split)
+                    changed.add(packed(name, split.terms, split.bias))
+            store.put(key(block), changed)
+
+
+def _split(model: nn.Module, plan: Plan, name: str, size: Size, moments: Moments) -> Split:
+    assert plan.method.split is not None
+    site = site_of(model, plan, name, {}, size)
+    site = replace(site, moments={need: tensor.to(site.device) for need, tensor in moments.items()})
+    check_finite(site)
+    if plan.correction:
+        W, X = site.weight(torch.float64), site.moments["input_moment"]
+        target = Dense.from_matrix(_corrected(W, X, site.moments["cross_moment"], plan.correction))
+        site = replace(site, terms={"base": target})
+    return plan.method.split(site, **plan.options)
+
+
+def _corrected(W: Tensor, X: Tensor, C: Tensor, a: float) -> Tensor:
+    """W ((1 - a) X + a C) X^-1, one ridge on both moments."""
+    ridge = 1e-4
+    root = moment_root(X, ridge=ridge)
+    mixed = (1 - a) * X + a * C + torch.eye(len(X), dtype=X.dtype, device=X.device) * (ridge * X.diagonal().mean())
+    return root.solve_transposed(root.solve((W @ mixed).mT)).mT

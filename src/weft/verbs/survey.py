@@ -1,0 +1,296 @@
+"""What `compress` learns of every layer before it spends the budget: the sizes that there are, and what each loses.
+
+    plan       everything that decides the result, resolved and checked
+    offered    the choices of each layer, their losses unknown
+    survey     W, moments -> finished pieces (factors, or terms of each size tried) and what an allocation wants to know
+
+A loss is tr(D^T G D X), D = W' - W, in the Kronecker-factored Fisher norm: one unit for all layers and all methods. It
+is known in closed form for all ranks at once where a method's answers are nested (`LowRankSplit`), and measured on the
+terms of each size where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.allocate import NEEDS, Choice, LayerInfo, Shape
+from weft.errors import WeftError
+from weft.linalg.principal import tail_losses, weighted_loss
+from weft.linalg.svd import singular_values
+from weft.methods.base import Factors, LowRankSplit, Method, Moments, Site, Size, Split
+from weft.runs.pieces import Piece, Store, packed, unpacked
+from weft.seeds import generator
+from weft.signals import finishing
+from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
+from weft.stats.collect import INPUT_NEEDS
+from weft.terms.adapters import base_terms
+from weft.terms.layers import bias_of, shape_of
+
+__all__ = ["Plan", "carried_moments", "check_finite", "offered", "piece_name", "site_of", "survey", "surveyed_split"]
+
+_MOMENTS = 1.5
+"""Times the model's bytes that statistics may take at once, unless the caller says otherwise."""
+
+
+def _plain(items: Iterable[Any], what: str) -> Iterable[Any]:
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides the result, resolved and checked."""
+
+    method: Method
+    options: Mapping[str, Any]
+    layers: tuple[str, ...]
+    stage: int = 0  # of a chain of methods
+    reads: tuple[str, ...] = ()  # what the allocation looks at
+    fixed: Mapping[str, Size] | None = None  # the sizes, where they are known before the survey
+    round: int = 1  # whole-number sizes are multiples of this
+    itemsize: int | None = None  # bytes of a stored floating-point number; None: as it lies in memory
+    sequential: bool = False
+    correction: float = 0.0
+    by_block: bool | None = None  # one pass for each block; None: as many blocks at a time as fit
+    originals: Mapping[str, Tensor] = field(default_factory=dict)  # weights (out, in) before the chain began
+    seed: int = 0
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = _plain
+
+    @property
+    def nested(self) -> LowRankSplit | None:
+        """The method's split, where its answers of all ranks are the first components of one factorisation."""
+        return self.method.split if isinstance(self.method.split, LowRankSplit) else None
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the survey has to split."""
+        return not self.sequential or any(name in self.reads for name in ("spectrum", "losses", "measure"))
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Statistics that the sequential walk, which runs forward only, takes over from the survey."""
+        return tuple(need for need in self.method.needs if need not in INPUT_NEEDS) if self.sequential else ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics of the survey."""
+        read = [need for name in self.reads for need in NEEDS.get(name, ())]
+        return tuple(dict.fromkeys([*(self.method.needs if self.reads_weights else self.carried), *read]))
+
+
+def offered(model: nn.Module, plan: Plan) -> dict[str, LayerInfo]:
+    """The choices of each layer by rising bytes, without losses; None, as it is, costs a compensation nothing."""
+    infos: dict[str, LayerInfo] = {}
+    blocks = layers_by_block(model, plan.layers)
+    for i, names in enumerate(blocks):
+        for name in names:
+            module = model.get_submodule(name)
+            shape = Shape(*shape_of(module), plan.itemsize or module.weight.element_size())  # type: ignore[operator, union-attr]
+            infos[name] = LayerInfo(shape, _choices(plan, shape), depth=i / max(len(blocks) - 1, 1))
+    return {name: infos[name] for name in plan.layers}
+
+
+def _choices(plan: Plan, shape: Shape) -> list[Choice]:
+    sizes = [
+        Choice(size, nbytes, method=plan.method.name)
+        for size, nbytes in plan.method.sizes(shape, plan.options)
+        if nbytes < shape.nbytes and (plan.round == 1 or not isinstance(size, int) or size % plan.round == 0)
+    ]
+    if plan.method.kind == "compensate":
+        return [Choice(None, 0), *sizes]
+    return [*sizes, Choice(None, shape.nbytes)]
+
+
+def site_of(model: nn.Module, plan: Plan, name: str, moments: Moments, size: Size) -> Site:
+    """The layer as its method sees it; nothing in the model is touched."""
+    layer = model.get_submodule(name)
+    dtype = layer.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    terms, own = base_terms(model, name), generator(plan.seed, plan.method.name, name)
+    original = plan.originals.get(name)
+    return Site(name, terms, size, size, moments, own, dtype, bias=bias_of(layer), original=original)
+
+
+def survey(
+    model: nn.Module,
+    plan: Plan,
+    infos: Mapping[str, LayerInfo],
+    batches: Sequence[Batch],
+    stats: Stats | None,
+    store: Store,
+) -> dict[str, LayerInfo]:
+    """What the allocation reads of every layer; factors and terms (one-shot) or carried statistics (sequential) go to
+    the store, block by block.
+    """
+    found: dict[str, LayerInfo] = {}
+    source = _Moments(model, plan, batches, stats, store)
+    for i, names in enumerate(plan.track(source.blocks, "factorising")):
+        piece = store.get(piece_name(plan, i))
+        if piece is None:
+            with finishing():
+                moments = source.of(i)
+                piece = Piece()
+                for name in names:
+                    piece.add(_survey_layer(model, name, moments.get(name, {}), plan, infos[name]))
+                store.put(piece_name(plan, i), piece)
+        for name in names:
+            found[name] = _filled(infos[name], name, piece)
+    return {name: found[name] for name in plan.layers}
+
+
+def surveyed_split(
+    model: nn.Module, plan: Plan, store: Store, block: int | None = None
+) -> Iterator[tuple[str, Callable[[Size], Split]]]:
+    """Every layer's name (of one block, or of all), and what splits it at a surveyed size; one block's pieces are in
+    memory at a time.
+    """
+    for i, names in enumerate(layers_by_block(model, plan.layers)):
+        if block not in (None, i):
+            continue
+        piece = store.get(piece_name(plan, i)) or Piece()
+        for name in names:
+
+            def split(size: Size, name: str = name, piece: Piece = piece) -> Split:
+                if plan.nested is None:
+                    terms, bias = unpacked(piece, f"{name}@{size}", model.get_submodule(name))
+                    return Split(terms, bias)
+                kept = {key: piece.tensors.get(f"{name}:{key}") for key in Factors._fields}
+                return plan.nested.terms(site_of(model, plan, name, {}, size), Factors(**kept))  # type: ignore[arg-type]
+
+            yield name, split
+
+
+def carried_moments(plan: Plan, piece: Piece | None, name: str) -> dict[str, Tensor]:
+    """The statistics of a layer that the survey kept for the sequential walk."""
+    return {need: piece.tensors[f"{name}:{need}"] for need in plan.carried} if piece is not None else {}
+
+
+class _Moments:
+    """The statistics of one block after another, collected for as many blocks at a time as may be in memory."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | None, store: Store
+    ) -> None:
+        self.model, self.plan, self.batches, self.store = model, plan, batches, store
+        self.blocks = layers_by_block(model, plan.layers)
+        self.given, self.now, self.last = stats, dict[str, dict[str, Tensor]](), -1
+
+    def of(self, block: int) -> Stats:
+        """Those of the layers of a block."""
+        if self.given is not None or not self.plan.needs:
+            return self.given or {}
+        if block > self.last:
+            self.now = {}  # before the next are made
+            group = self._group(block)
+            self.last = block + len(group) - 1
+            names = [name for names in group for name in names]
+            self.now = calibrate(
+                self.model, self.batches, self.plan.needs, layers=names, cache=self.store.directory,
+                track=self.plan.track,
+            )  # fmt: skip
+        return self.now
+
+    def _group(self, first: int) -> list[list[str]]:
+        """The blocks from `first` on whose statistics may be in memory together, one at least."""
+        if self.plan.by_block is not None:
+            return [self.blocks[first]] if self.plan.by_block else self.blocks[first:]
+        left = _MOMENTS * sum(p.nbytes for p in self.model.parameters())
+        group = [self.blocks[first]]
+        left -= _moment_bytes(self.model, self.blocks[first], self.plan.needs)
+        for names in self.blocks[first + 1 :]:
+            left -= _moment_bytes(self.model, names, self.plan.needs)
+            if left < 0:
+                break
+            group.append(names)
+        return group
+
+
+def _moment_bytes(model: nn.Module, names: Iterable[str], needs: Sequence[str]) -> int:
+    """At most so many bytes do these layers' statistics take, in fp64."""
+    numbers = 0
+    for name in names:
+        out, inn = shape_of(model.get_submodule(name))
+        squares = {"input_moment": inn * inn, "output_moment": out * out, "output_grad_moment": out * out}
+        squares |= {"mean_grad": out * inn, "fisher_rows": out * inn, "fisher_columns": out * inn}
+        numbers += sum(squares.get(need, max(out, inn)) for need in needs)
+    return 8 * numbers
+
+
+def piece_name(plan: Plan, block: int) -> str:
+    """Of what the survey keeps of a block."""
+    return f"survey-{block}" if plan.stage == 0 else f"survey-{plan.stage}-{block}"
+
+
+def _survey_layer(model: nn.Module, name: str, moments: Moments, plan: Plan, info: LayerInfo) -> Piece:
+    """What is kept of one layer: factors up to the largest size, or terms of every size; spectra, losses, moments."""
+    site = site_of(model, plan, name, moments, None)
+    entry: dict[str, Tensor] = {need: moments[need] for need in plan.carried}
+    if "weight_spectrum" in plan.reads:
+        entry["weight_spectrum"] = singular_values(site.weight(torch.float64))
+    tried = Piece()
+    if plan.reads_weights and (plan.fixed is None or plan.fixed[name] is not None):
+        if plan.nested is not None:
+            entry |= _factors(site, plan.nested, plan, info)
+        else:
+            tried, losses = _tries(site, plan, info)
+            entry |= {"losses": losses} if "losses" in plan.reads else {}
+    tried.tensors |= {f"{name}:{key}": t.cpu() for key, t in entry.items()}
+    return tried
+
+
+def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> dict[str, Tensor]:
+    """The spectrum, the loss of each choice in closed form, and the factors up to the largest size."""
+    factors = nested.factors(site, **plan.options)
+    entry = {"s": factors.s}
+    if "losses" in plan.reads:
+        tails = tail_losses(factors.B, factors.A, site.moments["input_moment"], site.moments["output_grad_moment"])
+        whole = tails[0] if plan.method.kind == "compensate" else tails[-1]  # of the size None
+        entry["losses"] = torch.stack([whole if c.size is None else tails[c.size] for c in info.choices])
+    if not plan.sequential or "measure" in plan.reads:
+        most = max((choice.size for choice in info.sizes), default=0)
+        kept = factors.truncate(plan.fixed[site.name] if plan.fixed else most)
+        entry |= {"B": kept.B.to(site.dtype), "A": kept.A.to(site.dtype)}
+        entry |= {} if kept.mean is None else {"mean": kept.mean.clone()}
+    return entry
+
+
+def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
+    """The terms of every size that may be chosen, and what each choice loses."""
+    check_finite(site)
+    assert plan.method.split is not None
+    beside = plan.method.kind == "compensate"
+    W = site.weight() if site.original is None else site.original.float()
+    made, losses = Piece(), []
+    for size in [plan.fixed[site.name]] if plan.fixed else [choice.size for choice in info.choices]:
+        now = site.weight() if beside or size is None else torch.zeros_like(W)
+        if size is not None:
+            split = plan.method.split(replace(site, size=size, nominal=size), **plan.options)
+            made.add(packed(f"{site.name}@{size}", split.terms, split.bias))
+            now = sum((term.dense(torch.float32) for term in split.terms.values()), start=now)
+        if "losses" in plan.reads:
+            losses.append(weighted_loss(now - W, site.moments["input_moment"], site.moments["output_grad_moment"]))
+    return made, torch.stack(losses) if losses else torch.zeros(0)
+
+
+def _filled(info: LayerInfo, name: str, piece: Piece) -> LayerInfo:
+    """What the allocation may look at, with what the survey found."""
+    losses = piece.tensors.get(f"{name}:losses")
+    choices = info.choices
+    if losses is not None:
+        choices = [c._replace(loss=loss) for c, loss in zip(choices, losses.tolist(), strict=True)]
+    return replace(
+        info,
+        choices=choices,
+        spectrum=piece.tensors.get(f"{name}:s"),
+        weight_spectrum=piece.tensors.get(f"{name}:weight_spectrum"),
+    )
+
+
+def check_finite(site: Site) -> None:
+    """Raises WeftError where the weight holds NaN or infinity."""
+    if not torch.isfinite(site.weight()).all():
+        raise WeftError(f"The weight of {site.name} holds NaN or infinity; leave it out with a layer pattern.")
