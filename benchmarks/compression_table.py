@@ -29,12 +29,15 @@ from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.methods import METHODS
 from weft.runs.loading import load_model, load_tokenizer
+from weft.runs.pieces import Store
 from weft.stats.calibrate import calibrate
 from weft.terms.layers import linear_layers
 from weft.train.windows import calibration_batches
-from weft.verbs.compress import compress, sensitivity
+from weft.verbs.compress import compress
 from weft.verbs.evaluate import evaluate
-from weft.verbs.truncation import Plan, Store, one_shot, survey
+from weft.verbs.placing import measure as measuring
+from weft.verbs.placing import one_shot
+from weft.verbs.survey import Plan, offered, survey
 
 READS = ("spectrum", "weight_spectrum", "losses", "measure")
 
@@ -43,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="pico")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
-    parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS.values() if m.factorise])
+    parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS.values() if m.kind == "compress"])
     parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window", type=int, default=512)
@@ -76,21 +79,21 @@ def main() -> None:
         plan = Plan(method=method, options=dict(method.defaults), layers=tuple(linear_layers(model)), reads=READS)
         store = Store()
         began = time.perf_counter()
-        infos = survey(model, plan, data, stats, store)
+        infos = survey(model, plan, offered(model, plan), data, stats, store)
         seconds[f"factorisation, {method.name}"] = time.perf_counter() - began
-        measure = cached(sensitivity(model, plan, data, store))
+        measure = cached(measuring(model, plan, data, store))
         for allocation in allocations(method.name, args.allocations):
             row: dict[str, Any] = {"method": method.name, "allocate": allocation, "perplexity": {}}
             for budget in args.budgets:
-                extra = {"measure": measure} if "measure" in ALLOCATIONS[allocation].READS else {}
-                allowed = Budget(budget).parameters(infos, other_bytes=0, itemsize=4)
+                extra = {"measure": measure} if "measure" in ALLOCATIONS[allocation].reads else {}
+                allowed = Budget(budget).allowed([info.shape for info in infos.values()], other_bytes=0)
                 try:
-                    ranks = ALLOCATIONS[allocation].allocate(infos, allowed, **extra)
+                    chosen = ALLOCATIONS[allocation].allocate(infos, allowed, **extra)
                 except WeftError as error:
                     row["perplexity"][str(budget)] = str(error)
                     continue
                 compressed = copy.deepcopy(model)
-                one_shot(compressed, plan, ranks, store)
+                one_shot(compressed, plan, {name: choice.size for name, choice in chosen.items()}, store)
                 row["perplexity"][str(budget)] = perplexity(compressed)
             rows.append(row)
             show(row, args.budgets)

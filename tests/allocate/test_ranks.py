@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.allocate import ALLOCATIONS, LayerInfo, Ranks, asvd, best, energy, uniform, welore
-from weft.allocate.base import rank_limit, spend, total_spend
+from weft.allocate import (
+    ALLOCATIONS,
+    Choice,
+    Choices,
+    LayerInfo,
+    Shape,
+    asvd,
+    best,
+    energy,
+    greedy,
+    integer_program,
+    uniform,
+    welore,
+)
+from weft.allocate.base import spent
 from weft.errors import WeftError
 
 
@@ -23,7 +37,25 @@ def layer(out: int, inn: int, seed: int, decay: float) -> LayerInfo:
     noise = torch.rand(m, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.5
     s = (noise * decay ** torch.arange(m, dtype=torch.float64)).sort(descending=True).values
     losses = torch.cat([s.square().flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-    return LayerInfo((out, inn), spectrum=s, weight_spectrum=s, losses=losses)
+    return info(out, inn, losses, spectrum=s, weight_spectrum=s)
+
+
+def info(out: int, inn: int, losses: Tensor | None = None, multiple: int = 1, **spectra: Tensor) -> LayerInfo:
+    """Every rank that saves, and dense; a number takes a byte."""
+    ranks = [r for r in range(1, (out * inn - 1) // (out + inn) + 1) if r % multiple == 0]
+    choices = [Choice(r, r * (out + inn), 0.0 if losses is None else float(losses[r])) for r in ranks]
+    return LayerInfo(Shape(out, inn, 1), [*choices, Choice(None, out * inn)], **spectra)
+
+
+def in_multiples(layers: Mapping[str, LayerInfo], multiple: int) -> dict[str, LayerInfo]:
+    return {
+        name: replace(x, choices=[c for c in x.choices if c.size is None or c.size % multiple == 0])
+        for name, x in layers.items()
+    }
+
+
+def ranks_of(choices: Choices) -> dict[str, int | None]:
+    return {name: choice.size for name, choice in choices.items()}
 
 
 def sizes() -> st.SearchStrategy[int]:
@@ -35,29 +67,27 @@ models = st.lists(layer_infos, min_size=1, max_size=5).map(lambda infos: {f"l{i}
 
 
 def total(layers: Mapping[str, LayerInfo]) -> int:
-    return sum(info.size for info in layers.values())
+    return sum(x.shape.numel for x in layers.values())
 
 
 def extra(name: str, layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
     def measure(layer: str, ranks: Sequence[int]) -> list[float]:
-        return [float(layers[layer].losses[rank]) for rank in ranks]  # type: ignore[index]
+        return [next(c.loss for c in layers[layer].choices if c.size == rank) for rank in ranks]
 
     return {"measure": measure} if name == "asvd" else {}
 
 
-def allocate(name: str, layers: Mapping[str, LayerInfo], share: float, multiple: int = 1) -> Ranks | None:
+def allocate(name: str, layers: Mapping[str, LayerInfo], share: float, multiple: int = 1) -> Choices | None:
     """None where the budget is below reach."""
-    budget = int(share * total(layers))
+    budget, layers = int(share * total(layers)), in_multiples(layers, multiple)
     try:
-        return ALLOCATIONS[name].allocate(layers, budget, multiple=multiple, **extra(name, layers))
+        return ALLOCATIONS[name].allocate(layers, budget, **extra(name, layers))
     except WeftError:
         return None
 
 
 def reachable(layers: Mapping[str, LayerInfo], multiple: int) -> int:
-    return sum(
-        multiple * info.unit if multiple <= rank_limit(info, multiple) else info.size for info in layers.values()
-    )
+    return sum(x.choices[0].bytes for x in in_multiples(layers, multiple).values())
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
@@ -66,15 +96,15 @@ def reachable(layers: Mapping[str, LayerInfo], multiple: int) -> int:
 def test_within_budget_in_multiples_and_never_larger_than_dense(
     name: str, layers: dict[str, LayerInfo], share: float, multiple: int
 ) -> None:
-    ranks = allocate(name, layers, share, multiple)
+    found = allocate(name, layers, share, multiple)
     if name != "welore":  # a flat spectrum has no threshold between nothing and everything
-        assert (ranks is None) == (int(share * total(layers)) < reachable(layers, multiple))
-    assume(ranks is not None)
-    assert ranks is not None and ranks.keys() == layers.keys()
-    assert total_spend(layers, ranks) <= share * total(layers)
-    for key, rank in ranks.items():
+        assert (found is None) == (int(share * total(layers)) < reachable(layers, multiple))
+    assume(found is not None)
+    assert found is not None and found.keys() == layers.keys()
+    assert spent(found) <= share * total(layers)
+    for key, (rank, nbytes, *_) in found.items():
         if rank is not None:
-            assert rank >= 1 and rank % multiple == 0 and spend(layers[key], rank) < layers[key].size
+            assert rank >= 1 and rank % multiple == 0 and nbytes < layers[key].shape.numel
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
@@ -86,25 +116,26 @@ def test_a_larger_budget_buys_no_worse(name: str, layers: dict[str, LayerInfo], 
     assert less is not None and more is not None
     if name == "best":
         # one step of the greedy may be unaffordable and its money go elsewhere: less predicted loss, not more of each
-        slack = max(float(x.losses[0]) for x in layers.values())  # type: ignore[index]
-        assert best.predicted_loss(layers, more) <= best.predicted_loss(layers, less) + slack
+        slack = max(x.choices[0].loss for x in layers.values())
+        assert best.predicted_loss(more) <= best.predicted_loss(less) + slack
         return
     for key in layers:
-        assert spend(layers[key], more[key]) >= spend(layers[key], less[key])
+        assert more[key].bytes >= less[key].bytes
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_all_of_the_budget_leaves_everything_dense(name: str) -> None:
     layers = {f"l{i}": layer(8, 12, i, 0.8) for i in range(3)}
-    assert allocate(name, layers, 1.0) == dict.fromkeys(layers)
+    found = allocate(name, layers, 1.0)
+    assert found is not None and (name == "equal" or ranks_of(found) == dict.fromkeys(layers))
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_below_reach_is_said_with_what_would_do(name: str) -> None:
     layers = {"a": layer(10, 10, 0, 0.8), "b": layer(10, 10, 1, 0.8)}
     sentence = (
-        "The budget keeps 0.1000 of the parameters, but the smallest ranks take 0.2000; give at least that, "
-        "or a smaller --round."
+        "The budget keeps 0.1000 of the matrices' bytes (0.800 bits a weight), but the smallest sizes take 0.2000 "
+        "(1.600 bits); give at least that, or a smaller --round."
     )
     with pytest.raises(WeftError) as error:
         ALLOCATIONS[name].allocate(layers, 20, **extra(name, layers))
@@ -114,8 +145,8 @@ def test_below_reach_is_said_with_what_would_do(name: str) -> None:
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_a_matrix_that_factors_cannot_shrink_stays_dense(name: str) -> None:
     layers = {"thin": layer(1, 16, 0, 0.8), "wide": layer(16, 16, 1, 0.8)}
-    ranks = allocate(name, layers, 0.5)
-    assert ranks is not None and ranks["thin"] is None and ranks["wide"] is not None
+    found = allocate(name, layers, 0.5)
+    assert found is not None and found["thin"].size is None and found["wide"].size is not None
 
 
 # uniform and energy
@@ -124,25 +155,26 @@ def test_a_matrix_that_factors_cannot_shrink_stays_dense(name: str) -> None:
 @given(models, st.floats(0.1, 1.0))
 @settings(max_examples=60, deadline=None)
 def test_uniform_gives_everyone_one_share(layers: dict[str, LayerInfo], share: float) -> None:
-    ranks = allocate("uniform", layers, share)
-    assume(ranks is not None and None not in ranks.values())  # what must stay dense takes more than its share
-    assert ranks is not None
-    nominal = {key: int(share * info.size / info.unit) for key, info in layers.items()}
+    found = allocate("uniform", layers, share)
+    assume(found is not None and None not in ranks_of(found).values())  # what must stay dense takes more than its share
+    assert found is not None
+    ranks = ranks_of(found)
+    nominal = {key: int(share * x.shape.numel / sum(x.shape)) for key, x in layers.items()}
     assume(min(nominal.values()) >= 1)  # a matrix too small for its share takes rank 1 all the same, from the others
     assert all(ranks[key] >= rank for key, rank in nominal.items())  # type: ignore[operator]
 
 
 def test_uniform_formula_at_paper_shapes() -> None:
-    layers = {"q": LayerInfo((4096, 4096)), "up": LayerInfo((11008, 4096))}
-    ranks = uniform.allocate(layers, int(0.8 * total(layers)))
+    layers = {"q": info(4096, 4096), "up": info(11008, 4096)}
+    ranks = ranks_of(uniform.allocate(layers, int(0.8 * total(layers))))
     assert ranks == {"q": 1638, "up": int(0.8 * 11008 * 4096 / (11008 + 4096))}
 
 
 def test_energy_gives_everyone_one_share_of_energy() -> None:
     layers = {f"l{i}": layer(16, 16, i, decay) for i, decay in enumerate((0.5, 0.8, 0.95))}
-    ranks = energy.allocate(layers, int(0.5 * total(layers)))
+    ranks = ranks_of(energy.allocate(layers, int(0.5 * total(layers))))
     assert ranks["l0"] < ranks["l1"] < ranks["l2"]  # type: ignore[operator]
-    squares = {key: info.spectrum.square() for key, info in layers.items()}  # type: ignore[union-attr]
+    squares = {key: x.spectrum.square() for key, x in layers.items()}  # type: ignore[union-attr]
     reached = {key: float(s[: ranks[key]].sum() / s.sum()) for key, s in squares.items()}
     short = {key: float(s[: ranks[key] - 1].sum() / s.sum()) for key, s in squares.items()}  # type: ignore[operator]
     assert max(short.values()) <= min(reached.values()) + 1e-12
@@ -152,7 +184,7 @@ def test_energy_gives_everyone_one_share_of_energy() -> None:
 
 
 def spectra(*values: Tensor) -> dict[str, LayerInfo]:
-    return {f"l{i}": LayerInfo((len(s), len(s)), weight_spectrum=s) for i, s in enumerate(values)}
+    return {f"l{i}": info(len(s), len(s), weight_spectrum=s) for i, s in enumerate(values)}
 
 
 def decaying(rate: float, m: int = 20) -> Tensor:
@@ -161,10 +193,10 @@ def decaying(rate: float, m: int = 20) -> Tensor:
 
 def test_welore_is_one_threshold_on_normalised_values() -> None:
     layers = spectra(decaying(0.9), decaying(0.8), decaying(0.7))
-    ranks = welore.allocate(layers, int(0.5 * total(layers)))
+    ranks = ranks_of(welore.allocate(layers, int(0.5 * total(layers))))
     normalised = {}
-    for key, info in layers.items():
-        s = info.weight_spectrum
+    for key, x in layers.items():
+        s = x.weight_spectrum
         assert s is not None
         normalised[key] = (s - s[-1]) / (s[0] - s[-1])
     kept = min(float(t[ranks[key] - 1]) for key, t in normalised.items())  # type: ignore[operator]
@@ -180,29 +212,29 @@ def test_welore_does_not_see_scale(scales: list[float], share: float) -> None:
     scaled = spectra(*(decaying(0.95 - 0.1 * i) * c for i, c in enumerate(scales)))
     a, b = (allocate("welore", x, share) for x in (plain, scaled))
     assert a is not None and b is not None
-    assert all(abs((a[key] or 20) - (b[key] or 20)) <= 1 for key in a)  # rounding may move one value over the threshold
+    assert all(abs((a[key].size or 20) - (b[key].size or 20)) <= 1 for key in a)  # rounding moves one value
 
 
 def test_welore_is_sensitive_to_an_outlier() -> None:
     s = decaying(0.95)
     spiked = torch.cat([10 * s[:1], s[:-1]])
-    plain, outlier = (welore.allocate(spectra(x, s), int(0.5 * 800)) for x in (s, spiked))
+    plain, outlier = (ranks_of(welore.allocate(spectra(x, s), int(0.5 * 800))) for x in (s, spiked))
     assert outlier["l0"] < plain["l0"]  # type: ignore[operator]
 
 
 def test_welore_at_its_extremes() -> None:
     layers = spectra(decaying(0.9), decaying(0.8))
-    assert welore.allocate(layers, 2 * 40) == {"l0": 1, "l1": 1}
-    assert welore.allocate(layers, total(layers)) == {"l0": None, "l1": None}
-    assert welore.allocate(spectra(torch.zeros(20), decaying(0.8)), 2 * 40) == {"l0": 1, "l1": 1}
+    assert ranks_of(welore.allocate(layers, 2 * 40)) == {"l0": 1, "l1": 1}
+    assert ranks_of(welore.allocate(layers, total(layers))) == {"l0": None, "l1": None}
+    assert ranks_of(welore.allocate(spectra(torch.zeros(20), decaying(0.8)), 2 * 40)) == {"l0": 1, "l1": 1}
 
 
 def test_welore_floor_keeps_a_share_of_the_uniform_rank() -> None:
     s = decaying(0.95)
     layers = spectra(torch.cat([100 * s[:1], s[:-1]]), s)
     budget = int(0.5 * total(layers))
-    assert welore.allocate(layers, budget)["l0"] == 1
-    assert welore.allocate(layers, budget, floor=0.8)["l0"] == int(0.8 * 0.5 * 10)
+    assert welore.allocate(layers, budget)["l0"].size == 1
+    assert welore.allocate(layers, budget, floor=0.8)["l0"].size == int(0.8 * 0.5 * 10)
 
 
 # asvd
@@ -213,20 +245,20 @@ def test_asvd_is_one_cut_on_the_loss() -> None:
         "a": {9: 1.0, 8: 2.0, 7: 3.0, 6: 4.0, 5: 5.0, 4: 6.0},
         "b": {9: 1.5, 8: 1.6, 7: 1.7, 6: 5.5, 5: 7.0, 4: 9.0},
     }
-    layers = {"a": LayerInfo((20, 20)), "b": LayerInfo((20, 20))}
-    ranks = asvd.allocate(layers, 2 * 400 * 7 // 10, measure=lambda name, asked: [table[name][r] for r in asked])
+    layers = {"a": info(20, 20), "b": info(20, 20)}
+    ranks = ranks_of(asvd.allocate(layers, 2 * 400 * 7 // 10, measure=measure))
     assert ranks == {"a": 7, "b": 7}
-    ranks = asvd.allocate(layers, 2 * 400 * 6 // 10, measure=lambda name, asked: [table[name][r] for r in asked])
+    ranks = ranks_of(asvd.allocate(layers, 2 * 400 * 6 // 10, measure=measure))
     assert ranks == {"a": 5, "b": 7}  # cut at 5.0: b's next step would cost 5.5
 
 
 def test_asvd_spends_within_one_step_of_its_grid() -> None:
     layers = {f"l{i}": layer(40, 40, i, 0.9) for i in range(4)}
     for share in (0.45, 0.6, 0.75, 0.9):
-        ranks = allocate("asvd", layers, share)
-        assert ranks is not None
+        found = allocate("asvd", layers, share)
+        assert found is not None
         step = 0.1 * 1600 + 80
-        assert share * total(layers) - step <= total_spend(layers, ranks) <= share * total(layers)
+        assert share * total(layers) - step <= spent(found) <= share * total(layers)
 
 
 def test_asvd_never_takes_a_smaller_rank_for_a_lucky_loss() -> None:
@@ -237,7 +269,7 @@ def test_asvd_never_takes_a_smaller_rank_for_a_lucky_loss() -> None:
         asked.extend(ranks)
         return [table[rank] for rank in ranks]
 
-    assert asvd.allocate({"a": LayerInfo((20, 20))}, 400 * 9 // 10, measure=measure) == {"a": 9}
+    assert ranks_of(asvd.allocate({"a": info(20, 20)}, 400 * 9 // 10, measure=measure)) == {"a": 9}
     assert asked == [9, 8, 7, 6, 5, 4]
 
 
@@ -248,35 +280,31 @@ def test_asvd_measures_small_shares_only_where_they_are_needed() -> None:
         asked.extend(ranks)
         return [1.0 / rank for rank in ranks]
 
-    assert asvd.allocate({"a": LayerInfo((20, 20))}, 120, measure=measure) == {"a": 3}
+    assert ranks_of(asvd.allocate({"a": info(20, 20)}, 120, measure=measure)) == {"a": 3}
     assert asked == [9, 8, 7, 6, 5, 4, 3, 2, 1]
 
 
 def test_asvd_takes_nan_for_the_worst_loss() -> None:
     losses = {"a": [1.0, 2.0, float("nan")], "b": [1.0, 2.0, 3.0]}
-    layers = {"a": LayerInfo((20, 20)), "b": LayerInfo((20, 20))}
+    layers = {"a": info(20, 20), "b": info(20, 20)}
 
     def measure(name: str, ranks: Sequence[int]) -> list[float]:
         return [*losses[name], *[losses[name][-1]] * len(ranks)][: len(ranks)]
 
-    ranks = asvd.allocate(layers, 2 * 400 * 6 // 10, measure=measure)
-    assert total_spend(layers, ranks) <= 480 and ranks["b"] == 4
+    found = asvd.allocate(layers, 2 * 400 * 6 // 10, measure=measure)
+    assert spent(found) <= 480 and found["b"].size == 4
 
 
 # best
 
 
-def choices(info: LayerInfo, start: int = 1) -> list[int | None]:
-    return [*range(start, rank_limit(info) + 1), None]
-
-
 def optimum(layers: dict[str, LayerInfo], budget: int) -> float:
-    """By trying every combination of ranks."""
+    """By trying every combination of choices."""
     found = float("inf")
-    for combination in itertools.product(*(choices(info) for info in layers.values())):
-        ranks = dict(zip(layers, combination, strict=True))
-        if total_spend(layers, ranks) <= budget:
-            found = min(found, best.predicted_loss(layers, ranks))
+    for combination in itertools.product(*(x.choices for x in layers.values())):
+        chosen = dict(zip(layers, combination, strict=True))
+        if spent(chosen) <= budget:
+            found = min(found, best.predicted_loss(chosen))
     return found
 
 
@@ -292,12 +320,14 @@ tiny = st.lists(
 def test_best_is_the_optimum_up_to_one_step(layers: dict[str, LayerInfo], share: float) -> None:
     budget = int(share * total(layers))
     assume(budget >= reachable(layers, 1))
-    found = best.predicted_loss(layers, best.allocate(layers, budget, floor=0.0))
+    found = best.predicted_loss(best.allocate(layers, budget, floor=0.0))
     step = 0.0
-    for info in layers.values():
-        hull = best._lower_hull(best._points(info, 0, 1))
+    for x in layers.values():
+        hull = greedy._lower_hull(x.choices)
         step = max([step, *(a.loss - b.loss for a, b in itertools.pairwise(hull))])
     exact = optimum(layers, budget)
+    program = integer_program.solve({name: x.choices for name, x in layers.items()}, budget)
+    assert best.predicted_loss(program) == pytest.approx(exact, rel=1e-5, abs=1e-9) and spent(program) <= budget
     assert exact - 1e-9 <= found <= exact + step + 1e-9
 
 
@@ -307,42 +337,40 @@ def test_best_never_loses_to_uniform(layers: dict[str, LayerInfo], share: float,
     one, other = (allocate(name, layers, share, multiple) for name in ("best", "uniform"))
     assume(other is not None)
     assert one is not None and other is not None
-    assert best.predicted_loss(layers, one) <= best.predicted_loss(layers, other)
+    assert best.predicted_loss(one) <= best.predicted_loss(other)
 
 
 def test_best_takes_uniform_ranks_where_a_large_step_misleads_it() -> None:
     layers = {"a": layer(3, 7, 459, 0.95), "b": layer(4, 12, 729, 1.0)}
-    even = uniform.allocate(layers, 52)
-    assert best.predicted_loss(layers, best._greedy(layers, 52, 1, 0.15)) > best.predicted_loss(layers, even)
+    even, steep = uniform.allocate(layers, 52), greedy.solve({name: x.choices for name, x in layers.items()}, 52)
+    assert steep is not None and best.predicted_loss(steep) > best.predicted_loss(even)
     assert best.allocate(layers, 52) == even
 
 
 @given(models, st.floats(0.1, 1.0))
 @settings(max_examples=100, deadline=None)
 def test_the_next_direction_would_not_fit(layers: dict[str, LayerInfo], share: float) -> None:
-    ranks = best._greedy(layers, int(share * total(layers)), 1, 0.15) if allocate("best", layers, share) else None
-    assume(ranks is not None)
-    assert ranks is not None
-    left = int(share * total(layers)) - total_spend(layers, ranks)
-    for key, info in layers.items():
-        rank = ranks[key]
-        if rank is None or info.losses is None or info.losses[rank] == 0:
-            continue
-        dearer = [c for c in choices(info, rank + 1) if spend(info, c) > spend(info, rank)]
-        assert all(spend(info, c) - spend(info, rank) > left for c in dearer)
+    budget = int(share * total(layers))
+    found = greedy.solve({name: x.choices for name, x in layers.items()}, budget)
+    assume(found is not None)
+    assert found is not None
+    left = budget - spent(found)
+    for key, x in layers.items():
+        dearer = [c for c in x.choices if c.bytes > found[key].bytes and c.loss < found[key].loss]
+        assert all(c.bytes - found[key].bytes > left for c in dearer)
 
 
 def test_the_floor_keeps_a_share_of_the_uniform_rank() -> None:
     quiet, loud = layer(40, 40, 0, 0.5), layer(40, 40, 1, 1.0)
-    quiet = LayerInfo(quiet.shape, losses=1e-9 * quiet.losses)  # type: ignore[operator]
+    quiet = replace(quiet, choices=[c._replace(loss=1e-9 * c.loss) for c in quiet.choices])
     layers = {"quiet": quiet, "loud": loud}
     uniform_rank = int(0.5 * 1600 / 80)
     for floor in (0.0, 0.3, 0.8):
-        assert best.allocate(layers, 1600, floor=floor)["quiet"] == max(int(floor * uniform_rank), 1)
+        assert best.allocate(layers, 1600, floor=floor)["quiet"].size == max(int(floor * uniform_rank), 1)
 
 
 def test_losses_that_are_not_monotone_do_no_harm() -> None:
     """Factors of one method priced in another's norm."""
-    bumpy = LayerInfo((8, 8), losses=torch.tensor([9.0, 4.0, 5.0, 1.0, 2.0, 0.5, 0.2, 0.1, 0.0]))
-    assert best.allocate({"a": bumpy}, 2 * 16 + 3) == {"a": 1}
-    assert best.allocate({"a": bumpy}, 3 * 16) == {"a": 3}
+    bumpy = info(8, 8, torch.tensor([9.0, 4.0, 5.0, 1.0, 2.0, 0.5, 0.2, 0.1, 0.0]))
+    assert best.allocate({"a": bumpy}, 2 * 16 + 3)["a"].size == 1
+    assert best.allocate({"a": bumpy}, 3 * 16)["a"].size == 3

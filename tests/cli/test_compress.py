@@ -45,14 +45,14 @@ def test_json_on_stdout_and_a_model_on_disk(weft: Callable[..., Result], tiny_di
 
 
 MISTAKES = {
-    "--method svdllm": "There is no method to compress called 'svdllm'; the nearest are: svd-llm, svd, asvd.",
+    "--method svdllm": "There is no method to compress or quantize called 'svdllm'; the nearest are: svd-llm, svd",
     "--budget 1.5": "The budget '1.5' is out of range: it is the share of parameters kept, above 0 and at most 1.",
-    "--budget 40percent": "The budget '40percent' is no share and no size; give what to keep, as 0.6, 60% or 500MB.",
+    "--budget 40percent": "The budget '40percent' is no share and no size; give what to keep, as 0.6, 60%",
     "--budget 1kB": "The budget of 0.001MB is below what cannot be compressed: embeddings, norms and head take "
     "1.049MB; give a larger size.",
-    "--budget 0.01": "The budget keeps 0.0100 of the parameters, but the smallest ranks take 0.0604; give at least "
+    "--budget 0.01": "The budget keeps 0.0100 of the matrices' bytes (0.320 bits a weight), but the smallest sizes take 0.0604 "
     "that, or a smaller --round.",
-    "--round 512": "The budget keeps 0.6000 of the parameters, but the smallest ranks take 1.0000; give at least that, "
+    "--round 512": "The budget keeps 0.6000 of the matrices' bytes (19.200 bits a weight), but the smallest sizes take 1.0000 "
     "or a smaller --round.",
     "--round 0": "--round is 0: ranks are multiples of a whole number from 1 on.",
     "--allocate bets": "There is no allocation called 'bets'; the nearest are: best.",

@@ -27,14 +27,24 @@ __all__ = ["command"]
 def command(
     model: Model,
     out: Out,
-    method: Annotated[str, typer.Option(help="A method that compresses; see weft methods.")] = "kfac-svd",
+    method: Annotated[str, typer.Option(help="A method that compresses or quantizes; see weft methods.")] = "kfac-svd",
+    then: Annotated[
+        str | None,
+        typer.Option(help="A method for what the first one lost, such as eora: --method nf3 --then eora."),
+    ] = None,
     budget: Annotated[
-        str, typer.Option(help="What is kept: a share of the matrices (0.6, 60%) or a size of the model (500MB).")
-    ] = "0.6",
+        str | None,
+        typer.Option(
+            help="What is kept: a share of the matrices (0.6, 60%), '3.5 bits' a weight, or a size of the model "
+            "(500MB); 0.6, or what a method of one size takes.",
+            show_default=False,
+        ),
+    ] = None,
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="uniform, energy, welore, asvd, best, or an allocation file; the method's own.", show_default=False
+            help="uniform, equal, energy, welore, asvd, best, or an allocation file; the method's own.",
+            show_default=False,
         ),
     ] = None,
     calibration: Annotated[
@@ -56,8 +66,13 @@ def command(
         ),
     ] = None,
     by_block: Annotated[
-        bool, typer.Option("--by-block", help="Hold one block's statistics at a time: large models.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--by-block/--at-once",
+            help="Hold one block's statistics at a time, or all of them; as many as take 1.5 times the model.",
+            show_default=False,
+        ),
+    ] = None,
     option: MethodOptions = None,
     seed: Seed = 0,
     json: Json = False,

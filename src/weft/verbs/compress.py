@@ -146,12 +146,13 @@ def compress(
     """
     data = [] if batches is None else list(batches)
     settings = {"round": round, "by_block": by_block, "seed": seed} | ({"track": track} if track else {})
+    check_round(round)
     plans = _plans(model, chain(method, options), layers, sequential, correction, settings)
     infos = [offered(model, plan) for plan in plans]
     given = given_sizes(allocate, infos[-1], plans[-1])
     how = "given" if given else str(allocate or plans[-1].method.allocate)
     plans[-1] = replace(plans[-1], fixed=given) if given else replace(plans[-1], reads=reads(how))
-    check(plans, infos, data, stats, round)
+    check(plans, infos, data, stats)
     words, allowed = allowed_bytes(model, budget, plans, infos, given is not None)
 
     began, surveying, chosen = time.perf_counter(), 0.0, list[Mapping[str, Choice]]()

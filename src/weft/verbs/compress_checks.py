@@ -73,10 +73,8 @@ def check(
     infos: Sequence[Mapping[str, LayerInfo]],
     batches: Sequence[Batch],
     stats: Stats | None,
-    multiple: int,
 ) -> None:
     """Everything that can be refused before work starts."""
-    check_round(multiple)
     for plan, info in zip(plans, infos, strict=True):
         check_options(plan.method, plan.options)
         _check_plan(plan, batches, stats if plan.stage == 0 else None)
@@ -169,9 +167,11 @@ def allowed_bytes(
     least = [{name: _least(info) for name, info in layers.items()} for layers in infos]
     floor = sum(choice.bytes for stage in least for choice in stage.values())
     single = all(len(info.sizes) <= 1 for layers in infos for info in layers.values())
+    if budget is None and plans[-1].method.kind == "compress":
+        budget = 0.6
     if given or (budget is None and single):
         return "", floor
-    parsed = Budget.parse(0.6 if budget is None and plans[-1].method.kind == "compress" else _needed(budget, plans[-1]))
+    parsed = Budget.parse(_needed(budget, plans[-1]))
     stored = [stored_weight(model.get_submodule(name)) for name in infos[-1]]
     numbers, nbytes = (sum(column) for column in zip(*stored, strict=True))
     shapes = [info.shape for info in infos[-1].values()]

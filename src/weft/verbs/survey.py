@@ -11,6 +11,8 @@ terms of each size where they are not.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -221,8 +223,11 @@ def _moment_bytes(model: nn.Module, names: Iterable[str], needs: Sequence[str]) 
 
 
 def piece_name(plan: Plan, block: int) -> str:
-    """Of what the survey keeps of a block."""
-    return f"survey-{block}" if plan.stage == 0 else f"survey-{plan.stage}-{block}"
+    """Of what the survey keeps of a block: factors serve every size, terms the sizes that they were made for."""
+    name = f"survey-{block}" if plan.stage == 0 else f"survey-{plan.stage}-{block}"
+    if plan.nested is not None or plan.fixed is None:
+        return name
+    return f"{name}-{hashlib.sha256(json.dumps(dict(plan.fixed), sort_keys=True).encode()).hexdigest()[:12]}"
 
 
 def _survey_layer(model: nn.Module, name: str, moments: Moments, plan: Plan, info: LayerInfo) -> Piece:
@@ -232,7 +237,7 @@ def _survey_layer(model: nn.Module, name: str, moments: Moments, plan: Plan, inf
     if "weight_spectrum" in plan.reads:
         entry["weight_spectrum"] = singular_values(site.weight(torch.float64))
     tried = Piece()
-    if plan.reads_weights and (plan.fixed is None or plan.fixed[name] is not None):
+    if plan.reads_weights and (plan.nested is not None or plan.fixed is None or plan.fixed[name] is not None):
         if plan.nested is not None:
             entry |= _factors(site, plan.nested, plan, info)
         else:
@@ -251,8 +256,8 @@ def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> d
         whole = tails[0] if plan.method.kind == "compensate" else tails[-1]  # of the size None
         entry["losses"] = torch.stack([whole if c.size is None else tails[c.size] for c in info.choices])
     if not plan.sequential or "measure" in plan.reads:
-        most = max((choice.size for choice in info.sizes), default=0)
-        kept = factors.truncate(plan.fixed[site.name] if plan.fixed else most)
+        most = max((choice.size for choice in info.sizes), default=0)  # whatever the budget: another one takes them too
+        kept = factors.truncate(max(most, (plan.fixed or {}).get(site.name) or 0))
         entry |= {"B": kept.B.to(site.dtype), "A": kept.A.to(site.dtype)}
         entry |= {} if kept.mean is None else {"mean": kept.mean.clone()}
     return entry
@@ -293,4 +298,4 @@ def _filled(info: LayerInfo, name: str, piece: Piece) -> LayerInfo:
 def check_finite(site: Site) -> None:
     """Raises WeftError where the weight holds NaN or infinity."""
     if not torch.isfinite(site.weight()).all():
-        raise WeftError(f"The weight of {site.name} holds NaN or infinity; leave it out with a layer pattern.")
+        raise WeftError(f"The weight of layer {site.name} holds NaN or infinity; leave it out by a pattern.")
