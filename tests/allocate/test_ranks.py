@@ -246,6 +246,10 @@ def test_asvd_is_one_cut_on_the_loss() -> None:
         "b": {9: 1.5, 8: 1.6, 7: 1.7, 6: 5.5, 5: 7.0, 4: 9.0},
     }
     layers = {"a": info(20, 20), "b": info(20, 20)}
+
+    def measure(name: str, asked: Sequence[int]) -> list[float]:
+        return [table[name][r] for r in asked]
+
     ranks = ranks_of(asvd.allocate(layers, 2 * 400 * 7 // 10, measure=measure))
     assert ranks == {"a": 7, "b": 7}
     ranks = ranks_of(asvd.allocate(layers, 2 * 400 * 6 // 10, measure=measure))

@@ -50,10 +50,10 @@ MISTAKES = {
     "--budget 40percent": "The budget '40percent' is no share and no size; give what to keep, as 0.6, 60%",
     "--budget 1kB": "The budget of 0.001MB is below what cannot be compressed: embeddings, norms and head take "
     "1.049MB; give a larger size.",
-    "--budget 0.01": "The budget keeps 0.0100 of the matrices' bytes (0.320 bits a weight), but the smallest sizes take 0.0604 "
-    "that, or a smaller --round.",
-    "--round 512": "The budget keeps 0.6000 of the matrices' bytes (19.200 bits a weight), but the smallest sizes take 1.0000 "
-    "or a smaller --round.",
+    "--budget 0.01": "The budget keeps 0.0100 of the matrices' bytes (0.320 bits a weight), but the smallest sizes "
+    "take 0.0604 (",
+    "--round 512": "The budget keeps 0.6000 of the matrices' bytes (19.200 bits a weight), but the smallest "
+    "sizes take 1.0000 (",
     "--round 0": "--round is 0: ranks are multiples of a whole number from 1 on.",
     "--allocate bets": "There is no allocation called 'bets'; the nearest are: best.",
     "--layers *q_prj*": "The layer pattern '*q_prj*' matches no linear layer; the nearest names are: ",

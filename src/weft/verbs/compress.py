@@ -20,10 +20,10 @@ from torch import nn
 
 from weft.allocate import ALLOCATIONS, Allocation, Budget, Choice, LayerInfo
 from weft.allocate.base import spent
-from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.io.save import save_model
 from weft.methods import Method
+from weft.runs.calibration import calibration_texts, check_enough
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.pieces import Store
@@ -33,7 +33,6 @@ from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate
 from weft.terms.layers import linear_layers, weight_of
-from weft.train.sources import read_texts
 from weft.train.windows import calibration_batches
 from weft.verbs.compress_checks import (
     Stage,

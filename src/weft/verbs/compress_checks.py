@@ -13,12 +13,12 @@ from torch import nn
 from weft.allocate import ALLOCATIONS, Allocation, Budget, LayerInfo
 from weft.allocate.base import below_reach, check_reach
 from weft.errors import WeftError, unknown
+from weft.io.precision import layer_bytes, saved_size
 from weft.methods import METHODS
 from weft.methods.base import LowRankSplit, Method
 from weft.stats.calibrate import Batch, Stats
 from weft.terms.adapters import adapters_of
 from weft.terms.layers import stored_weight
-from weft.verbs.evaluate import model_size
 from weft.verbs.survey import Plan
 
 __all__ = [
@@ -172,10 +172,10 @@ def allowed_bytes(
     if given or (budget is None and single):
         return "", floor
     parsed = Budget.parse(_needed(budget, plans[-1]))
-    stored = [stored_weight(model.get_submodule(name)) for name in infos[-1]]
-    numbers, nbytes = (sum(column) for column in zip(*stored, strict=True))
+    numbers = sum(stored_weight(model.get_submodule(name))[0] for name in infos[-1])
+    nbytes = layer_bytes(model, infos[-1])
     shapes = [info.shape for info in infos[-1].values()]
-    allowed = parsed.allowed(shapes, other_bytes=model_size(model)[1] - nbytes)
+    allowed = parsed.allowed(shapes, other_bytes=saved_size(model)[1] - nbytes)
     total = sum(shape.numel for shape in shapes)
     if numbers < total and allowed >= nbytes:
         raise WeftError(

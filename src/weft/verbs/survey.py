@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from weft.allocate import NEEDS, Choice, LayerInfo, Shape
 from weft.errors import WeftError
+from weft.io.precision import saved_dtype
 from weft.linalg.principal import tail_losses, weighted_loss
 from weft.linalg.svd import singular_values
 from weft.methods.base import Factors, LowRankSplit, Method, Moments, Site, Size, Split
@@ -54,7 +55,6 @@ class Plan:
     reads: tuple[str, ...] = ()  # what the allocation looks at
     fixed: Mapping[str, Size] | None = None  # the sizes, where they are known before the survey
     round: int = 1  # whole-number sizes are multiples of this
-    itemsize: int | None = None  # bytes of a stored floating-point number; None: as it lies in memory
     sequential: bool = False
     correction: float = 0.0
     by_block: bool | None = None  # one pass for each block; None: as many blocks at a time as fit
@@ -91,7 +91,8 @@ def offered(model: nn.Module, plan: Plan) -> dict[str, LayerInfo]:
     for i, names in enumerate(blocks):
         for name in names:
             module = model.get_submodule(name)
-            shape = Shape(*shape_of(module), plan.itemsize or module.weight.element_size())  # type: ignore[operator, union-attr]
+            stored = saved_dtype(model, f"{name}.weight", module.weight)  # type: ignore[arg-type]
+            shape = Shape(*shape_of(module), stored.itemsize)
             infos[name] = LayerInfo(shape, _choices(plan, shape), depth=i / max(len(blocks) - 1, 1))
     return {name: infos[name] for name in plan.layers}
 
