@@ -230,7 +230,7 @@ def test_import_weft_is_quick_beyond_torch() -> None:
 # file outside terms -> the kinds it tells apart, and why it may: everything else asks the term
 TELLS_APART: dict[str, set[str]] = {
     "methods/base.py": {"Dense"},  # what is not the base is what a recovery trains
-    "verbs/quantize.py": {"Dense", "Int8", "NormalFloat"},  # puts the last two in the place of the first
+    "verbs/quantize.py": {"Dense"},  # what codes take the place of
 }
 
 
