@@ -229,7 +229,7 @@ class Method(Record):
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
         sequential: whether each block is calibrated on the outputs of the blocks already changed.
         correction: share (0 to 1) of the drift of a layer's inputs that the sequential form corrects, see
-            `weft.verbs.truncation.sequential`.
+            `weft.verbs.placing.sequential`.
         split: (site, **options) -> Split.
         sizes: (shape, options) -> [(size, bytes), ...] by rising bytes: what an allocation may choose from.
         groups: (layer names) -> lists of names that are cut together; None where each layer stands alone.

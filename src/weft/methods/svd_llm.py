@@ -6,7 +6,7 @@
 equals truncating the SVD of W L, C = L L^T (the paper's Cholesky whitening, and V2's eigen form, arXiv 2503.12340,
 section 3.3), without inverting anything. `sequential` takes C from the inputs that a layer gets in the model compressed
 so far; it truncates each weight itself, without a step towards the dense model's outputs (`correction` is that step,
-see `weft.verbs.truncation.sequential`).
+see `weft.verbs.placing.sequential`).
 Deviations: no parameter update (in the published paper, LoRA fine-tuning of the left factor and then of the right one;
 in the first version and the released code, a least-squares left factor for the dense layer's outputs): fine-tune the
 factors with `welore` instead; no allocation of V2, which gives each matrix a ratio by the logarithm of its truncation

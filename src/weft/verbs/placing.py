@@ -86,7 +86,9 @@ def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Bat
 
     With `plan.correction` = a > 0, the target is not this layer's own map W but W ((1 - a) X + a C) X^-1, where
     X = E[x x^T] of the inputs x now and C = E[x_o x^T] with the inputs x_o of the original model: the least-squares
-    map from x to the mix (1 - a) W x + a W x_o.
+    map from x to the mix (1 - a) W x + a W x_o. It is the objective of SAES-SVD (Hu et al., 2026, arXiv 2602.03051),
+    ||(W' - W) x||^2 + alpha ||W' x - W x_o||^2 with alpha = a / (1 - a), in the method's own metric.
+    Deviations: one share for all layers, where the paper chooses alpha for each.
     """
     piece_of = {name: i for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
     chosen = hashlib.sha256(json.dumps(dict(sizes), sort_keys=True).encode()).hexdigest()[:12]
