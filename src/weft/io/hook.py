@@ -1,8 +1,9 @@
-"""Teaching transformers to load weft models, without importing transformers.
+"""Teaching transformers to load and save weft models, without importing transformers.
 
 `weft.io.quantizer` registers itself in transformers' tables of quantisation methods. Whoever looks into them, be it a
 `from_pretrained` or `AutoQuantizationConfig.from_dict` alone, has imported `transformers.quantizers.auto`, where they
-lie. So weft's quantizer is imported right after that module; it imports no models of transformers.
+lie. So weft's quantizer is imported right after that module; it imports no models of transformers. `weft.io.saving`
+comes likewise after `transformers.modeling_utils`, which every model imports first.
 """
 
 from __future__ import annotations
@@ -17,25 +18,30 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-_TABLES = "transformers.quantizers.auto"
-_QUANTIZER = "weft.io.quantizer"
+_AFTER = {"transformers.quantizers.auto": "weft.io.quantizer", "transformers.modeling_utils": "weft.io.saving"}
+"""A module of transformers -> the one of weft that is imported right after it."""
 
 
 def install() -> None:
-    """Register weft's quantizer: now if transformers' tables are loaded, else when they are. Safe to repeat."""
-    if _TABLES in sys.modules:
-        importlib.import_module(_QUANTIZER)
-    elif not any(isinstance(finder, _TablesFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TablesFinder())
+    """Teach transformers now what is loaded of it, the rest when it is. Safe to repeat."""
+    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for theirs, ours in _AFTER.items():
+        if theirs in sys.modules:
+            importlib.import_module(ours)
+        elif theirs not in waiting:
+            sys.meta_path.insert(0, _Finder(theirs))
 
 
-class _TablesFinder(MetaPathFinder):
-    """Lets the usual finders find `transformers.quantizers.auto`, and has weft's quantizer imported after it."""
+class _Finder(MetaPathFinder):
+    """Lets the usual finders find one module of transformers, and has weft's imported after it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _TABLES:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -43,9 +49,9 @@ class _TablesFinder(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: ModuleType) -> None:
+        def execute_and_follow(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(_QUANTIZER)
+            importlib.import_module(_AFTER[name])
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_follow  # type: ignore[method-assign]
         return spec

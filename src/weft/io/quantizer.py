@@ -35,7 +35,18 @@ from weft.terms.random_products import share_stores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # at run time when it is needed: the hook comes before the models
 
-__all__ = ["FORMAT", "GRAFT", "WeftConfig", "WeftQuantizer", "mark", "remark", "sum_specs", "tied_tensors", "unmark"]
+__all__ = [
+    "FORMAT",
+    "GRAFT",
+    "WeftConfig",
+    "WeftQuantizer",
+    "check_alone",
+    "mark",
+    "remark",
+    "sum_specs",
+    "tied_tensors",
+    "unmark",
+]
 
 FORMAT = 1
 """The version of the layout; raised when an older weft could not read what this one writes."""
@@ -135,7 +146,9 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def mark(model: PreTrainedModel, method: str | None = None, **settings: Any) -> None:
-    """Make `model.save_pretrained` complete: its config lists the sums of terms, and follows them when they change.
+    """Have the model's config list its sums of terms, follow them when they change, and say what made them.
+
+    `save_pretrained` does so by itself (`weft.io.saving`); a verb calls this for what it wants to say.
 
     Args:
         method: what made them; None keeps what an earlier mark said.
@@ -149,24 +162,36 @@ def mark(model: PreTrainedModel, method: str | None = None, **settings: Any) -> 
 
 
 def unmark(model: PreTrainedModel) -> None:
-    """Undo `mark`: the model is saved as a plain one."""
+    """Undo `mark`: the model is saved as a plain one. What another tool has marked stays."""
     for module in _models(model):
-        for name in ("quantization_config", "_is_quantized"):
-            if hasattr(module.config, name):
-                delattr(module.config, name)
+        if _marks_of_another(module) is None:
+            for name in ("quantization_config", "_is_quantized"):
+                if hasattr(module.config, name):
+                    delattr(module.config, name)
 
 
 def remark(model: nn.Module) -> None:
     """Marks where the model holds sums of terms, none where it holds none; nothing for a module that is not
-    transformers'.
+    transformers', or whose config another tool has marked.
     """
     from transformers import PreTrainedModel
 
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel) and _marks_of_another(model) is None:
         if sum_specs(model):
             mark(model)
         else:
             unmark(model)
+
+
+def check_alone(model: PreTrainedModel) -> None:
+    """Raises WeftError where there are sums of terms beside layers that another tool has quantised."""
+    sums, theirs = sum_specs(model), _marks_of_another(model)
+    if sums and theirs is not None:
+        raise WeftError(
+            f"This {type(model).__name__} has sums of terms ({next(iter(sums))}) beside layers that are quantised by "
+            f"{theirs}, and no directory can hold both; save the adapter alone (weft.save_adapter), or dequantise the "
+            "model before weft changes it (model.dequantize())."
+        )
 
 
 def sum_specs(model: nn.Module) -> dict[str, Spec]:
@@ -180,6 +205,13 @@ def tied_tensors(model: nn.Module) -> dict[str, str]:
     inside = ((n, p) for n, p in model.named_parameters(remove_duplicate=False) if ".terms." in n)
     homes = {name: first.setdefault(id(parameter), name) for name, parameter in inside}
     return {name: home for name, home in homes.items() if name != home}
+
+
+def _marks_of_another(model: PreTrainedModel) -> str | None:
+    """The tool other than weft that the model's config names as its quantiser."""
+    config = getattr(model.config, "quantization_config", None)
+    said = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return None if said in (None, "weft") else str(getattr(said, "value", said))
 
 
 def _models(model: PreTrainedModel) -> list[PreTrainedModel]:

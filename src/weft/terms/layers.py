@@ -116,6 +116,17 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     module.train(old.training)
     carry_hooks(old, module)
     model.set_submodule(name, module)
+    if isinstance(module, SumLinear):
+        _say_not_plain(model, name)
+
+
+def _say_not_plain(model: nn.Module, name: str) -> None:
+    """Tell transformers' flash attention that there may be no nn.Linear to ask for a dtype."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
+        if getattr(config, "model_type", None) is not None:
+            config._is_quantized = True  # type: ignore[union-attr]
 
 
 def set_low_rank(model: nn.Module, name: str, B: Tensor, A: Tensor, bias: Tensor | None) -> SumLinear:
