@@ -171,13 +171,13 @@ def unmark(model: PreTrainedModel) -> None:
 
 
 def remark(model: nn.Module) -> None:
-    """Marks where the model holds sums of terms, none where it holds none; nothing for a module that is not
+    """Marks where the model holds sums of terms or a graft, none where it holds none; nothing for a module that is not
     transformers', or whose config another tool has marked.
     """
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel) and _marks_of_another(model) is None:
-        if sum_specs(model):
+        if sum_specs(model) or getattr(model, GRAFT, None) is not None:
             mark(model)
         else:
             unmark(model)
