@@ -27,6 +27,7 @@ import weft
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.io.peft_config import CONFIG, HARMLESS, HONOURED, REFUSED
+from weft.terms.extras import new_head
 
 peft = pytest.importorskip("peft")
 IDS = torch.arange(2, 18).view(2, 8)
@@ -141,6 +142,50 @@ def test_a_classifier_comes_along(tmp_path: Path) -> None:
     theirs = trained(tmp_path / "theirs", make(cls=LlamaForSequenceClassification), task_type="SEQ_CLS")
     model = load_adapter(make(cls=LlamaForSequenceClassification), tmp_path / "theirs")
     assert_agree(logits(model), logits(theirs))
+
+
+def test_a_new_head_is_trained_and_saved(tmp_path: Path) -> None:
+    """What `weft.trainable` lists is what is saved, and PEFT reads it."""
+    model = weft.adapt(make(cls=LlamaForSequenceClassification), "lora", 2)
+    assert "score.weight" in weft.trainable(model).parameters
+    for parameter in weft.trainable(model).parameters.values():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    save_adapter(model, tmp_path / "ours")
+    again = load_adapter(make(cls=LlamaForSequenceClassification), tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    assert weft.trainable(again).parameters.keys() == weft.trainable(model).parameters.keys()
+    reopened = peft.PeftModel.from_pretrained(make(cls=LlamaForSequenceClassification), tmp_path / "ours")
+    assert_agree(logits(reopened), logits(model))
+    weft.remove_adapter(model)
+    assert torch.equal(logits(model), logits(make(cls=LlamaForSequenceClassification)))
+    assert not new_head(make())
+
+
+def test_a_second_adapter_leaves_the_head_to_the_first() -> None:
+    model = weft.adapt(make(cls=LlamaForSequenceClassification), "lora", 2)
+    weft.adapt(model, "lora", 2, name="second")
+    assert "score.weight" in weft.trainable(model).parameters
+
+
+@pytest.mark.parametrize("thawed", ["lm_head.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_thawed_by_hand_is_saved(thawed: str, tied: bool, tmp_path: Path) -> None:
+    model = weft.adapt(make(tied), "lora", 2)
+    model.get_parameter(thawed).requires_grad_(True)
+    for parameter in weft.trainable(model).parameters.values():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    save_adapter(model, tmp_path / "ours")
+    assert torch.equal(logits(load_adapter(make(tied), tmp_path / "ours")), logits(model))
+    reopened = peft.PeftModel.from_pretrained(make(tied), tmp_path / "ours")
+    assert_agree(logits(reopened), logits(model))
+
+
+def test_what_is_trained_and_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    model = weft.adapt(make(), "lora", 2)
+    model.get_parameter("model.layers.0.self_attn.q_proj.terms.base.matrix").requires_grad_(True)
+    with pytest.raises(WeftError, match=r"q_proj\.terms\.base\.matrix is trained too"):
+        save_adapter(model, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_pickled_file_is_read_as_tensors_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError
 
-__all__ = ["Frame", "exchange", "frame_of", "places", "tables"]
+__all__ = ["Frame", "exchange", "frame_of", "new_head", "places", "tables"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,17 @@ def frame_of(model: nn.Module) -> Frame:
 def tables(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The modules of the input embedding and of the output head, None where the model has none."""
     return _asked(model, "get_input_embeddings"), _asked(model, "get_output_embeddings")
+
+
+def new_head(model: nn.Module) -> list[str]:
+    """The parameters of a head for a task of its own, a classifier say, which a base model does not bring: what lies
+    outside the base of a model that is no language model.
+    """
+    base = getattr(model, "base_model", model)
+    if base is model or tables(model)[1] is not None:
+        return []
+    inside = {id(parameter) for parameter in base.parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
 
 
 def places(model: nn.Module, parameter: nn.Parameter) -> Iterator[tuple[str, nn.Module, str]]:

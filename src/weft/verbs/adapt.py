@@ -36,6 +36,7 @@ from weft.terms.adapters import (
     sum_dense,
     unwrapped,
 )
+from weft.terms.extras import new_head
 from weft.terms.layers import bias_of, linear_layers, weight_of
 from weft.verbs.adapters import check_ungrafted, disable, merge_adapter, remove_adapter, set_adapter
 
@@ -90,6 +91,8 @@ def adapt(
     """Put an adapter on the model's linear layers, or a graft on its forward pass, and freeze everything else; the same
     model is returned.
 
+    The head of a classifier, which no base model brings, is trained along and saved with the adapter.
+
     Args:
         method: a method of kind "adapt" or "graft", by its name (see `weft.methods()`) or its record. A graft takes
             `batches`, `seed`, `dtype` and its own options alone.
@@ -138,12 +141,20 @@ def adapt(
     adapter = Adapter(name, chosen.name, {}, settings={"rank": rank, "ranks": layers, "seed": seed, "options": options})
     adapter.terms = _terms(model, chosen, name, rank, layers, moments, seed, dtype, options)
     adapter.rates = {key: rate for key, rate in (chosen.rates(options) if chosen.rates else {}).items() if rate != 1}
-    if chosen.extras is not None:
-        names = chosen.extras(list(layers), [key for key, _ in model.named_parameters()], options)
-        adapter.extras = {key: model.get_parameter(key).detach().clone() for key in names}
+    adapter.extras = {key: model.get_parameter(key).detach().clone() for key in _along(model, chosen, layers, options)}
     attach(model, adapter)
     remark(model)
     return model
+
+
+def _along(model: nn.Module, method: Method, layers: Iterable[str], options: Mapping[str, Any]) -> list[str]:
+    """The parameters of the model itself that are trained along: the method's own choice, and a new head, which nothing
+    has trained yet, unless another adapter in use trains it.
+    """
+    taken = {key for adapter in adapters_of(model).values() if adapter.active for key in adapter.extras}
+    names = [key for key, _ in model.named_parameters()]
+    chosen = method.extras(list(layers), names, options) if method.extras is not None else []
+    return list(dict.fromkeys([*chosen, *(key for key in new_head(model) if key not in taken)]))
 
 
 def trainable(model: nn.Module) -> Trainable:
