@@ -18,13 +18,16 @@ from tests.methods.moving import moving_terms
 from weft.errors import WeftError
 from weft.methods import find
 from weft.rules.annealed_decay import AnnealedDecay
+from weft.runs.loading import load_model
 from weft.terms import LowRank, SumLinear
+from weft.terms.adapters import adapters_of
 from weft.terms.layers import linear_layers, set_low_rank, weight_of
 from weft.train.checkpoints import last_checkpoint
 from weft.train.recipe import Recipe
 from weft.train.sources import Completion
+from weft.verbs import combine, evaluate, merge
 from weft.verbs import finetune as verb
-from weft.verbs.adapt import adapt
+from weft.verbs.adapt import adapt, trainable
 from weft.verbs.finetune import finetune, run
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(120))
@@ -188,8 +191,62 @@ def test_run_writes_a_directory_that_transformers_opens(tiny_directory, data, tm
     assert all("scaled_learning_rate_default" in line for line in lines if "loss" in line)
     import weft.io  # noqa: F401
 
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert any(isinstance(m, SumLinear) for m in model.modules()) and model.config.use_cache
+    model = AutoModelForCausalLM.from_pretrained(out)  # by PEFT, from its files
+    assert model.config.use_cache
+
+
+def test_a_method_of_adapters_writes_an_adapter(tiny_directory, data, tmp_path):
+    """Not twice the base: PEFT's files and weft's, a card and the tokenizer; every verb takes the directory."""
+    out = tmp_path / "out"
+    given = {"method": "lora", "rank": 2, "data": data, "eval_text": data, "eval_windows": 2, **SETTINGS}
+    result = run(str(tiny_directory), out, **given)
+    assert {p.name for p in out.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "run.json", "tokenizer.json",
+        "tokenizer_config.json", "weft_adapter.json",
+    }  # fmt: skip
+    assert (out / "adapter_model.safetensors").stat().st_size < (
+        tiny_directory / "model.safetensors"
+    ).stat().st_size / 4
+    assert "library_name: peft" in (out / "README.md").read_text()
+
+    again = load_model(out, device="cpu")
+    assert list(adapters_of(again)) == ["default"]
+    assert trainable(again).count == result["trainable_parameters"]
+    words = {"windows": 2, "text": [data], "window": 32, "device": "cpu"}
+    assert evaluate.run(str(out), **words)["perplexity"] == pytest.approx(result["perplexity"], rel=1e-5)
+
+    merge.run(str(out), tmp_path / "plain", device="cpu")
+    merge.run(str(tiny_directory), tmp_path / "same", adapter=out, device="cpu")
+    for name in ("plain", "same"):
+        got = evaluate.run(str(tmp_path / name), **words)["perplexity"]
+        assert got == pytest.approx(result["perplexity"], rel=1e-5)
+    combine.run([out, out], tmp_path / "twice")
+    assert json.loads((tmp_path / "twice" / "run.json").read_text())["metrics"]["rank"] == 2
+
+    further = run(str(out), tmp_path / "further", method="lora", data=data, **SETTINGS)
+    assert further["loss_first"] < result["loss_first"]
+    with pytest.raises(WeftError, match="There is an adapter 'default' on this model already"):
+        run(str(out), tmp_path / "other", method="pissa", data=data, **SETTINGS)
+
+
+def test_the_adapter_is_merged_on_request(tiny_directory, data, tmp_path):
+    given = {"method": "lora", "rank": 2, "data": data, "eval_text": data, "eval_windows": 2, **SETTINGS}
+    result = run(str(tiny_directory), tmp_path / "out", merge=True, **given)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not any(isinstance(m, SumLinear) for m in model.modules()) and result["update_lost"] < 1e-5
+    words = {"windows": 2, "text": [data], "window": 32, "device": "cpu"}
+    got = evaluate.run(str(tmp_path / "out"), **words)["perplexity"]
+    assert got == pytest.approx(result["perplexity"], rel=1e-5)
+    with pytest.raises(WeftError, match="--merge folds an adapter into its model, and full trains none"):
+        run(str(tiny_directory), tmp_path / "no", **given | {"method": "full", "merge": True})
+
+
+def test_an_adapter_whose_base_is_gone_says_so(tiny_directory, data, tmp_path):
+    base = shutil.copytree(tiny_directory, tmp_path / "base")
+    run(str(base), tmp_path / "out", method="lora", rank=2, data=data, **SETTINGS)
+    shutil.rmtree(base)
+    with pytest.raises(WeftError, match=r"was made on .*base, which is not here .* weft merge BASE --adapter"):
+        load_model(tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +318,7 @@ def test_interrupted_runs_end_in_the_same_bytes(tiny_directory, data, tmp_path):
     _, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors
     assert whole.wait(timeout=120) == 0
-    for name in ("model.safetensors", "config.json"):
+    for name in ("adapter_model.safetensors", "weft_adapter.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import weft
 from weft.errors import WeftError
@@ -134,3 +134,36 @@ def test_merge_of_a_later_change(model: LlamaForCausalLM) -> None:
     set_low_rank(model, NAME, torch.ones(24, 1), torch.ones(1, 16), None)
     merge(model)
     assert torch.equal(model.get_submodule(NAME).weight, torch.ones(24, 16))
+
+
+def test_an_adapter_brings_its_tokenizer_and_its_tokens(tiny_directory: Path, tmp_path: Path) -> None:
+    """The template and the tokens that it was trained with, and rows for them; the base has neither."""
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>"]})
+    tokenizer.chat_template = "{% for m in messages %}<call>{{ m['content'] }}{% endfor %}"
+    model.resize_token_embeddings(len(tokenizer))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+
+    run(str(tiny_directory), tmp_path / "merged", adapter=tmp_path / "adapter", device="cpu")
+    words = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert words.chat_template == tokenizer.chat_template and "<call>" in words.get_vocab()
+    assert plain.config.vocab_size == len(words) == plain.get_output_embeddings().weight.shape[0]
+    ids = torch.tensor([[5, 6, len(words) - 1, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_whose_tokens_have_no_rows_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    model = weft.adapt(AutoModelForCausalLM.from_pretrained(tiny_directory), "lora", 2)
+    weft.save_adapter(model, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_directory)
+    tokenizer.add_tokens([f"<{i}>" for i in range(9000)])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(WeftError, match="and the adapter brings no larger table"):
+        run(str(tiny_directory), tmp_path / "merged", adapter=tmp_path / "adapter", device="cpu")
+    assert not (tmp_path / "merged").exists()

@@ -73,6 +73,9 @@ def command(
     completion_field: _Field = None,
     messages_field: _Field = None,
     skip_bad: Annotated[int, typer.Option(help="Leave out up to so many records that cannot be read.")] = 0,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Fold the adapter into the model and write that instead.")
+    ] = False,
     option: MethodOptions = None,
     bos: Bos = None,
     seed: Seed = 0,

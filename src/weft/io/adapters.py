@@ -14,6 +14,7 @@ are gathered on every process and written by the first: call it on all of them.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -32,7 +33,17 @@ from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_ada
 from weft.terms.extras import places, tables
 from weft.terms.layers import is_linear
 
-__all__ = ["FORMAT", "LooseAdapter", "check_directory", "load_adapter", "read_adapter", "save_adapter"]
+__all__ = [
+    "FORMAT",
+    "LooseAdapter",
+    "base_name",
+    "check_directory",
+    "is_adapter",
+    "load_adapter",
+    "read_adapter",
+    "save_adapter",
+    "write_adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -85,13 +96,30 @@ def save_adapter(
         WeftError: no such adapter; the directory is not empty; something is trained that its files cannot hold; or
             "peft" for an adapter whose delta is not exactly a LoRA, with the reason.
     """
+    write_adapter(model, directory, name, format=format, here=not (dist.is_initialized() and dist.get_rank()))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    format: Literal["auto", "peft", "weft"] = "auto",
+    here: bool = True,
+) -> None:
+    """What `save_adapter` does, by this process alone: it waits for no other. Of a sharded model, every process must
+    call it, and one writes.
+
+    Args:
+        here: whether this process writes.
+    """
     adapter = _with_thawed(unwrapped(model), find_adapter(model, name))
     reason = _check_save(directory, adapter, format, unwrapped(model))
     state, base = _gathered(model, adapter), base_of(unwrapped(model), adapter.terms)
-    if not (dist.is_initialized() and dist.get_rank()):
+    if here:
         write_files(Path(directory), base, adapter, state, format, reason)
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def load_adapter(
@@ -163,6 +191,31 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     if not (path / CONFIG).is_file() and not (path / peft.CONFIG).is_file():
         raise WeftError(f"{path} holds no adapter: neither {CONFIG} nor {peft.CONFIG} is there.")
     return path
+
+
+def is_adapter(directory: str | os.PathLike[str]) -> bool:
+    """Whether the directory holds an adapter and no model."""
+    path = Path(directory)
+    there = any((path / name).is_file() for name in (CONFIG, peft.CONFIG))
+    return there and not (path / "config.json").is_file()
+
+
+def base_name(directory: str | os.PathLike[str]) -> str:
+    """The directory or Hub id of the model that an adapter was made on.
+
+    Raises:
+        WeftError: there is no adapter, or its files do not say.
+    """
+    path = check_directory(directory)
+    try:
+        own = path / CONFIG
+        said = json.loads((own if own.is_file() else path / peft.CONFIG).read_text(encoding="utf-8"))
+        name = said["base"]["name"] if own.is_file() else said.get("base_model_name_or_path")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeftError(f"The adapter in {path} is damaged or incomplete ({error}); fetch it again.") from error
+    if not name:
+        raise WeftError(f"The adapter in {path} does not say which model it was made on; give that one as the model.")
+    return str(name)
 
 
 def _check_save(

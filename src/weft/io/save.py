@@ -11,10 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from weft.io.adapters import base_name, read_adapter
+from weft.io.peft_config import CONFIG as PEFT_CONFIG
 from weft.io.precision import as_stored
 from weft.io.quantizer import remark, sum_specs
 
-__all__ = ["model_card", "save_model"]
+__all__ = ["adapter_card", "model_card", "save_model"]
 
 Run = Mapping[str, Any]
 """The record of a run, as in `run.json`: command, arguments, versions, metrics ..."""
@@ -64,6 +66,32 @@ def model_card(model: PreTrainedModel, run: Run) -> str:
         title,
         f"{made}: {_summary(model)}",
         _usage(model),
+        _table("Measured", run.get("metrics", {})),
+        _table("Arguments", run.get("arguments", {})),
+        _table("Versions", run.get("versions", {})),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def adapter_card(directory: Path, run: Run) -> str:
+    """The README.md of an adapter's directory, front matter included; only what its files and the run tell."""
+    base, peft = base_name(directory), (directory / PEFT_CONFIG).is_file()
+    method = read_adapter(directory).adapter.method
+    on_hub = _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    tags = [*([f"base_model:adapter:{base}"] if on_hub else []), *(["lora"] if peft else []), "weft", method]
+    front = [
+        "---",
+        *([f"base_model: {base}"] if on_hub else []),
+        f"library_name: {'peft' if peft else 'weft'}",
+        "tags:",
+    ]
+    weft = ["import weft", "", 'weft.load_adapter(model, "path-of-this-directory")']
+    usage = ["from peft import PeftModel", "", 'PeftModel.from_pretrained(model, "path-of-this-directory")', ""] * peft
+    sections = [
+        "\n".join([*front, *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]),
+        f"# {Path(base).name}, a {method} adapter",
+        f"Made by `weft {run.get('command', 'finetune')}` on {base if on_hub else Path(base).name}, `model` here:",
+        "\n".join(["```python", *usage, *weft, "```"]),
         _table("Measured", run.get("metrics", {})),
         _table("Arguments", run.get("arguments", {})),
         _table("Versions", run.get("versions", {})),

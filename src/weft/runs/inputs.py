@@ -13,6 +13,7 @@ from typing import Any
 
 from weft.errors import WeftError
 from weft.files import digest
+from weft.io.adapters import base_name, is_adapter
 from weft.runs.loading import resolve
 from weft.train.records import files_of, is_datasets_folder
 
@@ -56,9 +57,12 @@ def changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[s
 
 
 def _model(name: str | Path) -> list[Path]:
+    if is_adapter(name):
+        own = sorted(p for p in Path(name).glob("*") if p.suffix in (*MODEL_FILES, ".bin"))
+        return [*own, *_model(base_name(name))]
     try:
         path = Path(resolve(name))
-    except WeftError:  # an adapter's directory holds no config.json
+    except WeftError:  # an adapter's base may be elsewhere
         path = Path(name)
     if not path.is_dir():
         path = _cached(str(name)) or path

@@ -22,17 +22,26 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 import weft.embedded
 from weft.errors import WeftError, nearest
+from weft.io.adapters import base_name, is_adapter, load_adapter
 from weft.io.precision import note_precision
 from weft.tensors import own_memory
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "resolve", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "has_tokenizer",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _DTYPE_NAMES = {**_DTYPES, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def resolve(name: str | os.PathLike[str]) -> str:
-    """What transformers is to load: the path of a directory, or a Hub id.
+    """What transformers is to load: the path of a directory, or a Hub id; of an adapter, those of its base.
 
     Raises:
         WeftError: `name` can only be meant as a path, and there is no model there.
@@ -42,6 +51,8 @@ def resolve(name: str | os.PathLike[str]) -> str:
     if not name:
         raise WeftError("The model's name is empty; give a directory, a Hub id or 'pico'.")
     if path.is_dir():
+        if is_adapter(path):
+            return _base_of_adapter(path)
         if not (path / "config.json").is_file():
             raise WeftError(f"{name} holds no config.json, so it is no model directory.")
         return str(path)
@@ -106,7 +117,8 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of a directory, a Hub id or an embedded name, in eval mode, as the class that its configuration names.
+    """The model of a directory, a Hub id or an embedded name, in eval mode, as the class that its configuration names;
+    of an adapter's directory, its base with the adapter on.
 
     Args:
         device: None for the GPU where there is one, else the CPU.
@@ -136,6 +148,8 @@ def load_model(
         raise WeftError(
             f"The checkpoint {name} lacks {len(missing)} tensors that it should hold, such as {missing[0]}."
         )
+    if is_adapter(name):
+        load_adapter(loaded, name)
     own_memory(loaded)
     if dtype is None and wanted is not None:  # widened to compute in, to be written as it was read
         _note_precision(loaded, resolve(name))
@@ -153,12 +167,32 @@ def _note_precision(model: PreTrainedModel, name: str) -> None:
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises WeftError as `load_model` does."""
+    """The tokenizer of a model, or of an adapter: its own where it brings one, else its base's.
+
+    Raises WeftError as `load_model` does.
+    """
+    home = os.fspath(name) if has_tokenizer(name) else resolve(name)
     with _explained(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(name), trust_remote_code=trust_remote_code
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
     return tokenizer
+
+
+def has_tokenizer(name: str | os.PathLike[str]) -> bool:
+    """Whether the directory holds a tokenizer."""
+    return (Path(name).expanduser() / "tokenizer_config.json").is_file()
+
+
+def _base_of_adapter(path: Path) -> str:
+    name = base_name(path)
+    if is_adapter(name):
+        raise WeftError(f"The adapter in {path} was made on the adapter in {name}; merge that one into its base first.")
+    try:
+        return resolve(name)
+    except WeftError as error:
+        raise WeftError(
+            f"The adapter in {path} was made on {name}, which is not here ({str(error).rstrip('.')}); put it on its "
+            f"base with: weft merge BASE --adapter {path}."
+        ) from None
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

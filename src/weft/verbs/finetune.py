@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from weft.embedded.text import calibration_files
 from weft.errors import WeftError, unknown
 from weft.grafts import Graft
-from weft.io.save import save_model
+from weft.io.adapters import write_adapter
+from weft.io.save import adapter_card, save_model
 from weft.methods.base import Method
 from weft.optim import OPTIMIZERS
 from weft.records import Record, find
@@ -30,7 +31,8 @@ from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.progress import say
-from weft.runs.record import begin
+from weft.runs.record import Run, begin
+from weft.terms.adapters import adapters_of
 from weft.train.data import training_rows
 from weft.train.optimizers import WITHOUT_BACKWARD, check_options
 from weft.train.packing import Rows
@@ -38,7 +40,7 @@ from weft.train.recipe import Recipe
 from weft.train.sources import Document, Fields, Skipped, Text, plain_text, read_documents, read_texts
 from weft.train.trainer import METRICS_FILE, train
 from weft.train.windows import calibration_batches, evaluation_windows, token_stream
-from weft.verbs.adapt import adapt, effective_rates, parameter_groups, trainable
+from weft.verbs.adapt import adapt, effective_rates, merge_adapter, parameter_groups, trainable
 from weft.verbs.adapt import make_optimizer as adapter_optimizer
 from weft.verbs.adapt import rules as adapter_rules
 from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memory, reset_peak_memory
@@ -132,7 +134,12 @@ def prepare(
     recipe: Recipe,
     options: Mapping[str, Any],
 ) -> list[Rule]:
-    """Put adapters or a graft on where the method is one, freeze what is not trained; the rules to train with."""
+    """Put adapters or a graft on where the method is one, freeze what is not trained; the rules to train with. An
+    adapter that came with the model, of the same method, is trained further.
+    """
+    if any(adapter.method == method.name for adapter in adapters_of(model).values()) and not (rank or options):
+        say(f"The model's own {method.name} adapter is trained further.")
+        return adapter_rules(model)
     options = with_totals(method, recipe, options)
     if isinstance(method, Graft):
         batches = calibration(tokenizer, documents, recipe) if method.start else None
@@ -226,11 +233,15 @@ def run(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    merge: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """`weft finetune`: read a model and data, train, write a directory with `run.json` and `metrics.jsonl`.
 
+    It is an adapter's where the method trains one, and the model's otherwise.
+
     Args:
+        merge: fold the adapter into the model and write that instead.
         data: files or directories as `weft.train.sources.read_documents` takes them; None for Python's own sources.
         eval_text: text to measure perplexity on, before and after; of it, `eval_windows` windows.
         skip_bad: records in which something is wrong that may be left out; they are listed.
@@ -245,6 +256,7 @@ def run(
     arguments = {key: value for key, value in locals().items() if key not in ("settings", "device")} | settings
     recipe, options = split_settings(settings)
     check_method(method, rank, options)
+    check_merge(method, merge)
     check_optimizer(optimizer)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     inputs = contents(model=model, data=calibration_files() if data is None else data, eval_text=eval_text)
@@ -274,9 +286,31 @@ def run(
         )  # fmt: skip
         metrics |= {"skipped": skipped.errors} if skip_bad else {}
         if int(os.environ.get("RANK", "0")) == 0:
-            save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
+            save(source, tokenizer, place.path, metrics, record, adapts=find(method).kind == "adapt" and not merge)
             (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())
     return {"output": str(out), **metrics}
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    metrics: dict[str, Any],
+    record: Run,
+    *,
+    adapts: bool,
+) -> None:
+    """Write what was trained: the adapter, beside the tokenizer it was trained with, or the model, adapters merged."""
+    if adapts:
+        (name,) = (adapter.name for adapter in adapters_of(model).values() if adapter.active)
+        write_adapter(model, directory, name)
+        tokenizer.save_pretrained(directory)
+        card = adapter_card(directory, record.write(directory, metrics))
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        return
+    for name in adapters_of(model):
+        metrics["update_lost"] = max([metrics.get("update_lost", 0.0), *merge_adapter(model, name).values()])
+    save_model(model, tokenizer, directory, run=record.write(directory, metrics))
 
 
 def training_device(device: str | None) -> torch.device:
@@ -301,6 +335,12 @@ def check_method(method: str, rank: int | None, options: Mapping[str, Any]) -> N
     find(method, *KINDS).options(options)
     if rank is not None and rank < 1:
         raise WeftError(f"--rank is {rank}: give at least 1.")
+
+
+def check_merge(method: str, merge: bool) -> None:
+    """Raises WeftError where there will be no adapter to merge."""
+    if merge and find(method).kind != "adapt":
+        raise WeftError(f"--merge folds an adapter into its model, and {method} trains none: leave it out.")
 
 
 def check_optimizer(name: str | None) -> None:

@@ -16,16 +16,25 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
-from weft.io.adapters import check_directory, load_adapter
+from weft.io.adapters import check_directory, is_adapter, load_adapter
 from weft.io.quantizer import unmark
 from weft.io.save import save_model
-from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from weft.runs.loading import (
+    has_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    resolve_device,
+    resolve_dtype,
+)
 from weft.runs.output import check_output, open_output
 from weft.runs.progress import say, track
 from weft.runs.record import begin
 from weft.terms import SumLinear
 from weft.terms.adapters import forget
 from weft.terms.adapters import merge as fold
+from weft.terms.extras import tables
 from weft.terms.layers import replace
 from weft.verbs.adapters import check_ungrafted
 from weft.verbs.evaluate import model_size
@@ -69,8 +78,10 @@ def run(
     """`weft merge`: read a weft model, write a plain dense one, with `run.json` and a model card.
 
     Args:
-        adapter: directory of an adapter, ours or PEFT's, to put on first; the model may then be a plain one. The
-            metrics tell what share of its update the cast to the model's dtype loses.
+        model: a directory, Hub id or embedded name; or an adapter's directory, to be merged into the base it names.
+        adapter: directory of an adapter, ours or PEFT's, to put on first; the model may then be a plain one. Where it
+            brings a tokenizer, that one is written, and where it brings larger tables of tokens, the model gets them.
+            The metrics tell what share of its update the cast to the model's dtype loses.
         device: to add the terms on; None for the GPU where there is one.
         dtype: of the merged model; None for the one it is stored in.
 
@@ -81,6 +92,8 @@ def run(
     check_output(out, arguments)
     target = resolve_device(device)
     wanted = None if dtype is None else resolve_dtype(dtype, target)
+    if adapter is None and is_adapter(model):
+        model, adapter = resolve(model), model
     if adapter is None:
         _check_sums(model, trust_remote_code)
     else:
@@ -90,10 +103,11 @@ def run(
     source = load_model(
         model, device=target, dtype="auto" if wanted is None else "float32", trust_remote_code=trust_remote_code
     )
-    tokenizer = _tokenizer(model, trust_remote_code)
+    tokenizer = _tokenizer(model, adapter, trust_remote_code)
     before = model_size(source)
     check_ungrafted(source)
     lost = {} if adapter is None else fold(load_adapter(source, adapter))
+    _check_rows(source, tokenizer)
     sums = sum(isinstance(module, SumLinear) for module in source.modules())
     with open_output(out, arguments) as place:
         merge(source) if sums else unmark(source)
@@ -116,12 +130,24 @@ def _check_sums(model: str, trust_remote_code: bool) -> None:
         raise WeftError(f"{model} has no sum of terms to merge: it is a plain model already.")
 
 
-def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def _tokenizer(model: str, adapter: str | Path | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The adapter's own, with its template, where it brings one; else the model's."""
     try:
-        return load_tokenizer(model, trust_remote_code=trust_remote_code)
+        home = model if adapter is None or not has_tokenizer(adapter) else str(adapter)
+        return load_tokenizer(home, trust_remote_code=trust_remote_code)
     except WeftError as error:  # a vision model has none
         say(f"The merged model is written without a tokenizer: {error}")
         return None
+
+
+def _check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    embedding, _ = tables(model)
+    rows = None if embedding is None else len(embedding.weight)  # type: ignore[arg-type]
+    if tokenizer is not None and rows is not None and len(tokenizer) > rows:
+        raise WeftError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model {rows} rows for them, and the adapter brings no "
+            "larger table; merge it with the tokenizer that it was trained with."
+        )
 
 
 def _sizes(suffix: str, size: Sequence[int]) -> dict[str, int]:
