@@ -59,10 +59,10 @@ from weft.methods import METHODS, Method
 from weft.optim.schedules import cosine
 from weft.rules import Rules
 from weft.runs.loading import load_model, load_tokenizer
-from weft.terms.layers import linear_layers
+from weft.terms.layers import linear_layers, shape_of
 from weft.train.sources import read_texts
 from weft.train.windows import token_stream
-from weft.verbs.adapt import adapt, make_optimizer, rules, trainable, weight_shape
+from weft.verbs.adapt import adapt, make_optimizer, rules, trainable
 
 Batch = dict[str, Tensor]
 RESULTS = Path(__file__).parent / "results"
@@ -215,7 +215,7 @@ def put_on(model: nn.Module, name: str, task: Task, args: argparse.Namespace, lr
         METHODS["full"].freeze(model)
         return
     method = METHODS[name]
-    shapes = {layer: weight_shape(module) for layer, module in linear_layers(model).items()}
+    shapes = {layer: shape_of(module) for layer, module in linear_layers(model).items()}
     rank, options = fitted(method, shapes, args.rank)
     options |= {"lr": lr} if "lr" in method.defaults else {}
     rng = random.Random(1000 + seed)

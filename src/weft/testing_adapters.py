@@ -36,8 +36,8 @@ from weft.rules import Rule, Rules
 from weft.stats.calibrate import Stats, calibrate
 from weft.terms import SumLinear, Wrapper
 from weft.terms.adapters import adapters_of, disable, find_adapter
-from weft.terms.layers import linear_layers
-from weft.verbs.adapt import adapt, make_optimizer, merge_adapter, remove_adapter, rules, trainable, weight_shape
+from weft.terms.layers import linear_layers, shape_of
+from weft.verbs.adapt import adapt, make_optimizer, merge_adapter, remove_adapter, rules, trainable
 
 __all__ = ["PROPERTIES", "RANK", "adapted", "check_adapter", "task", "tiny_gpt2", "tiny_llama", "train"]
 
@@ -189,7 +189,7 @@ def _count(method: Method) -> None:
     assert method.count is not None, "the method has no formula for its trained numbers"
     model = adapted(method)
     options = method.options({})
-    shapes = {name: weight_shape(layer) for name, layer in linear_layers(model).items()}
+    shapes = {name: shape_of(layer) for name, layer in linear_layers(model).items()}
     (adapter,) = adapters_of(model).values()
     ranks = adapter.settings["ranks"]
     expected = sum(method.count(*shapes[name], rank, options) for name, rank in ranks.items())

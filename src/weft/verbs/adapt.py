@@ -27,7 +27,7 @@ from weft.records import find
 from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.stats.calibrate import Batch, calibrate
-from weft.terms import Replacement, SumLinear, Term
+from weft.terms import Replacement, Term
 from weft.terms.adapters import (
     Adapter,
     adapters_of,
@@ -37,7 +37,7 @@ from weft.terms.adapters import (
     unwrapped,
 )
 from weft.terms.extras import new_head
-from weft.terms.layers import bias_of, linear_layers, weight_of
+from weft.terms.layers import bias_of, linear_layers, shape_of
 from weft.verbs.adapters import check_ungrafted, disable, merge_adapter, remove_adapter, set_adapter
 
 __all__ = [
@@ -131,7 +131,7 @@ def adapt(
         )
     moments = _moments(model, chosen, layers, stats, batches)
     if chosen.spread is not None and ranks is None:
-        shapes = {layer: weight_shape(model.get_submodule(layer)) for layer in layers}
+        shapes = {layer: shape_of(model.get_submodule(layer)) for layer in layers}
         known = {layer: _Known(model, layer, moments[layer]) for layer in layers}
         layers = {layer: r for layer, r in chosen.spread(known, shapes, rank, options).items() if r}
         if not layers:
@@ -304,7 +304,7 @@ def _ranks(
             )
         wanted = {name: ranks[name] for name in layers if ranks.get(name)}
     for name, r in wanted.items():
-        out_features, in_features = weight_shape(layers[name])
+        out_features, in_features = shape_of(layers[name])
         largest = method.limit(out_features, in_features, options)
         if not 1 <= r <= largest:
             raise WeftError(
@@ -315,14 +315,6 @@ def _ranks(
     if not wanted:
         raise WeftError("No layer is given a rank above 0, so there is nothing to adapt; check ranks=.")
     return wanted
-
-
-def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, without computing a sum."""
-    if isinstance(layer, SumLinear):
-        return layer.out_features, layer.in_features
-    out_features, in_features = weight_of(layer).shape
-    return out_features, in_features
 
 
 def _moments(
@@ -378,7 +370,7 @@ def _terms(
     assert method.split is not None
     shared = None
     if method.share is not None:
-        shapes = {layer: weight_shape(model.get_submodule(layer)) for layer in layers}
+        shapes = {layer: shape_of(model.get_submodule(layer)) for layer in layers}
         shared = method.share(shapes, rank, generator(seed, method.name), options)
     made: dict[str, dict[str, Term]] = {}
     for layer, r in layers.items():
