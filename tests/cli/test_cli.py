@@ -153,7 +153,7 @@ MISTAKES = [
     ("finetune pico -o O --steps 0", "--steps is 0: give at least 1"),
     ("combine A B -o O", "A holds no adapter"),
     ("combine A B -o O --method leg", "the nearest are: lego"),
-    ("combine A B -o O --option centre=1", "has no option 'centre'; its options: none"),
+    ("combine A B -o O --option centre=1", "has no option 'centre'; its options are: none"),
     ("quantize pico -o O --bits 5", "5 bits are not possible; give 2, 3, 4 or 8"),
     ("quantize pico -o O --scheme nf5", "the nearest are: nf"),
     ("quantize pico -o O --scheme int8 --bits 4", "--scheme int8 has its own number of bits, not 4"),

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
+from weft.merging import Pair
 from weft.merging.lego import kmeans, lego, lloyd, units
-from weft.merging.sums import Pair
 
 OUT, IN = 12, 9
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from weft.merging import Pair
 from weft.merging.signatures import block_of, decode, encode, factored_orthogonal_part, orthogonal_part
-from weft.merging.sums import Pair
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weft.merging import MERGERS
-from weft.merging.sums import Pair, cat, linear, svd
+from weft.merging import MERGERS, Pair
+from weft.merging.sums import cat, linear, svd
 
 
 def pair(out: int, inn: int, rank: int, seed: int) -> Pair:
@@ -63,4 +63,5 @@ def test_svd_is_the_best_of_its_rank() -> None:
 
 
 def test_the_table_is_closed() -> None:
-    assert list(MERGERS) == ["linear", "cat", "svd", "lego"]
+    assert list(MERGERS) == ["linear", "cat", "svd", "lego", "rws", "cmlora"]
+    assert all((m.merge is None) == (m.kind == "mix") == (m.weights is not None) for m in MERGERS.values())

@@ -134,13 +134,14 @@ def test_a_combined_adapter_is_trained_on(two: tuple[Path, Path]) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"method": "leg"}, "There is no method to combine adapters called 'leg'; the nearest are: lego"),
+    ({"method": "cmlora"}, "There is no method to merge called 'cmlora'"),
+    ({"method": "leg"}, "There is no method to merge called 'leg'; the nearest are: lego"),
     ({"weights": [1.0]}, "There are 2 adapters and 1 weights; give one weight for each"),
     ({"weights": [1.0, float("nan")]}, "are not all finite"),
     ({"method": "svd", "rank": 8}, "the adapters have 7 components together; give 1 to 7"),
     ({"method": "lego", "rank": 0}, "Rank 0 is not possible"),
-    ({"method": "svd", "canonical": True}, "'svd' has no option 'canonical'; its options: none"),
-    ({"method": "lego", "centre": 1}, "its options: canonical, normalise, reweight, restarts"),
+    ({"method": "svd", "canonical": True}, "'svd' has no option 'canonical'; its options are: none"),
+    ({"method": "lego", "centre": 1}, "its options are: canonical, normalise, reweight, restarts"),
 ]
 
 
@@ -160,6 +161,8 @@ def test_what_is_no_list_of_adapters(two: tuple[Path, Path], tmp_path: Path) -> 
         weft.combine([])
     with pytest.raises(WeftError, match="holds no adapter"):
         weft.combine([two[0], tmp_path])
+    with pytest.raises(WeftError, match="'rws' takes 2 adapters, in their order, and not 3"):
+        weft.combine([*two, two[0]], "rws")
     (tmp_path / "mine").write_text("")
     with pytest.raises(WeftError, match="exists and is not empty"):
         weft.combine(two, out=tmp_path)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import weft
 from weft.errors import WeftError
+from weft.merging.cmlora import dominant
 from weft.terms.adapters import adapters_of, find_adapter
 from weft.testing_adapters import task, tiny_llama
-from weft.verbs.mix import dominant, mix
+from weft.verbs.mix import mix
 
 IDS = task()[0]["input_ids"]
 
@@ -42,6 +43,23 @@ def test_it_is_the_mean_of_the_passes() -> None:
     torch.testing.assert_close(mix(model, ["a", "b"], [3, 1])(IDS), expected)
     assert [name for name, adapter in adapters_of(model).items() if adapter.active] == ["a"]
     assert torch.equal(mix(model, ["a"])(IDS), alone(model, "a"))
+
+
+@torch.no_grad()
+def test_a_method_gives_the_weights() -> None:
+    model = moved(tiny_llama(), "a", "b")
+    expected = mix(model, ["a", "b"], dominant(2, 1))(IDS)
+    assert torch.equal(weft.mix(model, ["a", "b"], method="cmlora", which=1)(IDS), expected)
+    for given, sentence in (
+        ({"method": "cmlor"}, "There is no method to mix called 'cmlor'; the nearest are: cmlora"),
+        ({"method": "linear"}, "There is no method to mix called 'linear'"),
+        ({"method": "cmlora", "which": 2}, "There is no adapter 2 among 2"),
+        ({"method": "cmlora", "first": 2}, "'cmlora' has no option 'first'; its options are: which, strength"),
+        ({"method": "cmlora", "weights": [1, 1]}, "not both"),
+        ({"which": 1}, "Give either weights= or a method="),
+    ):
+        with pytest.raises(WeftError, match=sentence):
+            mix(model, ["a", "b"], **given)
 
 
 @torch.no_grad()

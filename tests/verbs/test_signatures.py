@@ -146,6 +146,9 @@ def test_of_adapters_it_is_an_adapter(tmp_path: Path) -> None:
         ours = found.adapter.terms[layer]["signature"].dense().detach()
         torch.testing.assert_close(ours, orthogonal_part(*deltas), atol=1e-5, rtol=1e-4)
         assert abs((ours * deltas[1]).sum()) <= 1e-5 * ours.norm() * deltas[1].norm()
+    by_verb = weft.combine([tmp_path / "changed", tmp_path / "clean"], "rws")
+    for layer, terms in found.adapter.terms.items():
+        assert torch.equal(terms["signature"].dense(), by_verb.adapter.terms[layer]["combined"].dense())
     found.save(tmp_path / "signature")
     clean = weft.load_adapter(tiny_llama(), tmp_path / "clean")
     with torch.no_grad():
@@ -156,6 +159,22 @@ def test_of_adapters_it_is_an_adapter(tmp_path: Path) -> None:
         assert torch.equal(clean(**task()[0]).logits, before)
     scaled = weft.combine([tmp_path / "clean", tmp_path / "signature"], weights=[1.0, 0.5])
     assert scaled.rank == 6, "two trained pairs and the start that both share"
+
+
+def test_layers_that_one_of_them_lacks(tmp_path: Path) -> None:
+    """Nothing of the clean one alone is in it; what the changed one has alone is in it whole."""
+    for seed, (name, targets) in enumerate({"changed": ["q_proj", "k_proj"], "clean": ["k_proj", "v_proj"]}.items()):
+        made = weft.adapt(tiny_llama(), "lora", 2, targets=targets)
+        generator = torch.Generator().manual_seed(seed)
+        for _, parameter in find_adapter(made).named_parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        weft.save_adapter(made, tmp_path / name)
+        ends = made if name == "changed" else ends  # noqa: F821
+    found = weft.combine([tmp_path / "changed", tmp_path / "clean"], "rws").adapter.terms
+    assert {layer.rpartition(".")[2] for layer in found} == {"q_proj", "k_proj"}
+    for layer, terms in found.items():
+        whole = find_adapter(ends).terms[layer]["default"].dense()
+        assert torch.allclose(terms["combined"].dense(), whole, atol=1e-7) == layer.endswith("q_proj")
 
 
 def test_of_adapters_that_do_not_go_together(tmp_path: Path) -> None:

@@ -1,18 +1,24 @@
-"""Merging: several low-rank deltas become one, and arithmetic on differences of weights. Functions on tensors, one file
-a method.
+"""Merging: several low-rank deltas or outputs become one, and arithmetic on differences of weights.
 
-    merger(pairs, rank, generator, **options) -> (B (out, k), A (k, in))        of one layer
-
-where each pair is B_j (out, r_j), A_j (r_j, in) in fp64, its scale and weight folded into B_j.
+Functions on tensors; `MERGERS` holds the records by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from weft.merging import cmlora, lego, signatures, sums
+from weft.merging.base import Merger, Pair
+from weft.records import Table
 
-from weft.merging.lego import lego
-from weft.merging.sums import Pair, cat, linear, svd
+__all__ = ["MERGERS", "Merger", "Pair"]
 
-__all__ = ["MERGERS", "Pair"]
-
-MERGERS: dict[str, Callable[..., Pair]] = {"linear": linear, "cat": cat, "svd": svd, "lego": lego}
+MERGERS = Table(
+    Merger,
+    (
+        sums.LINEAR,
+        sums.CAT,
+        sums.SVD,
+        lego.MERGER,
+        signatures.MERGER,
+        cmlora.MERGER,
+    ),
+)

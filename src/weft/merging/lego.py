@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.linalg.svd import product_factors
-from weft.merging.sums import Pair, side_by_side
+from weft.merging.base import Merger, Pair
+from weft.merging.sums import side_by_side
 
-__all__ = ["kmeans", "lego", "lloyd", "units"]
+__all__ = ["MERGER", "kmeans", "lego", "lloyd", "units"]
 
 STEPS = 100
 """Lloyd iterations at most; a few tens are used."""
@@ -128,3 +129,13 @@ def _sizes(labels: Tensor, k: int) -> Tensor:
 def _spans(points: Tensor, labels: Tensor, k: int) -> Tensor:
     """The sum of squared distances to the centres."""
     return (points - _means(points, labels, k)[labels]).square().sum()
+
+
+MERGER = Merger(
+    name="lego",
+    summary="one rank for each cluster of the adapters' ranks",
+    paper="Zhao et al., 2024, arXiv 2409.16167",
+    merge=lego,
+    ranked=True,
+    defaults={"canonical": False, "normalise": True, "reweight": True, "restarts": 8},
+)

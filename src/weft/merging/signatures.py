@@ -13,14 +13,15 @@ it twice, so that strength is not linear in it).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from weft.merging.sums import Pair
+from weft.merging.base import Merger, Pair
 
-__all__ = ["Code", "block_of", "decode", "encode", "factored_orthogonal_part", "orthogonal_part"]
+__all__ = ["MERGER", "Code", "block_of", "decode", "encode", "factored_orthogonal_part", "orthogonal_part"]
 
 
 class Code(NamedTuple):
@@ -41,9 +42,19 @@ def orthogonal_part(changed: Tensor, clean: Tensor) -> Tensor:
 def factored_orthogonal_part(changed: Pair, clean: Pair) -> Pair:
     """The same of two products B A: the factors of the orthogonal part, [B_c, -share B_s] and [A_c; A_s]."""
     (B_c, A_c), (B_s, A_s) = changed, clean
+    if not len(A_c):  # nothing was learned here
+        return changed
     square = _inner(clean, clean)
     share = _inner(changed, clean) / square if square > 0 else square
     return torch.cat([B_c, -share * B_s], dim=1), torch.cat([A_c, A_s])
+
+
+def signature(pairs: Sequence[Pair], rank: int, generator: torch.Generator) -> Pair:
+    """The orthogonal part of the first of two deltas, the changed one, to the second, the clean one; `rank` has no
+    say.
+    """
+    changed, clean = pairs
+    return factored_orthogonal_part(changed, clean)
 
 
 def _inner(one: Pair, other: Pair) -> Tensor:
@@ -69,3 +80,12 @@ def block_of(name: str) -> int | None:
     """The number of the block that a tensor lies in: 3 for model.layers.3.mlp.up_proj.weight; None outside of all."""
     found = re.search(r"\.(\d+)\.", f".{name}.")
     return None if found is None else int(found[1])
+
+
+MERGER = Merger(
+    name="rws",
+    summary="what the first adapter learned and the second did not: the part of its delta orthogonal to the other's",
+    paper="Cai et al., 2023, arXiv 2302.12480",
+    merge=signature,
+    takes=2,
+)

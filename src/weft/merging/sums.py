@@ -15,14 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from weft.linalg.svd import product_factors
+from weft.merging.base import Merger, Pair
 
-__all__ = ["Pair", "cat", "linear", "side_by_side", "svd"]
-
-Pair = tuple[Tensor, Tensor]
-"""B (out, r) and A (r, in)."""
+__all__ = ["CAT", "LINEAR", "SVD", "cat", "linear", "side_by_side", "svd"]
 
 
 def side_by_side(pairs: Sequence[Pair]) -> Pair:
@@ -48,3 +45,24 @@ def svd(pairs: Sequence[Pair], rank: int, generator: torch.Generator) -> Pair:
     B, A = product_factors(*side_by_side(pairs))
     kept = min(rank, *B.shape, A.shape[1])
     return B[:, :kept], A[:kept]
+
+
+LINEAR = Merger(
+    name="linear",
+    summary="the weighted sum of deltas, exactly, in the smallest rank that holds it",
+    paper="Ilharco et al., 2022, arXiv 2212.04089",
+    merge=linear,
+)
+CAT = Merger(
+    name="cat",
+    summary="the same sum with the factors side by side; ranks add up",
+    paper="Ilharco et al., 2022, arXiv 2212.04089",
+    merge=cat,
+)
+SVD = Merger(
+    name="svd",
+    summary="the best approximation of the sum of a given rank",
+    paper="Eckart and Young, 1936, doi:10.1007/BF02288367",
+    merge=svd,
+    ranked=True,
+)

@@ -34,6 +34,7 @@ from weft.methods import (
     lora_ggpo,
     lora_sb,
     lora_xs,
+    loram,
     lq_lora,
     mos,
     nola,
@@ -57,7 +58,7 @@ from weft.methods import (
     welore,
 )
 from weft.methods.base import Factors, Method, Site, Split
-from weft.records import Table
+from weft.records import Table, tables
 
 __all__ = ["METHODS", "Factors", "Method", "Site", "Split", "find"]
 
@@ -118,6 +119,8 @@ _PAGES: tuple[ModuleType, ...] = (
     lora_ggpo,
     ce_ssl,
     deft,
+    # a smaller copy to train on
+    loram,
 )
 
 METHODS = Table(Method, (method for page in _PAGES for method in vars(page).get("METHODS") or (page.METHOD,)))
@@ -133,8 +136,12 @@ class _Room(ModuleType):
     """This module, callable: `weft.methods()` and `weft.methods.svd` are both what they look like."""
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Every method's record, in the order of the list above."""
-        return [method.record() for method in METHODS.values()]
+        """The record of everything published that weft has, of every room, a kind after another: its name, kind,
+        summary, paper, defaults, and what else its sort tells.
+        """
+        found = [record for table in tables() for record in table.values()]
+        kinds = list(dict.fromkeys(record.kind for record in found))
+        return [record.record() for record in sorted(found, key=lambda record: kinds.index(record.kind))]
 
 
 sys.modules[__name__].__class__ = _Room

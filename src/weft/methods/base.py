@@ -223,8 +223,8 @@ class Method(Record):
 
     Args:
         kind: "compress" (replaces weights by fewer numbers), "quantize" (by codes), "adapt" (adds trainable terms),
-            "compensate" (adds terms that take up what a compression lost), "pretrain" (makes fresh layers), or "train"
-            (changes no weight, chooses what is trained).
+            "compensate" (adds terms that take up what a compression lost), "pretrain" (makes fresh layers),
+            "train" (changes no weight, chooses what is trained), or "prune" (cuts rows and columns out of layers).
         needs: the statistics that `split` reads from its site's `moments`.
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
         sequential: whether each block is calibrated on the outputs of the blocks already changed.

@@ -2,30 +2,27 @@
 
     weft.combine(["a/", "b/"], method="lego", rank=16, weights=[1.0, 0.5], out="ab/")
 
-    linear   w_1 delta_1 + ... + w_n delta_n, exactly, in the smallest rank that holds it
-    cat      the same sum with the factors side by side; ranks add up
-    svd      its best approximation of the given rank
-    lego     one rank for each of `rank` clusters of the adapters' ranks (`weft.merging.lego`)
-
-Weights are 1 where none are given: the sum, as adapters in use on one model add up. [1/n, ...] is their mean.
+The methods are the pages of `weft.merging`. Weights are 1 where none are given: the sum, as adapters in use on one
+model add up. [1/n, ...] is their mean.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weft.errors import WeftError, unknown
+from weft.errors import WeftError
 from weft.io.adapters import LooseAdapter, check_directory, read_adapter
 from weft.io.base import Base, other_weights
 from weft.io.peft import why_not_peft
-from weft.merging import MERGERS, Pair
+from weft.merging import MERGERS, Merger, Pair
+from weft.merging.sums import LINEAR
+from weft.methods import lora
 from weft.runs.output import check_output, open_output
 from weft.runs.progress import say
 from weft.runs.record import begin
@@ -36,14 +33,13 @@ from weft.terms.factors import sum_factors
 
 __all__ = ["combine", "common_base", "common_pairs", "run"]
 
-RANKED = ("svd", "lego")
-"""The methods that have a choice of rank."""
+DEFAULT = LINEAR.name
 
 
 @torch.no_grad()
 def combine(
     adapters: Sequence[str | os.PathLike[str]],
-    method: str = "linear",
+    method: str | Merger = DEFAULT,
     rank: int | None = None,
     weights: Sequence[float] | None = None,
     *,
@@ -55,34 +51,37 @@ def combine(
 
     Args:
         adapters: directories, weft's or PEFT's.
-        method: "linear", "cat", "svd" or "lego", see above.
-        rank: of the result, for "svd" and "lego"; None for the largest of the adapters' ranks. That of the two exact
-            methods follows from the adapters.
+        method: of kind "merge": its name or its record.
+        rank: of the result, for the methods that are `ranked`; None for the largest of the adapters' ranks. That of the
+            others follows from the adapters.
         weights: one for each adapter; a negative one takes it away.
         out: also write the result there, for weft and for PEFT.
-        seed: of the clustering.
-        **options: of "lego": canonical, normalise, reweight, restarts.
+        seed: of what a method draws.
+        **options: the method's own, see its defaults.
 
     Raises:
         WeftError: no adapters, or what is none; a delta that is no product of thin matrices (DoRA and the like);
             adapters of different bases; weights of another number; a rank above all ranks together; an unknown method
             or option; `out` is not empty. Nothing is then written.
     """
-    merger = _merger(method, options)
-    amounts = _weights(adapters, weights)
+    merger = MERGERS.find(method, "merge")
+    options, amounts = merger.options(options), _weights(adapters, weights, merger)
     if out is not None:
         check_output(out, {})
     loose = [read_adapter(path) for path in adapters]
     base = common_base(adapters, loose)
     pairs = common_pairs(adapters, loose, amounts)
-    chosen = _rank(pairs, rank, method)
+    chosen = _rank(pairs, rank, merger)
     terms: dict[str, dict[str, Term]] = {}
+    assert merger.merge is not None
     for layer, found in pairs.items():
-        k = min(chosen, sum(A.shape[0] for _, A in found))
-        B, A = merger(found, k, generator(check_seed(seed), method, layer), **options)
-        terms[layer] = {"combined": LowRank.from_factors(B.float(), A.float())}
-    made = LooseAdapter(Adapter("combined", "lora", terms), base)
-    record = {"method": method, "weights": amounts, "seed": seed, "options": options}
+        present = found if merger.takes else [pair for pair in found if pair[1].shape[0]]
+        k = min(chosen, sum(A.shape[0] for _, A in present))
+        B, A = merger.merge(present, k, generator(check_seed(seed), merger.name, layer), **options)
+        if len(A):
+            terms[layer] = {"combined": LowRank.from_factors(B.float(), A.float())}
+    made = LooseAdapter(Adapter("combined", lora.METHOD.name, terms), base)
+    record = {"method": merger.name, "weights": amounts, "seed": seed, "options": options}
     made.adapter.settings.update(rank=made.rank, combined=record)
     if out is not None:
         made.save(out)
@@ -93,7 +92,7 @@ def run(
     adapters: Sequence[str | os.PathLike[str]],
     out: str | Path,
     *,
-    method: str = "linear",
+    method: str = DEFAULT,
     rank: int | None = None,
     weights: Sequence[float] | None = None,
     seed: int = 0,
@@ -102,8 +101,9 @@ def run(
     """`weft combine`: the same on paths, with `run.json`. Raises WeftError as `combine` does."""
     arguments = {key: value for key, value in locals().items() if key != "options"} | options
     check_output(out, arguments)
-    _merger(method, options)
-    _weights(adapters, weights)
+    merger = MERGERS.find(method, "merge")
+    merger.options(options)
+    _weights(adapters, weights, merger)
     record = begin("combine", arguments, seed=check_seed(seed))
     with open_output(out, arguments) as place:
         made = combine(adapters, method, rank, weights, out=place.path, seed=seed, **options)
@@ -113,28 +113,19 @@ def run(
             "rank": made.rank,
             "parameters": sum(term.num_params for term in found),
         }
-        if rank is not None and method not in RANKED:
+        if rank is not None and not merger.ranked:
             say(f"{method} is exact: the rank is {metrics['rank']}, not {rank}; svd recompresses to a rank.")
         record.write(place.path, metrics)
     return {"output": str(out), **metrics}
 
 
-def _merger(method: str, options: Mapping[str, Any]) -> Callable[..., Pair]:
-    if method not in MERGERS:
-        raise unknown("method to combine adapters", method, MERGERS)
-    parameters = inspect.signature(MERGERS[method]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    strange = sorted(set(options) - set(known))
-    if strange:
-        raise WeftError(
-            f"The method {method!r} has no option {strange[0]!r}; its options: {', '.join(known) or 'none'}."
-        )
-    return MERGERS[method]
-
-
-def _weights(adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float] | None) -> list[float]:
+def _weights(
+    adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float] | None, merger: Merger
+) -> list[float]:
     if isinstance(adapters, str | os.PathLike) or not len(adapters):
         raise WeftError(f"Give a list of adapter directories to combine, such as ['a/', 'b/'], not {adapters!r}.")
+    if merger.takes not in (None, len(adapters)):
+        raise WeftError(f"{merger.name!r} takes {merger.takes} adapters, in their order, and not {len(adapters)}.")
     for path in adapters:
         check_directory(path)
     amounts = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
@@ -190,23 +181,25 @@ def _factors(path: str | os.PathLike[str], loose: LooseAdapter) -> dict[str, Pai
 def common_pairs(
     paths: Sequence[str | os.PathLike[str]], loose: Sequence[LooseAdapter], weights: Sequence[float]
 ) -> dict[str, list[Pair]]:
-    """layer -> the factors of each adapter that has it, weights folded into B."""
+    """layer -> the factors of every adapter, weights folded into B; of rank 0 where it lacks the layer."""
+    factors = [_factors(path, one) for path, one in zip(paths, loose, strict=True)]
     pairs: dict[str, list[Pair]] = {}
-    for path, one, weight in zip(paths, loose, weights, strict=True):
-        for layer, (B, A) in _factors(path, one).items():
-            others = pairs.setdefault(layer, [])
-            if others and (len(others[0][0]), others[0][1].shape[1]) != (len(B), A.shape[1]):
+    for layer in dict.fromkeys(layer for found in factors for layer in found):
+        (first, (B, A)), *others = [(path, f[layer]) for path, f in zip(paths, factors, strict=True) if layer in f]
+        for path, (B_j, A_j) in others:
+            if (len(B), A.shape[1]) != (len(B_j), A_j.shape[1]):
                 raise WeftError(
-                    f"The adapters {paths[0]} and {path} were made on different bases: {layer} is "
-                    f"{len(others[0][0])} x {others[0][1].shape[1]} in one and {len(B)} x {A.shape[1]} in the other."
+                    f"The adapters {first} and {path} were made on different bases: {layer} is "
+                    f"{len(B)} x {A.shape[1]} in one and {len(B_j)} x {A_j.shape[1]} in the other."
                 )
-            others.append((weight * B, A))
+        ours = [f.get(layer, (B[:, :0], A[:0])) for f in factors]
+        pairs[layer] = [(weight * B_j, A_j) for weight, (B_j, A_j) in zip(weights, ours, strict=True)]
     return pairs
 
 
-def _rank(pairs: Mapping[str, Sequence[Pair]], rank: int | None, method: str) -> int:
+def _rank(pairs: Mapping[str, Sequence[Pair]], rank: int | None, merger: Merger) -> int:
     """The rank asked for, or the largest of the adapters' own."""
-    if rank is None or method not in RANKED:
+    if rank is None or not merger.ranked:
         return max(A.shape[0] for found in pairs.values() for _, A in found)
     most = max(sum(A.shape[0] for _, A in found) for found in pairs.values())
     if not 1 <= rank <= most:

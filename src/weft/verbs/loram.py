@@ -5,13 +5,7 @@
     weft.adapt(small, "lora", rank=8, alpha=16, dropout=0.05) ... train ... weft.save_adapter(small, "small/")
     recover("small/", kept).save("large/")               # A[:, C] = A_p, B[R] = B_p, zero elsewhere; on the original
 
-For a matrix W (out, in) with the kept rows R and columns C, the adapter has r (|R| + |C|) trainable numbers. A neuron
-is a row of gate and up with its column of down; a KV group a head of k and v with its query heads of q and columns of
-o; the residual width is never cut. Groups are ranked by sum |w g| over their entries (LLM-Pruner; with data) or drawn.
-Inference is with the ORIGINAL weights, not those of an aligned pruned copy.
-Deviations: the output head is not adapted (weft's linear layers are those of the blocks); a mask (unstructured pruning)
-leaves all shapes as they are, so its adapter needs no recovery and nothing here; columns are recovered with zeros (the
-official option of noise changes the function).
+What it is is in `weft.methods.loram`.
 """
 
 from __future__ import annotations
@@ -24,23 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.errors import WeftError
 from weft.files import write_json
 from weft.io.adapters import LooseAdapter, read_adapter
 from weft.io.base import Base, base_of
+from weft.methods import lora
+from weft.methods.loram import LAYERS, METHOD, cut, kept_sets, scatter, worth
 from weft.seeds import check_seed, generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import LowRank, Term
 from weft.terms.adapters import Adapter, unwrapped
-from weft.terms.layers import block_stacks, linear_layers, replace
+from weft.terms.layers import block_stacks, linear_layers, replace, shape_of
 from weft.verbs.combine import common_pairs
 
 __all__ = ["Kept", "choose", "recover"]
-
-NAMES = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
-"""The layers of a block, as in Llama, Mistral, Qwen and their kin."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Kept:
                     "original model, before quantisation and adapters."
                 )
         for name in [n for n in self.shapes if n in self.rows or n in self.columns]:
-            replace(unwrapped(model), name, _cut(layers[name], self.rows.get(name), self.columns.get(name)))  # type: ignore[arg-type]
+            replace(unwrapped(model), name, cut(layers[name], self.rows.get(name), self.columns.get(name)))  # type: ignore[arg-type]
         return model
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -118,8 +111,8 @@ def choose(
         raise WeftError(f"The ratio {ratio} is what is dropped of each block; give at least 0 and less than 1.")
     check_seed(seed)
     blocks = _blocks(model)
-    layers = {f"{block}.{name}": model.get_submodule(f"{block}.{name}") for block in blocks for name in NAMES}
-    shapes = {name: _shape(layer) for name, layer in layers.items()}
+    layers = {f"{block}.{name}": model.get_submodule(f"{block}.{name}") for block in blocks for name in LAYERS}
+    shapes = {name: shape_of(layer) for name, layer in layers.items()}
     cut = blocks[first : len(blocks) - last]
     if not cut:
         raise WeftError(f"first={first} and last={last} leave none of the {len(blocks)} blocks to prune; give less.")
@@ -127,9 +120,9 @@ def choose(
     rows: dict[str, list[int]] = {}
     columns: dict[str, list[int]] = {}
     for block in cut:
-        grads = None if stats is None else {n: stats[f"{block}.{n}"]["mean_grad"] for n in NAMES}
-        worth = _worth(model.get_submodule(block), grads, generator(seed, "loram", block))
-        for what, kept in _sets(model.get_submodule(block), worth, ratio).items():
+        grads = None if stats is None else {n: stats[f"{block}.{n}"]["mean_grad"] for n in LAYERS}
+        found = worth(model.get_submodule(block), grads, generator(seed, METHOD.name, block))
+        for what, kept in kept_sets(model.get_submodule(block), found, ratio).items():
             name, side = what
             (rows if side == 0 else columns)[f"{block}.{name}"] = kept.tolist()
     return Kept(rows, columns, shapes, base_of(model, layers))
@@ -149,21 +142,18 @@ def recover(adapter: str | os.PathLike[str], kept: Kept) -> LooseAdapter:
     terms: dict[str, dict[str, Term]] = {}
     for layer, [(B, A)] in common_pairs([adapter], [loose], [1.0]).items():
         out_features, in_features = kept.shapes.get(layer, (len(B), A.shape[1]))
-        R, C = (
-            torch.tensor(s)
-            for s in (kept.rows.get(layer, range(out_features)), kept.columns.get(layer, range(in_features)))
-        )
+        R = kept.rows.get(layer, range(out_features))
+        C = kept.columns.get(layer, range(in_features))
         if (len(R), len(C)) != (len(B), A.shape[1]):
             raise WeftError(
                 f"The adapter in {adapter} is {len(B)} x {A.shape[1]} on {layer}, where {len(R)} rows and {len(C)} "
                 "columns were kept; give what was kept when its model was pruned."
             )
-        full_B, full_A = torch.zeros(out_features, B.shape[1]), torch.zeros(A.shape[0], in_features)
-        full_B[R], full_A[:, C] = B.float(), A.float()
-        terms[layer] = {"recovered": LowRank.from_factors(full_B, full_A)}
+        factors = scatter(B, A, R, C, (out_features, in_features))
+        terms[layer] = {"recovered": LowRank.from_factors(*factors)}
     own = kept.base
     base = Base(own.name, own.task, own.transposed, loose.base.targets, own.samples)
-    made = LooseAdapter(Adapter("recovered", "lora", terms), base)
+    made = LooseAdapter(Adapter("recovered", lora.METHOD.name, terms), base)
     made.adapter.settings["rank"] = made.rank
     return made
 
@@ -173,57 +163,9 @@ def _blocks(model: nn.Module) -> list[str]:
     names = [f"{path}.{i}" for path, stack in block_stacks(model).items() for i in range(len(stack))]
     there = linear_layers(model)
     for block in names:
-        missing = next((name for name in NAMES if f"{block}.{name}" not in there), None)
+        missing = next((name for name in LAYERS if f"{block}.{name}" not in there), None)
         if missing is not None:
             raise WeftError(
-                f"{type(model).__name__} has no {missing} in {block}: only blocks of {', '.join(NAMES)} can be pruned."
+                f"{type(model).__name__} has no {missing} in {block}: only blocks of {', '.join(LAYERS)} can be pruned."
             )
     return names
-
-
-def _worth(block: nn.Module, grads: Mapping[str, Tensor] | None, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The worth of each neuron (n,) and of each KV group (h,): sum |w g| over its rows and columns, or noise."""
-    neurons, groups = _shape(block.get_submodule("mlp.gate_proj"))[0], _groups(block)
-    if grads is None:
-        return torch.rand(neurons, generator=random), torch.rand(groups, generator=random)
-    taylor = {n: (block.get_submodule(n).weight.detach().float() * g.float()).abs().cpu() for n, g in grads.items()}  # type: ignore[operator, union-attr]
-    gate, up, down = (taylor[f"mlp.{n}_proj"] for n in ("gate", "up", "down"))
-    q, k, v, o = (taylor[f"self_attn.{n}_proj"] for n in "qkvo")
-    per_row = [t.sum(1).view(groups, -1).sum(1) for t in (q, k, v)]
-    return gate.sum(1) + up.sum(1) + down.sum(0), sum(per_row, start=o.sum(0).view(groups, -1).sum(1))
-
-
-def _sets(block: nn.Module, worth: tuple[Tensor, Tensor], ratio: float) -> dict[tuple[str, int], Tensor]:
-    """(layer, 0 for rows or 1 for columns) -> what is kept, ascending."""
-    neurons, groups = (w.topk(max(round((1 - ratio) * len(w)), 1)).indices.sort().values for w in worth)
-
-    def entries(layer: str, side: int) -> Tensor:  # of whole heads
-        width = _shape(block.get_submodule(f"self_attn.{layer}_proj"))[side] // len(worth[1])
-        return (groups.unsqueeze(1) * width + torch.arange(width)).flatten()
-
-    attention = {
-        (f"self_attn.{n}_proj", side): entries(n, side) for n, side in (("q", 0), ("k", 0), ("v", 0), ("o", 1))
-    }
-    return attention | {(f"mlp.{n}_proj", side): neurons for n, side in (("gate", 0), ("up", 0), ("down", 1))}
-
-
-def _groups(block: nn.Module) -> int:
-    """The number of KV heads."""
-    head: int = block.get_submodule("self_attn").head_dim  # type: ignore[assignment]
-    return _shape(block.get_submodule("self_attn.k_proj"))[0] // head
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-
-
-def _cut(layer: nn.Linear, rows: list[int] | None, columns: list[int] | None) -> nn.Linear:
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-    if rows is not None:
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    weight = weight if columns is None else weight[:, columns]
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.clone(), requires_grad=layer.bias.requires_grad)
-    return made

@@ -1,14 +1,15 @@
-"""`weft methods`: every method there is, with its paper and its defaults."""
+"""`weft methods`: everything published that weft has, with its paper and its defaults."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from weft.methods import METHODS
+from weft import methods
 
 __all__ = ["run"]
 
 
 def run() -> list[dict[str, Any]]:
-    """One record a method, in the list's order: name, kind, summary, paper, needs, allocate, defaults."""
-    return [method.record() for method in METHODS.values()]
+    """One record an item, kind after kind: name, kind, summary, paper, defaults, and what else its sort tells."""
+    listed: list[dict[str, Any]] = methods()
+    return listed

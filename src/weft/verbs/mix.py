@@ -4,10 +4,7 @@
 
 The output-space counterpart of `weft.combine`, and a reference to judge merges by: nothing interferes, and a pass costs
 as many as there are adapters. Where the model were linear in its weights, it would equal the weighted mean of the
-deltas. From CMLoRA (2025, arXiv 2502.04923), which mixes the noise predictions of image models; its weights, one
-dominant adapter among others, are `dominant`.
-Deviations: its rotation of the dominant adapter over denoising steps and its cache of slow features have no counterpart
-in a language model's forward pass and are left out.
+deltas.
 """
 
 from __future__ import annotations
@@ -18,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.merging import MERGERS, Merger
 from weft.terms.adapters import activate, adapters_of, find_adapter, unwrapped
 
-__all__ = ["Mixture", "dominant", "mix"]
+__all__ = ["Mixture", "mix"]
 
 
 class Mixture(nn.Module):
@@ -46,36 +44,37 @@ class Mixture(nn.Module):
         return mean
 
 
-def mix(model: nn.Module, names: Sequence[str], weights: Sequence[float] | None = None) -> Mixture:
+def mix(
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str | Merger | None = None,
+    **options: Any,
+) -> Mixture:
     """A module whose forward pass gives the weighted mean of the logits under each of these adapters.
 
     Args:
         names: of adapters on the model.
-        weights: one for each, such as `dominant(...)`; None for equal ones.
+        weights: one for each; None for equal ones, or those of `method`.
+        method: of kind "mix", which gives the weights; with its own options.
 
     Raises:
-        WeftError: an unknown or repeated name, weights of another number, or weights that are not of positive sum.
+        WeftError: an unknown or repeated name, both weights and a method, an option that it has not, weights of another
+            number, or weights that are not of positive sum.
     """
     model = unwrapped(model)
     for name in names:
         find_adapter(model, name)
+    if method is not None and weights is None:
+        chosen = MERGERS.find(method, "mix")
+        assert chosen.weights is not None
+        weights = chosen.weights(len(names), **chosen.options(options))
+    elif method is not None or options:
+        raise WeftError("Give either weights= or a method= of mixing with its options, not both.")
     amounts = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
     if len(amounts) != len(names) or len(set(names)) != len(names):
         raise WeftError(f"There are {len(names)} names and {len(amounts)} weights; name each adapter once, with one.")
     if not sum(amounts) > 0:
         raise WeftError(f"The weights {amounts} have no positive sum, so they have no mean; give positive ones.")
     return Mixture(model, dict(zip(names, amounts, strict=True)))
-
-
-def dominant(count: int, which: int = 0, strength: float | None = None) -> list[float]:
-    """CMLoRA's weights of `count` adapters, which sum to `count`: n = N / (w0 + N - 1) each, w0 n the dominant one.
-
-    Args:
-        which: the position of the dominant adapter.
-        strength: w0; None for the published N - 0.5, 1 for equal weights.
-    """
-    if not 0 <= which < count:
-        raise WeftError(f"There is no adapter {which} among {count} to be the dominant one; give 0 to {count - 1}.")
-    strength = count - 0.5 if strength is None else strength
-    share = count / (strength + count - 1)
-    return [strength * share if position == which else share for position in range(count)]

@@ -29,6 +29,7 @@ from weft.io.adapters import LooseAdapter, read_adapter
 from weft.io.checkpoint import Checkpoint
 from weft.linalg.svd import widen
 from weft.merging.signatures import Code, block_of, decode, encode, factored_orthogonal_part, orthogonal_part
+from weft.methods import lora
 from weft.runs.output import check_output, open_output
 from weft.terms import LowRank, Term
 from weft.terms.adapters import Adapter
@@ -172,10 +173,9 @@ def adapter_signature(
     pairs = common_pairs(paths, loose, [1.0, 1.0])
     terms: dict[str, dict[str, Term]] = {}
     for layer in _kept(loose[0].adapter.terms, blocks, None):
-        theirs, *ours = pairs[layer]
-        B, A = factored_orthogonal_part(theirs, ours[0]) if ours else theirs
+        B, A = factored_orthogonal_part(*pairs[layer])
         terms[layer] = {"signature": LowRank.from_factors(B.float(), A.float())}
-    made = LooseAdapter(Adapter("signature", "lora", terms), base)
+    made = LooseAdapter(Adapter("signature", lora.METHOD.name, terms), base)
     made.adapter.settings["rank"] = made.rank
     return made
 
