@@ -68,6 +68,10 @@ def quantize(
     Raises:
         WeftError: an unknown scheme, targets that match nothing, an adapter that is on already, fewer bits than the
             smallest format has. The model is then as it was.
+
+    Example:
+        >>> model = weft.quantize(model, "nf4")
+        >>> model.save_pretrained("small/")
     """
     model = unwrapped(model)
     method = scheme if isinstance(scheme, Method) else _find(scheme)
