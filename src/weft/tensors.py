@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-__all__ = ["ALIGNMENT", "own_memory", "owned", "read_metadata", "read_tensor", "read_tensors"]
+__all__ = ["ALIGNMENT", "own_memory", "owned", "plain_values", "read_metadata", "read_tensor", "read_tensors"]
 
 ALIGNMENT = 64
 """Bytes: what torch's allocators give, and more than any product asks for."""
@@ -47,6 +47,12 @@ def own_memory(module: nn.Module) -> None:
     for first, *others in apart:
         if not others and (first.data_ptr() % ALIGNMENT or not first.is_contiguous()):
             first.data = first.detach().clone(memory_format=torch.contiguous_format)
+
+
+def plain_values(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that another tool keeps in codes (torchao's), as a plain one; any other tensor itself."""
+    coded = type(tensor).dequantize is not Tensor.dequantize
+    return tensor.dequantize() if coded else tensor
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from weft.errors import WeftError
 from weft.terms import SumLinear, Term
 from weft.terms.adapters import base_terms
 from weft.terms.extras import places, tables
 from weft.terms.layers import is_linear
 
-__all__ = ["Base", "Sample", "base_of", "other_weights", "sample"]
+__all__ = ["Base", "Sample", "base_of", "check_readable", "other_weights", "sample"]
 
 COUNT = 16
 """Numbers of each tensor."""
@@ -99,6 +100,28 @@ def base_of(model: nn.Module, layers: Iterable[str]) -> Base:
         sample(model, layers),
         _tied(model),
     )
+
+
+def check_readable(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse, before anything is trained on them, layers whose numbers cannot be read back to be saved or merged.
+
+    Raises:
+        WeftError: another tool keeps a weight in a tensor of its own kind that does not give its numbers.
+    """
+    kinds: dict[type, str] = {}
+    for layer in layers:
+        for tensor in model.get_submodule(layer).parameters():
+            if type(tensor) not in (Tensor, nn.Parameter, DTensor):
+                kinds.setdefault(type(tensor), layer)
+    for kind, layer in kinds.items():
+        try:
+            sample(model, [layer])
+        except Exception as error:  # whatever the other tool raises
+            reason = " ".join(str(error).split())[:120]
+            raise WeftError(
+                f"The weight of {layer} is a {kind.__module__}.{kind.__name__}, whose numbers weft cannot read "
+                f"({reason}), so that no adapter on it could be saved or merged; dequantise the model first."
+            ) from error
 
 
 def _tied(model: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Teaching transformers to load and save weft models, without importing transformers.
+"""Teaching transformers to load and save weft models, and PEFT to adapt them, without importing either.
 
 `weft.io.quantizer` registers itself in transformers' tables of quantisation methods. Whoever looks into them, be it a
 `from_pretrained` or `AutoQuantizationConfig.from_dict` alone, has imported `transformers.quantizers.auto`, where they
@@ -18,12 +18,16 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-_AFTER = {"transformers.quantizers.auto": "weft.io.quantizer", "transformers.modeling_utils": "weft.io.saving"}
-"""A module of transformers -> the one of weft that is imported right after it."""
+_AFTER = {
+    "transformers.quantizers.auto": "weft.io.quantizer",
+    "transformers.modeling_utils": "weft.io.saving",
+    "peft.tuners.lora.model": "weft.io.peft_layers",
+}
+"""A module of transformers or PEFT -> the one of weft that is imported right after it."""
 
 
 def install() -> None:
-    """Teach transformers now what is loaded of it, the rest when it is. Safe to repeat."""
+    """Teach them now what is loaded of them, the rest when it is. Safe to repeat."""
     waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _Finder)}
     for theirs, ours in _AFTER.items():
         if theirs in sys.modules:
@@ -33,7 +37,7 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the usual finders find one module of transformers, and has weft's imported after it."""
+    """Lets the usual finders find one module of theirs, and has weft's imported after it."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.kernels.lean_linear import Weight
+from weft.tensors import plain_values
 from weft.terms.base import Term
 
 __all__ = ["Dense"]
@@ -36,7 +37,7 @@ class Dense(Term):
         return F.linear(x, self.matrix.to(x.dtype))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.matrix.to(dtype or self.matrix.dtype)
+        return plain_values(self.matrix).to(dtype or self.matrix.dtype)
 
     def lean_weight(self) -> Weight | None:
         return self.matrix

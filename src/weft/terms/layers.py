@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError, nearest
+from weft.tensors import plain_values
 from weft.terms.hooks import carry_hooks, is_offloaded
 from weft.terms.low_rank import LowRank
 from weft.terms.sum_linear import SumLinear
@@ -39,14 +40,15 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether weft can put a sum of terms here. Subclasses of `nn.Linear` are left alone: they may do more."""
-    return type(module) is nn.Linear or isinstance(module, SumLinear) or is_conv1d(module)
+    plain = type(module) is nn.Linear and module._parameters.get("weight") is not None  # others keep it in codes
+    return plain or isinstance(module, SumLinear) or is_conv1d(module)
 
 
 def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The (out, in) weight of a linear layer, detached; a view where it can be, in `dtype` (None: the stored one)."""
     if isinstance(module, SumLinear):
         return module.dense(dtype).detach()
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator]
+    weight: Tensor = plain_values(module.weight.detach())  # type: ignore[operator]
     weight = weight.transpose(0, 1) if is_conv1d(module) else weight
     return weight.to(dtype or weight.dtype)
 
@@ -89,7 +91,7 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
     if layers is None:
         _refuse_experts(model)
         if not found:
-            raise WeftError(f"{type(model).__name__} has no linear layer that weft could replace.")
+            raise WeftError(f"{type(model).__name__} has no linear layer that weft could replace{_foreign(model)}.")
         return found
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
@@ -99,6 +101,21 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
                 f"The layer pattern {pattern!r} matches no linear layer; the nearest names are: {near or 'none'}."
             )
     return {name: module for name, module in found.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+
+
+def _foreign(model: nn.Module) -> str:
+    """What stands in the place of linear layers where another tool has quantised the model."""
+    theirs = {
+        f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not is_linear(module) and module is not _output_head(model)
+    }
+    if not theirs:
+        return ""
+    return (
+        f": its layers are {' and '.join(sorted(theirs))}, whose weights another tool keeps in codes of its own; load "
+        "the model without them and quantise it with weft.quantize, whose layers take adapters"
+    )
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

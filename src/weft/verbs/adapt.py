@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from weft.errors import WeftError, nearest
 from weft.grafts import Graft
 from weft.grafts import base as grafts
+from weft.io.base import check_readable
 from weft.io.quantizer import remark
 from weft.methods import METHODS, Method, Site
 from weft.methods.base import Moments
@@ -131,6 +132,7 @@ def adapt(
             f"There is an adapter {name!r} on this model already; remove it first (weft.remove_adapter) or choose "
             "another name=."
         )
+    check_readable(model, layers)
     moments = _moments(model, chosen, layers, stats, batches)
     if chosen.spread is not None and ranks is None:
         shapes = {layer: shape_of(model.get_submodule(layer)) for layer in layers}
