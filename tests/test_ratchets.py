@@ -44,7 +44,7 @@ ARROWS["verbs"] = set(ARROWS)
 ARROWS["cli"] = {"verbs"}
 ARROWS["testing"] = {*ARROWS["verbs"], "verbs"}
 
-ANYWHERE = {"errors", "files", "seeds", "signals", "records", "tensors", "__version__"}
+ANYWHERE = {"errors", "files", "progress", "seeds", "signals", "records", "tensors", "__version__"}
 
 PUBLIC = [
     *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compensate", "compress", "disable"),

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tests.methods.moving import moving_terms
@@ -355,3 +356,83 @@ def test_a_run_is_not_gone_on_with_after_a_file_was_changed_in_its_place(tiny_di
     changed.write_text(changed.read_text().replace("return", "yield ") if what != "model" else "{}")
     with pytest.raises(WeftError, match=rf"on other files: since then, {what} \({changed.name}\) changed"):
         go()
+
+
+JUDGED = {**SHORT, "steps": 12, "eval_every": 2, "save_every": 2}
+OTHER = "".join(f"class Other{i}:\n    pass\n\n" for i in range(60))
+
+
+def test_the_loss_on_data_held_out_is_logged_and_the_best_weights_kept(tiny_directory, tokenizer, tmp_path):
+    """A rate so high that the loss on other text soon rises: the end is not the best."""
+    model = model_of(tiny_directory)
+    result = finetune(
+        model, tokenizer, TEXT, "full", eval_data=[OTHER], directory=tmp_path, **{**JUDGED, "lr": 0.1}, load_best=True
+    )
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert list(losses) == [2, 4, 6, 8, 10, 12]
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 12 and result["eval_loss"] == losses[best]
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "weft_weights.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
+
+
+def test_a_run_that_no_longer_learns_ends_early(tiny_directory, tokenizer):
+    settings = {**JUDGED, "lr": 0.1, "steps": 60, "early_stopping": 2}
+    result = finetune(model_of(tiny_directory), tokenizer, TEXT, "full", eval_data=[OTHER], **settings)
+    assert result["steps"] < 60 and result["epochs"] == pytest.approx(result["steps"] * 2 / result["rows"])
+
+
+def test_what_goes_by_data_held_out_asks_for_some(tiny_directory, tokenizer):
+    for setting in ({"load_best": True}, {"early_stopping": 2}):
+        with pytest.raises(WeftError, match=r"goes by the loss on data held out: give --eval-data"):
+            finetune(model_of(tiny_directory), tokenizer, TEXT, "full", **JUDGED, **setting)
+    with pytest.raises(WeftError, match="--save-every is 3, which is no multiple of --eval-every, 2"):
+        Recipe(load_best=True, save_every=3, eval_every=2)
+
+
+def test_callbacks_of_ones_own_are_called_and_epochs_count_every_process(tiny_directory, tokenizer, monkeypatch):
+    seen = []
+
+    class Mine(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(state.global_step)
+
+    result = finetune(model_of(tiny_directory), tokenizer, TEXT, "full", callbacks=[Mine()], **SHORT)
+    assert set(seen) == {1, 2, 3, 4} and result["processes"] == 1
+    rows = type("Rows", (), {"__len__": lambda self: 4, "examples": 1, "dropped": 0, "shortened": 0, "tokens": 9})()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert verb.summary(model_of(tiny_directory), rows, Recipe(steps=2, batch=2), [])["epochs"] == 3
+
+
+def test_a_log_file_shows_the_loss(tiny_directory, tokenizer, capsys):
+    finetune(model_of(tiny_directory), tokenizer, TEXT, "full", **SHORT, evaluation=TEXT, eval_windows=2, eval_every=2)
+    said = capsys.readouterr().err
+    assert "Training 4 steps, 2 rows a step, in one process." in said
+    assert "step 2: perplexity" in said and "train 4/4, loss" in said
+
+
+def test_a_rehearsal_says_what_the_run_takes_and_writes_nothing(tiny_directory, data, tmp_path):
+    out = tmp_path / "out"
+    settings = {**SETTINGS, "steps": 50, "accumulate": 3, "warmup": 10}
+    told = run(str(tiny_directory), out, method="lora", rank=2, data=data, dry_run=True, **settings)
+    assert told["dry_run"] and not out.exists() and not (tmp_path / "out.partial").exists()
+    assert told["rows_a_step"] == 6 and told["tokens_a_step"] == 192 and told["steps"] == 50
+    assert told["optimizer_bytes"] >= 2 * 4 * told["trainable_parameters"] > 0
+    assert told["trainable_share"] == pytest.approx(told["trainable_parameters"] / told["parameters"])
+    assert told["epochs"] == pytest.approx(300 / told["rows"]) and told["seconds"] > told["seconds_a_step"] > 0
+
+
+def test_logs_for_tensorboard_lie_beside_the_output(tiny_directory, data, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(str(tiny_directory), tmp_path / "out", method="full", data=data, report_to="tensorboard", **SETTINGS)
+    assert list((tmp_path / "out" / "runs").rglob("events.out.*"))
+
+
+def test_a_tool_to_report_to_must_be_there(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(WeftError, match="--report-to wandb needs its package: pip install wandb"):
+        Recipe(report_to="wandb")
+    with pytest.raises(WeftError, match="no tool to report to called 'wandd'; the nearest are: wandb"):
+        Recipe(report_to="wandd")

@@ -9,12 +9,17 @@ import functools
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import typer
 
+import weft
+from weft.cli.common import COMMON, with_common
 from weft.errors import WeftError
+from weft.progress import first_process, say, tune_libraries
 from weft.signals import listening
 
 __all__ = ["answering", "number", "print_facts", "print_json", "print_table", "work"]
@@ -31,6 +36,8 @@ def answering(command: Callable[..., R], *, resumes: bool = False) -> Callable[.
 
     @functools.wraps(command)
     def answered(*args: Any, **kwargs: Any) -> R:
+        for name in COMMON:  # their callbacks have done what they ask for
+            kwargs.pop(name, None)
         try:
             with listening():
                 return command(*args, **kwargs)
@@ -47,18 +54,31 @@ def answering(command: Callable[..., R], *, resumes: bool = False) -> Callable[.
                 raise
             _stop(f"The device is out of memory; give a smaller --window or --batch, or --device cpu. ({error})", 2)
 
+    answered.__signature__ = with_common(command)  # type: ignore[attr-defined]
     return answered
 
 
 def work(verb: str, **arguments: Any) -> Any:
     """What `weft.verbs.<verb>.run` returns. Libraries print to stdout while they work; here that goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr):
-        return importlib.import_module(f"weft.verbs.{verb}").run(**arguments)
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        run = importlib.import_module(f"weft.verbs.{verb}").run
+        tune_libraries()
+        warnings.showwarning = _show_warning
+        return run(**arguments)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
+    """A warning of ours as one line; others as Python shows them."""
+    if Path(filename).is_relative_to(Path(weft.__file__).parent):
+        say(f"weft: {message}", always=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, *rest[:1]))
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout."""
-    typer.echo(json.dumps(value, indent=2))
+    """One JSON value on stdout, by the first process of a run of several."""
+    if first_process():
+        typer.echo(json.dumps(value, indent=2))
 
 
 def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
@@ -67,6 +87,8 @@ def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title
     Args:
         columns: heading -> "left" or "right".
     """
+    if not first_process():
+        return
     from rich.console import Console
     from rich.table import Table
 

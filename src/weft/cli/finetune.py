@@ -11,11 +11,15 @@ from weft.cli.answer import print_facts, print_json, work
 from weft.cli.options import (
     Bos,
     Device,
+    DryRun,
     Dtype,
     Json,
+    LogEvery,
     MethodOptions,
     Model,
     Out,
+    ReportTo,
+    SaveTotalLimit,
     Seed,
     TrustRemoteCode,
     Window,
@@ -66,7 +70,22 @@ def command(
     eval_windows: Annotated[
         int | None, typer.Option(help="On how many windows of it; all.", show_default=False)
     ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="And every so many steps.", show_default=False)] = None,
+    eval_data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Data held out, read as --data: log its loss while training.", show_default=False),
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps.", show_default=False)] = None,
+    load_best: Annotated[
+        bool, typer.Option("--load-best", help="End with the checkpoint of the least loss on --eval-data.")
+    ] = False,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(help="End after so many evaluations without a lower loss on --eval-data.", show_default=False),
+    ] = None,
+    save_total_limit: SaveTotalLimit = 2,
+    log_every: LogEvery = 10,
+    report_to: ReportTo = "none",
+    dry_run: DryRun = False,
     split: Annotated[str, typer.Option(help="Which part of a datasets folder.")] = "train",
     text_field: _Field = None,
     prompt_field: _Field = None,

@@ -14,11 +14,15 @@ from weft.errors import WeftError
 __all__ = [
     "Bos",
     "Device",
+    "DryRun",
     "Dtype",
     "Json",
+    "LogEvery",
     "MethodOptions",
     "Model",
     "Out",
+    "ReportTo",
+    "SaveTotalLimit",
     "Seed",
     "TrustRemoteCode",
     "Window",
@@ -50,6 +54,12 @@ Bos = Annotated[
         help="Begin every window with the beginning-of-text token; as the tokenizer does.",
         show_default=False,
     ),
+]
+LogEvery = Annotated[int, typer.Option(help="Steps between two lines of metrics.jsonl.")]
+SaveTotalLimit = Annotated[int, typer.Option(help="How many checkpoints are kept.")]
+ReportTo = Annotated[str, typer.Option(help="Also log to tensorboard, wandb or mlflow.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Train one step, write nothing, and say what the run would take.")
 ]
 Window = Annotated[int, typer.Option(help="Tokens that the model sees at once.")]
 TrustRemoteCode = Annotated[

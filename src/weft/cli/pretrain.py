@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Bos, Device, Dtype, Json, MethodOptions, Out, Seed, Window, method_options
+from weft.cli.options import (
+    Bos,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    LogEvery,
+    MethodOptions,
+    Out,
+    ReportTo,
+    SaveTotalLimit,
+    Seed,
+    Window,
+    method_options,
+)
 
 __all__ = ["command"]
 
@@ -68,6 +82,10 @@ def command(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; a tenth of all.", show_default=False)
     ] = None,
+    save_total_limit: SaveTotalLimit = 2,
+    log_every: LogEvery = 10,
+    report_to: ReportTo = "none",
+    dry_run: DryRun = False,
     option: MethodOptions = None,
     bos: Bos = None,
     seed: Seed = 0,

@@ -24,8 +24,9 @@ from typing import Any
 from weft.errors import WeftError
 from weft.files import jsonable, write_json
 from weft.runs.inputs import Contents, changes
+from weft.train.metrics import METRICS_FILE
 
-__all__ = ["Workplace", "check_output", "open_output"]
+__all__ = ["Workplace", "check_output", "keep_logs", "open_output"]
 
 _FILES = ("arguments.json", "inputs.json")
 _NAMED = 4
@@ -118,6 +119,13 @@ def _place(value: Any) -> Any:
     if not isinstance(value, str) or not os.path.exists(os.path.expanduser(value)):
         return value  # a Hub id, the name of an embedded model, of an allocation
     return os.path.realpath(os.path.expanduser(value))
+
+
+def keep_logs(place: Workplace) -> None:
+    """Put what training logged beside the output: metrics.jsonl, and TensorBoard's runs where there are some."""
+    shutil.copy(place.progress / METRICS_FILE, place.path / METRICS_FILE)
+    if (place.progress / "runs").is_dir():
+        shutil.copytree(place.progress / "runs", place.path / "runs")
 
 
 def _partial(out: Path) -> Path:

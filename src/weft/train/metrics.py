@@ -11,8 +11,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weft.errors import WeftError
+from weft.optim.state import state_bytes
+from weft.progress import say
 
-__all__ = ["MetricsLog"]
+__all__ = ["METRICS_FILE", "MetricsLog", "OneStep"]
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog(TrainerCallback):
@@ -59,6 +63,7 @@ class MetricsLog(TrainerCallback):
             measured = self.measure()
             if state.is_world_process_zero:
                 self.append({"step": state.global_step, **measured})
+                say(f"step {state.global_step:,}: " + ", ".join(f"{key} {x:.4g}" for key, x in measured.items()))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line."""
@@ -71,3 +76,13 @@ class MetricsLog(TrainerCallback):
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
+
+
+class OneStep(TrainerCallback):
+    """Ends training after a step, and notes how many bytes the optimizer's state then takes."""
+
+    bytes: int = 0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bytes = state_bytes(kwargs["optimizer"])
+        control.should_training_stop = True

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from weft.errors import WeftError
 from weft.files import digest
+from weft.progress import Bar
 from weft.seeds import derived_seed
 from weft.train.packing import IGNORED
 from weft.train.sources import texts_of
@@ -149,9 +149,11 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
             self.news.notify_all()
 
     def _runs(self) -> Iterator[list[int]]:
-        for file in tqdm(self.files, desc="tokenise", disable=None, position=1, leave=False, dynamic_ncols=True):
-            for text in texts_of(file):
-                yield from self._tokenised(text)
+        with Bar("tokenise", len(self.files), leave=False, lines=False) as bar:
+            for file in self.files:
+                for text in texts_of(file):
+                    yield from self._tokenised(text)
+                bar.update()
 
     def _tokenised(self, text: str) -> Iterator[list[int]]:
         """The tokens of a document, piece by piece, the last closed by the end-of-text token."""

@@ -19,8 +19,8 @@ import transformers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -39,14 +39,14 @@ from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
 from weft.train.identity import check_identity, weights_digest
 from weft.train.interrupt import Interrupt
-from weft.train.metrics import MetricsLog
+from weft.train.metrics import METRICS_FILE, MetricsLog
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
+from weft.train.shown import Progress
 from weft.train.stream import StreamedRows
 
 __all__ = ["METRICS_FILE", "Trainer", "train"]
 
-METRICS_FILE = "metrics.jsonl"
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -62,6 +62,8 @@ def train(
     rules: Sequence[Rule] = (),
     more: Callable[[float], Mapping[str, float]] = lambda lr: {},
     measure: Callable[[], Mapping[str, float]] | None = None,
+    judge: Rows | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train the parameters that require a gradient, in place, and return what was logged.
 
@@ -73,6 +75,8 @@ def train(
         rules: what happens around each step.
         more: learning rate -> further figures to log.
         measure: figures to log every `recipe.eval_every` steps, such as a perplexity; must leave the model as it is.
+        judge: rows whose mean loss is logged as often, as `eval_loss`, and decides which checkpoint is best.
+        callbacks: further ones of transformers.
 
     Trainable parameters in half precision are trained in fp32 and given back in their own dtype.
 
@@ -80,6 +84,7 @@ def train(
     """
     metrics = MetricsLog(directory / METRICS_FILE, more, measure, recipe.eval_every)
     rule = Rules(rules)
+    stopping = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
     with (
         listening(),
         finishing(),
@@ -95,10 +100,11 @@ def train(
             model,
             rule,
             rows,
-            args=arguments(recipe, directory, model),
+            args=arguments(recipe, directory, model, judge is not None),
+            eval_dataset=judge,
             data_collator=collate,
             optimizers=(made, scheduler(made) if scheduler else None),
-            callbacks=[Seeds(recipe.seed), RuleCallback(rule), metrics, Progress(), Interrupt()],
+            callbacks=[Seeds(recipe.seed), RuleCallback(rule), metrics, Progress(), *stopping, Interrupt(), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         start = last_checkpoint(directory)
@@ -108,8 +114,8 @@ def train(
     return metrics.records()
 
 
-def arguments(recipe: Recipe, directory: Path, model: nn.Module) -> TrainingArguments:
-    """The recipe in the Trainer's words."""
+def arguments(recipe: Recipe, directory: Path, model: nn.Module, judged: bool = False) -> TrainingArguments:
+    """The recipe in the Trainer's words; `judged` where there are rows to judge by."""
     on_gpu = next(model.parameters()).is_cuda
     mixed = on_gpu or any(p.dtype in HALF for p in model.parameters())  # fp32 factors amid half-precision weights
     args = TrainingArguments(
@@ -123,16 +129,23 @@ def arguments(recipe: Recipe, directory: Path, model: nn.Module) -> TrainingArgu
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         save_steps=recipe.saving_steps,
-        save_total_limit=2,  # the one before stays until the next is complete
+        save_total_limit=recipe.save_total_limit,
         logging_steps=min(recipe.log_every, recipe.steps),
         logging_nan_inf_filter=False,
         bf16=mixed if recipe.autocast is None else recipe.autocast,
         use_cpu=not on_gpu,
         seed=recipe.seed,
-        report_to="none",
+        report_to=recipe.report_to,
+        eval_strategy="steps" if judged else "no",
+        eval_steps=recipe.judging_steps if judged else None,
+        per_device_eval_batch_size=recipe.batch,
+        prediction_loss_only=True,
+        load_best_model_at_end=recipe.load_best,
+        metric_for_best_model="eval_loss" if judged else None,
+        greater_is_better=False,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,  # ours says how long is left, and keeps quiet where stderr is a file
+        disable_tqdm=True,  # ours says how long is left, off a terminal too
     )
     args._n_gpu = min(args.n_gpu, 1)  # one process a GPU (torchrun); never nn.DataParallel
     return args
@@ -169,6 +182,12 @@ class Trainer(transformers.Trainer):
             os.makedirs(directory, exist_ok=True)
             self.changes.save(directory)
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self.changes.load(Path(str(self.state.best_model_checkpoint)))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -186,35 +205,6 @@ class Seeds(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         set_seed(derived_seed(self.seed, state.global_step, args.process_index))
-
-
-class Progress(TrainerCallback):
-    """A bar on stderr with the time left and the last loss; nothing where stderr is not a terminal."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        off = None if state.is_world_process_zero else True
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=off, dynamic_ncols=True)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.close()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from weft.embedded.text import calibration_files
 from weft.errors import WeftError, unknown
@@ -29,21 +29,23 @@ from weft.rules import Rule, make_rules
 from weft.runs.calibration import say_default
 from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
-from weft.runs.output import check_output, open_output
+from weft.runs.output import check_output, keep_logs, open_output
 from weft.runs.progress import say
 from weft.runs.record import Run, begin
 from weft.terms.adapters import adapters_of
 from weft.train.data import training_rows
+from weft.train.metrics import OneStep
 from weft.train.optimizers import WITHOUT_BACKWARD, check_options
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
 from weft.train.sources import Document, Fields, Skipped, Text, plain_text, read_documents, read_texts
-from weft.train.trainer import METRICS_FILE, train
+from weft.train.trainer import train
 from weft.train.windows import calibration_batches, evaluation_windows, token_stream
-from weft.verbs.adapt import adapt, effective_rates, merge_adapter, parameter_groups, trainable
+from weft.verbs.adapt import adapt, effective_rates, merge_adapter, parameter_groups
 from weft.verbs.adapt import make_optimizer as adapter_optimizer
 from weft.verbs.adapt import rules as adapter_rules
 from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memory, reset_peak_memory
+from weft.verbs.figures import rehearsed, summary
 
 __all__ = ["finetune", "run"]
 
@@ -61,7 +63,9 @@ def finetune(
     optimizer: str | None = None,
     evaluation: str | Sequence[str] | None = None,
     eval_windows: int | None = None,
+    eval_data: str | Sequence[str | Document] | None = None,
     directory: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     skipped: Skipped | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -74,7 +78,9 @@ def finetune(
         optimizer: a name of `weft.optim.OPTIMIZERS`; AdamW by default.
         evaluation: text whose perplexity is measured before, after, and every `eval_every` steps.
         eval_windows: how many windows of it; all by default.
+        eval_data: documents held out, as `data`, whose mean loss is logged every `eval_every` steps.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
+        callbacks: of transformers, beside weft's own.
         skipped: gets the chats that are left out because the template refuses them; None leaves none out.
         **settings: steps, lr, window, batch, accumulate, seed ... (the fields of `weft.train.recipe.Recipe`), and
             options of the method.
@@ -87,15 +93,14 @@ def finetune(
         >>> done = weft.finetune(model, tokenizer, text, "lora", rank=4, steps=2, batch=2, window=32)
     """
     recipe, options = split_settings(settings)
-    documents = [Text(d) if isinstance(d, str) else d for d in ([data] if isinstance(data, str) else data)]
+    check_judging(recipe, eval_data is not None)
     check_context(model, recipe.window)
-    rows, refusal = training_rows(model, tokenizer, documents, recipe.window, recipe.bos, skipped)
-    if refusal:
-        say(f"Training with one document a row and padding: {refusal}.")
+    rows = _rows(model, tokenizer, data, recipe, skipped)
+    judge = None if eval_data is None else _rows(model, tokenizer, eval_data, recipe, skipped)
     chosen = find(method, *KINDS)
     adapts = chosen.kind == "adapt"
     check_optimizer(optimizer)
-    rules = prepare(model, tokenizer, documents, chosen, rank, recipe, options)
+    rules = prepare(model, tokenizer, as_documents(data), chosen, rank, recipe, options)
 
     def measure() -> dict[str, Any]:
         if evaluation is None:
@@ -110,12 +115,14 @@ def finetune(
         log = train(
             model,
             rows,
-            recipe if directory else replace(recipe, save_every=recipe.steps),
+            recipe if directory or recipe.load_best else replace(recipe, save_every=recipe.steps),
             directory or Path(scratch),
             optimizer=lambda: make_optimizer(optimizer, model, recipe, None if adapts else rank),
             rules=rules,
             more=lambda lr: scaled_rates(model, lr),
             measure=measure if evaluation is not None else None,
+            judge=judge,
+            callbacks=callbacks,
         )
     seconds = time.perf_counter() - began
     return {
@@ -126,6 +133,31 @@ def finetune(
         **{f"{name}_before": value for name, value in before.items()},
         **measure(),
     }
+
+
+def as_documents(data: str | Sequence[str | Document]) -> list[Document]:
+    """Texts as documents."""
+    return [Text(d) if isinstance(d, str) else d for d in ([data] if isinstance(data, str) else data)]
+
+
+def _rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Sequence[str | Document],
+    recipe: Recipe,
+    skipped: Skipped | None,
+) -> Rows:
+    rows, refusal = training_rows(model, tokenizer, as_documents(data), recipe.window, recipe.bos, skipped)
+    if refusal:
+        say(f"One document a row and padding: {refusal}.")
+    return rows
+
+
+def check_judging(recipe: Recipe, judged: bool) -> None:
+    """Raises WeftError for what asks for the loss on data held out, where there are none."""
+    for name, asked in (("load-best", recipe.load_best), ("early-stopping", recipe.early_stopping)):
+        if asked and not judged:
+            raise WeftError(f"--{name} goes by the loss on data held out: give --eval-data.")
 
 
 def prepare(
@@ -198,25 +230,6 @@ def scaled_rates(model: PreTrainedModel, lr: float) -> dict[str, float]:
     return {f"scaled_learning_rate_{name}": rate for name, rate in effective_rates(model, lr).items()}
 
 
-def summary(model: PreTrainedModel, rows: Rows, recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was trained, on what, and the first and last logged loss."""
-    updated = trainable(model)
-    losses = [line["loss"] for line in log if "loss" in line]
-    return {
-        "steps": recipe.steps,
-        "trainable_parameters": updated.count,
-        "parameters": updated.total,
-        "examples": rows.examples,
-        "examples_dropped": rows.dropped,
-        "examples_shortened": rows.shortened,
-        "rows": len(rows),
-        "tokens": rows.tokens,
-        "epochs": recipe.steps * recipe.batch * recipe.accumulate / len(rows),
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
-    }
-
-
 def run(
     model: str,
     out: str | Path,
@@ -227,12 +240,14 @@ def run(
     optimizer: str | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
     eval_windows: int | None = None,
+    eval_data: str | Path | Sequence[str | Path] | None = None,
     split: str = "train",
     text_field: str | None = None,
     prompt_field: str | None = None,
     completion_field: str | None = None,
     messages_field: str | None = None,
     skip_bad: int = 0,
+    dry_run: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
@@ -247,7 +262,9 @@ def run(
         merge: fold the adapter into the model and write that instead.
         data: files or directories as `weft.train.sources.read_documents` takes them; None for Python's own sources.
         eval_text: text to measure perplexity on, before and after; of it, `eval_windows` windows.
+        eval_data: data held out, read as `data`, whose loss is logged every `eval_every` steps.
         skip_bad: records in which something is wrong that may be left out; they are listed.
+        dry_run: prepare everything, train one step, write nothing, and say what the run would take.
         **settings: fields of `Recipe` (steps, lr, window, batch, seed ...), and options of the method.
 
     An interrupted run keeps its last checkpoint beside `out`, and the same call goes on from it to the same bits.
@@ -256,22 +273,21 @@ def run(
         WeftError: any argument that cannot work, before the model is loaded where it can be told.
         KeyboardInterrupt: a signal came; what was done is kept.
     """
-    arguments = {key: value for key, value in locals().items() if key not in ("settings", "device")} | settings
+    arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
     recipe, options = split_settings(settings)
     check_method(method, rank, options)
     check_merge(method, merge)
     check_optimizer(optimizer)
+    check_judging(recipe, eval_data is not None)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
-    inputs = contents(model=model, data=calibration_files() if data is None else data, eval_text=eval_text)
+    files = calibration_files() if data is None else data
+    inputs = contents(model=model, data=files, eval_text=eval_text, eval_data=eval_data)
     check_output(out, arguments, inputs)
     if data is None:
         say_default(model, "training", "Python's own sources", "--data")
     skipped = Skipped(skip_bad)
-    documents = (
-        read_documents(data, names, split, skipped)
-        if data is not None
-        else [*map(Text, read_texts(calibration_files()))]
-    )
+    documents = [*map(Text, read_texts(files))] if data is None else read_documents(data, names, split, skipped)
+    judge = None if eval_data is None else read_documents(eval_data, names, split, skipped)
     evaluation = None if eval_text is None else read_texts(eval_text)
     config = load_config(model, trust_remote_code=trust_remote_code)
     check_causal(config)
@@ -282,15 +298,18 @@ def run(
     if evaluation is not None:  # says whether the text is too short
         evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
+    what: dict[str, Any] = {"method": method, "rank": rank, "optimizer": optimizer, "skipped": skipped}
+    if dry_run:
+        return _rehearsal(recipe, source, tokenizer, documents, **what, **settings)
     with open_output(out, arguments, inputs) as place:
         metrics = finetune(
-            source, tokenizer, documents, method, rank=rank, optimizer=optimizer, evaluation=evaluation,
-            eval_windows=eval_windows, directory=place.progress, skipped=skipped, **settings,
+            source, tokenizer, documents, evaluation=evaluation, eval_windows=eval_windows, eval_data=judge,
+            directory=place.progress, **what, **settings,
         )  # fmt: skip
         metrics |= {"skipped": skipped.errors} if skip_bad else {}
         if int(os.environ.get("RANK", "0")) == 0:
             save(source, tokenizer, place.path, metrics, record, adapts=find(method).kind == "adapt" and not merge)
-            (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())
+            keep_logs(place)
     return {"output": str(out), **metrics}
 
 
@@ -314,6 +333,14 @@ def save(
     for name in adapters_of(model):
         metrics["update_lost"] = max([metrics.get("update_lost", 0.0), *merge_adapter(model, name).values()])
     save_model(model, tokenizer, directory, run=record.write(directory, metrics))
+
+
+def _rehearsal(recipe: Recipe, model: PreTrainedModel, *arguments: Any, **settings: Any) -> dict[str, Any]:
+    """What a run would take, by one step of it."""
+    watch = OneStep()
+    alone = {"load_best": False, "early_stopping": None, "report_to": "none"}
+    done = finetune(model, *arguments, callbacks=[watch], **{**settings, **alone})
+    return rehearsed(recipe, {**done, "optimizer_bytes": watch.bytes})
 
 
 def training_device(device: str | None) -> torch.device:

@@ -7,6 +7,7 @@ optimizer one of `weft.optim.OPTIMIZERS`, or "adamw".
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError, unknown
@@ -30,16 +31,18 @@ from weft.rules.reset_moments import ResetMoments
 from weft.rules.schedule import in_time
 from weft.runs.inputs import contents
 from weft.runs.loading import load_tokenizer, resolve_dtype
-from weft.runs.output import check_output, open_output
+from weft.runs.output import check_output, keep_logs, open_output
 from weft.runs.record import begin
+from weft.train.metrics import OneStep
 from weft.train.optimizers import WITHOUT_BACKWARD, check_options, default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import configuration, factorised, fresh_model
 from weft.train.sources import read_texts, source_files
 from weft.train.stream import StreamedRows
-from weft.train.trainer import METRICS_FILE, train
+from weft.train.trainer import train
 from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_memory
+from weft.verbs.figures import first_and_last, rehearsed
 from weft.verbs.finetune import training_device
 
 __all__ = ["build", "pretrain", "run"]
@@ -90,6 +93,7 @@ def pretrain(
     decay: str = "sqrt",
     evaluation: str | Sequence[str] | None = None,
     eval_windows: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Train `model` in place on the files' text, and return what was measured.
@@ -135,18 +139,18 @@ def pretrain(
             widen=False,
             rules=rules,
             measure=measure if evaluation is not None else None,
+            callbacks=callbacks,
         )
         windows = min(rows.windows, count)
     fold_weights(model)  # gradnormlorp's lengths and directions become the matrices that they stand for
-    losses = [line["loss"] for line in log if "loss" in line]
     return {
         "steps": recipe.steps,
+        "processes": processes,
         "parameters": model_size(model)[0],
         "tokens": count * recipe.window,
         "epochs": count / windows,
         "optimizer_bytes": state_bytes(made),
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
+        **first_and_last(log),
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(device),
         **measure(),
@@ -172,6 +176,7 @@ def run(
     reset_moments: int | None = None,
     mup: int | None = None,
     decay: str = "sqrt",
+    dry_run: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     **settings: Any,
@@ -185,13 +190,14 @@ def run(
         tokenizer: a model whose tokenizer to take.
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
+        dry_run: prepare everything, train one step, write nothing, and say what the run would take.
         **settings: fields of `Recipe` (steps, window, batch, seed ...), and options of the optimizer.
 
     Raises:
         WeftError: any argument that cannot work, before a model is made.
         KeyboardInterrupt: a signal came; the same call goes on from the last step to the same bits.
     """
-    arguments = {key: value for key, value in locals().items() if key not in ("settings", "device")} | settings
+    arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
     recipe, options = _settings(optimizer, rank, lr, warmup, settings)
     if optimizer == "gradnormlorp" and low_rank is not None:
         options.setdefault("normalize", False)  # factors are projected as they are
@@ -210,15 +216,21 @@ def run(
     evaluation_windows(len(token_stream(words, evaluation)), recipe.window, count=eval_windows)
     model, base = build(size, words, recipe.window, recipe.seed, **shape)
     model.to(target)  # type: ignore[arg-type]
+    plan: dict[str, Any] = {
+        "optimizer": optimizer, "schedule": schedule, "restart": restart, "refactorise": refactorise,
+        "reset_moments": reset_moments, "base": base, "decay": decay, **options,
+    }  # fmt: skip
+    if dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            done = pretrain(model, words, files, recipe, Path(scratch), callbacks=[OneStep()], **plan)
+        return rehearsed(recipe, done)
     with open_output(out, arguments, inputs) as place:
         metrics = pretrain(
-            model, words, files, recipe, place.progress, optimizer=optimizer, schedule=schedule, restart=restart,
-            refactorise=refactorise, reset_moments=reset_moments, base=base, decay=decay, evaluation=evaluation,
-            eval_windows=eval_windows, **options,
-        )  # fmt: skip
+            model, words, files, recipe, place.progress, evaluation=evaluation, eval_windows=eval_windows, **plan
+        )
         if int(os.environ.get("RANK", "0")) == 0:
             save_model(model, words, place.path, run=record.write(place.path, metrics))
-            (place.path / METRICS_FILE).write_bytes((place.progress / METRICS_FILE).read_bytes())
+            keep_logs(place)
     return {"output": str(out), **metrics}
 
 

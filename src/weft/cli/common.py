@@ -1,0 +1,105 @@
+"""What every verb takes beside its own options: a file of arguments, and how much it says."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from weft.errors import WeftError, nearest
+from weft.progress import loud
+
+__all__ = ["COMMON", "with_common"]
+
+
+def with_common(command: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a command with the common options behind its own."""
+    own = inspect.signature(command, eval_str=True)
+    return own.replace(parameters=[*own.parameters.values(), *COMMON.values()])
+
+
+def _read(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Make the arguments of a file the defaults of this command; what is given on the command line goes before."""
+    if value is not None:
+        try:
+            ctx.default_map = {**(ctx.default_map or {}), **_defaults(ctx, value)}
+        except WeftError as error:
+            typer.echo(f"weft: {error}", err=True)
+            raise typer.Exit(2) from None
+    return value
+
+
+def _defaults(ctx: typer.Context, path: Path) -> dict[str, Any]:
+    """Name -> value of the command's parameters; what is none of them is an option of the method."""
+    given = {key.replace("-", "_"): value for key, value in _mapping(ctx, path).items() if value is not None}
+    parameters = {p.name: p for p in ctx.command.params if p.name}
+    strange = {key: given.pop(key) for key in sorted(given.keys() - parameters.keys())}
+    if strange and "option" not in parameters:
+        key = next(iter(strange))
+        raise WeftError(f"{path}: weft {ctx.info_name} takes no {key!r}; the nearest are: {_near(key, parameters)}.")
+    options = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in strange.items()]
+    if options:
+        given["option"] = [*given.get("option", []), *options]
+    for key, value in given.items():
+        several = getattr(parameters[key], "multiple", False) or getattr(parameters[key], "nargs", 1) == -1
+        given[key] = value if isinstance(value, list) or not several else [value]
+    return given
+
+
+def _mapping(ctx: typer.Context, path: Path) -> Mapping[str, Any]:
+    """The arguments in a YAML or JSON file; those of a finished run where it is a run.json."""
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeftError(f"{path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise WeftError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}.") from None
+    if isinstance(read, Mapping) and {"command", "arguments", "versions"} <= read.keys():
+        if read["command"] != ctx.info_name:
+            raise WeftError(f"{path} is the record of weft {read['command']}, not of weft {ctx.info_name}.")
+        read = read["arguments"]
+    if not isinstance(read, Mapping) or not all(isinstance(key, str) for key in read):
+        raise WeftError(f"{path} holds no arguments: write one NAME: VALUE a line.")
+    return read
+
+
+def _near(key: str, parameters: Mapping[str, Any]) -> str:
+    return ", ".join(nearest(key, parameters))
+
+
+def _quiet(value: bool) -> bool:
+    if value:
+        loud("quiet")
+    return value
+
+
+def _verbose(value: bool) -> bool:
+    if value:
+        loud("verbose")
+    return value
+
+
+_ANNOTATIONS: dict[str, Any] = {
+    "config": Annotated[
+        Path | None,
+        typer.Option(
+            help="Arguments from a YAML or JSON file, or from the run.json of a finished run.",
+            is_eager=True,
+            callback=_read,
+            show_default=False,
+        ),
+    ],
+    "quiet": Annotated[bool, typer.Option("--quiet", help="Say nothing while working.", callback=_quiet)],
+    "verbose": Annotated[bool, typer.Option("--verbose", help="Say what the libraries say too.", callback=_verbose)],
+}
+COMMON = {
+    name: inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None if name == "config" else False, annotation=annotation
+    )
+    for name, annotation in _ANNOTATIONS.items()
+}
