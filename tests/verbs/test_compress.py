@@ -72,8 +72,8 @@ def test_every_method_with_its_own_allocation(name: str) -> None:
     assert {n: m.terms["low_rank"].rank for n, m in found.items()} == {
         n: r for n, r in done.allocation.items() if r is not None
     }
-    assert sum(m.num_params - (0 if m.bias is None else m.bias.numel()) for m in found.values()) == sum(
-        rank * sum(done.allocation.shapes[n]) for n, rank in done.allocation.items() if rank is not None
+    assert sum(term.nbytes for m in found.values() for term in m.terms.values()) == sum(
+        choice.bytes for choice in done.allocation.choices.values() if choice.size is not None
     )
     assert model.lm_head.weight is head and model.model.embed_tokens.weight is embedding
     assert all(m.weight.dtype == torch.float32 and not m.training for m in found.values())

@@ -1,9 +1,4 @@
-"""Methods: one file each. `weft.methods()` lists them; `weft.methods.METHODS` holds them by name.
-
-Example:
-    >>> weft.methods.METHODS["kfac-svd"].needs
-    ('input_moment', 'output_grad_moment')
-"""
+"""Methods: one file each. `weft.methods()` lists them; `weft.methods.METHODS` holds them by name."""
 
 from __future__ import annotations
 
@@ -47,6 +42,7 @@ from weft.methods import (
     olora,
     one_bit_adapters,
     paca,
+    pifa,
     pissa,
     randlora,
     random_mask,
@@ -74,6 +70,7 @@ _PAGES: tuple[ModuleType, ...] = (
     afm,
     svd_llm,
     kfac_svd,
+    pifa,
     welore,
     # codes of few bits, and what takes up their error
     normal_float,

@@ -159,12 +159,14 @@ class LowRankSplit:
         role: of the term.
         of: (site, dtype) -> the matrix to be factorised: the weight, or what is missing of the original.
         dtype: that the matrix is handed over in.
+        form: (B (out, r), A (r, in)) -> the term of the product; None for LowRank.
     """
 
     factorise: Callable[..., Factors]
     role: str = "low_rank"
     of: Callable[[Site, torch.dtype], Tensor] = Site.weight
     dtype: torch.dtype = torch.float64
+    form: Callable[[Tensor, Tensor], Any] | None = None
 
     def __call__(self, site: Site, **options: Any) -> Split:
         return self.terms(site, self.factors(site, **options))
@@ -189,7 +191,7 @@ class LowRankSplit:
         from weft.terms import LowRank
 
         B, A = (t.to(site.device, site.dtype) for t in factors.truncate(site.rank)[:2])
-        term = LowRank.from_factors(B, A)
+        term = (self.form or LowRank.from_factors)(B, A)
         if factors.mean is None:
             return Split({self.role: term})
         # the factors as they are stored, so that their rounding is corrected too

@@ -1,0 +1,58 @@
+"""pifa: the factors of kfac-svd, stored as pivot rows and combinations of them (Zhao, Zhang and Cannistraci, 2025,
+arXiv 2501.19090).
+
+    W' of rank r:  r of its rows (r, in), and the other rows as combinations of these (out - r, r)
+
+The same matrix as two factors in r^2 numbers fewer (see `weft.terms.PivotedLowRank`), so that every rank below
+min(out, in) saves, and a budget buys more of them: r (out + in - r) numbers and the places of the rows. Where r is so
+small that two factors take no more, they are kept.
+
+Deviations: the paper stores the factors of SVD-LLM's whitening, uniform ranks, after a reconstruction of its own; here
+they are those of least loss in the Fisher norm, at the ranks of `best`. `--sequential` recalibrates, without the
+paper's reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from weft.methods import kfac_svd
+from weft.methods.base import LowRankSplit, Method, Shape, low_rank_terms
+
+__all__ = ["METHOD", "pivoted", "sizes"]
+
+
+def pivoted(B: Tensor, A: Tensor) -> Any:
+    """The term of B (out, r), A (r, in) by pivot rows, or by the two factors where these take no more."""
+    from weft.terms import LowRank, PivotedLowRank
+
+    return (PivotedLowRank if _pivots_save(len(B), len(A)) else LowRank).from_factors(B, A)
+
+
+def sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rank, bytes) for every rank below min(out, in): the numbers, and four bytes for the place of each row."""
+    out, inn = shape
+    factors = [(r, r * (out + inn) * shape.itemsize) for r in range(1, min(out, inn))]
+    return [(r, n - r * r * shape.itemsize + 4 * out if _pivots_save(out, r) else n) for r, n in factors]
+
+
+def _pivots_save(out: int, rank: int) -> bool:
+    """Whether r^2 numbers of two bytes or more outweigh the places of the rows."""
+    return rank * rank > 2 * out
+
+
+METHOD = Method(
+    name="pifa",
+    kind="compress",
+    summary="The factors of kfac-svd in fewer numbers: pivot rows, and the other rows as combinations of them.",
+    paper="Zhao, Zhang and Cannistraci, 2025, arXiv 2501.19090",
+    needs=kfac_svd.METHOD.needs,
+    allocate="best",
+    split=LowRankSplit(kfac_svd.factorise, form=pivoted),
+    sizes=sizes,
+    trained=low_rank_terms,
+    defaults=kfac_svd.METHOD.defaults,
+)
