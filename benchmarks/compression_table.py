@@ -1,12 +1,14 @@
 """Perplexity of every compression method under every allocation and budget, on one model, one calibration set, one
 held-out text.
 
-    python benchmarks/compression_table.py MODEL [--budgets 0.9 0.8 0.7 0.6 0.5] [--windows 32] [--window 512] [--seed
-    0] [--sequential]
+    python benchmarks/compression_table.py MODEL [--budgets 0.9 0.8 0.7 0.6 0.5] [--windows 32] [--window 512]
+        [--seed 0] [--steps] [--sequential] [--json FILE]
 
 MODEL is a directory, a Hub id or `pico`. Calibration: windows of the Python standard library; evaluation: the first 24
 windows of its held-out files. The statistics are collected once, each method factorises once, and every allocation
-spends each budget on those same factors.
+spends each budget on those same factors. `--steps` adds the rows that lie between `best` and `lems-search`: each takes
+one more of the steps of `lems` (its measured point, its depth factor, its integer program, its search). Rows of other
+methods and allocations that FILE holds already are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import copy
 import json
 import platform
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -24,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 
-from weft.allocate import ALLOCATIONS, Budget
+from weft.allocate import ALLOCATIONS, Budget, greedy, lems
 from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.methods import METHODS
@@ -34,29 +37,18 @@ from weft.stats.calibrate import calibrate
 from weft.terms.layers import linear_layers
 from weft.train.windows import calibration_batches
 from weft.verbs.compress import compress
+from weft.verbs.divergence import divergence
 from weft.verbs.evaluate import evaluate
-from weft.verbs.placing import measure as measuring
-from weft.verbs.placing import one_shot
+from weft.verbs.placing import measure, one_shot
 from weft.verbs.survey import Plan, offered, survey
 
-READS = ("spectrum", "weight_spectrum", "losses", "measure")
+COMPRESS = [method.name for method in METHODS.values() if method.kind == "compress"]
+OWN = {"asvd": "asvd", "lems": "kfac-svd", "lems-search": "kfac-svd"}
+"""Allocations that cost a forward pass a layer and more, with the method that they are measured on."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="pico")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
-    parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS.values() if m.kind == "compress"])
-    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--sequential", action="store_true", help="add kfac-svd and svd-llm walked sequentially (minutes a row)"
-    )
-    parser.add_argument("--json", type=Path, help="write the table here")
-    args = parser.parse_args()
-
+    args = arguments()
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     held_out = default_text("evaluation")
     data = calibration_batches(
@@ -69,66 +61,124 @@ def main() -> None:
     methods = [METHODS[name] for name in args.methods]
     needs = {need for method in methods for need in method.needs} | {"input_moment", "output_grad_moment"}
     began = time.perf_counter()
-    stats = calibrate(model, data, needs)
+    stats = calibrate(model, data, needs, cache=args.cache)
     seconds = {"calibration, all statistics": time.perf_counter() - began}
     dense = perplexity(model)
     print(f"dense {dense:.3f}; calibration {seconds['calibration, all statistics']:.1f} s", flush=True)
 
     rows = []
     for method in methods:
-        plan = Plan(method=method, options=dict(method.defaults), layers=tuple(linear_layers(model)), reads=READS)
-        store = Store()
-        began = time.perf_counter()
-        infos = survey(model, plan, offered(model, plan), data, stats, store)
-        seconds[f"factorisation, {method.name}"] = time.perf_counter() - began
-        measure = cached(measuring(model, plan, data, store))
-        for allocation in allocations(method.name, args.allocations):
-            row: dict[str, Any] = {"method": method.name, "allocate": allocation, "perplexity": {}}
-            for budget in args.budgets:
-                extra = {"measure": measure} if "measure" in ALLOCATIONS[allocation].reads else {}
-                allowed = Budget(budget).allowed([info.shape for info in infos.values()], other_bytes=0)
-                try:
-                    chosen = ALLOCATIONS[allocation].allocate(infos, allowed, **extra)
-                except WeftError as error:
-                    row["perplexity"][str(budget)] = str(error)
-                    continue
-                compressed = copy.deepcopy(model)
-                one_shot(compressed, plan, {name: choice.size for name, choice in chosen.items()}, store)
-                row["perplexity"][str(budget)] = perplexity(compressed)
+        for row in allocated(model, method, args, data, stats, perplexity, seconds):
             rows.append(row)
             show(row, args.budgets)
+            write(args, dense, rows, seconds)
     for name in ("svd-llm", "kfac-svd") if args.sequential else ():
         rows.append(walked(model, name, data, stats, perplexity, args.budgets, seconds))
         show(rows[-1], args.budgets)
-
+        write(args, dense, rows, seconds)
     for name, value in seconds.items():
         print(f"{name}: {value:.1f} s")
-    report = {
-        **environment(args),
-        "dense": dense,
-        "rows": rows,
-        "seconds": seconds,
-        "best_worse_than_uniform": losses(rows),
+    print("best worse than uniform:", losses(rows) or "nowhere")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="pico")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--methods", nargs="+", default=COMPRESS)
+    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", action="store_true", help="add what each step of lems buys, on kfac-svd")
+    parser.add_argument(
+        "--sequential", action="store_true", help="add kfac-svd and svd-llm walked sequentially (minutes a row)"
+    )
+    parser.add_argument("--cache", type=Path, help="a directory for the statistics")
+    parser.add_argument("--json", type=Path, help="write the table here")
+    return parser.parse_args()
+
+
+def allocated(
+    model: Any, method: Any, args: argparse.Namespace, data: Any, stats: Any, perplexity: Any, seconds: Any
+) -> Iterator[dict[str, Any]]:
+    """The rows of one method: its factors under every allocation."""
+    reads = ("spectrum", "weight_spectrum", "losses", "measure")
+    plan = Plan(method=method, options=method.options({}), layers=tuple(linear_layers(model)), reads=reads)
+    store = Store()
+    began = time.perf_counter()
+    infos = survey(model, plan, offered(model, plan), data, stats, store)
+    seconds[f"factorisation, {method.name}"] = time.perf_counter() - began
+    tools = {
+        "measure": cached(measure(model, plan, data, store)),
+        "divergence": timed(divergence(model, plan, data, store), f"divergences, {method.name}", seconds),
     }
-    print("best worse than uniform:", report["best_worse_than_uniform"] or "nowhere")
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    for name, allocate in allocations(method.name, args, tools).items():
+        row: dict[str, Any] = {"method": method.name, "allocate": name, "perplexity": {}}
+        for budget in args.budgets:
+            allowed = Budget(budget).allowed([info.shape for info in infos.values()], other_bytes=0)
+            try:
+                chosen = allocate(infos, allowed)
+            except WeftError as error:
+                row["perplexity"][str(budget)] = str(error)
+                continue
+            compressed = copy.deepcopy(model)
+            one_shot(compressed, plan, {layer: choice.size for layer, choice in chosen.items()}, store)
+            row["perplexity"][str(budget)] = perplexity(compressed)
+        yield row
 
 
-def allocations(method: str, asked: list[str]) -> list[str]:
-    """Those asked for; the sensitivity search, which costs a pass over the text a layer and share, for its own method
-    only.
-    """
-    return [name for name in asked if name != "asvd" or method == "asvd"]
+def allocations(method: str, args: argparse.Namespace, tools: Any) -> dict[str, Callable[[Any, int], Any]]:
+    """Those asked for by name, the costly ones for one method only; and the steps of lems."""
+    found: dict[str, Callable[[Any, int], Any]] = {}
+    for name in args.allocations:
+        if name in OWN and OWN[name] != method:
+            continue
+        if name == "lems" and args.steps:
+            found["lems: point"] = lambda infos, allowed: by_greedy(infos, allowed, tools["divergence"], gamma=0.0)
+            found["lems: point, depth"] = lambda infos, allowed: by_greedy(infos, allowed, tools["divergence"], 5.0)
+            found["lems: point, program"] = lambda infos, allowed: lems.allocate(
+                infos, allowed, divergence=tools["divergence"], gamma=0.0
+            )
+        extra = {read: tools[read] for read in ALLOCATIONS[name].reads if read in tools}
+        found[name] = lambda infos, allowed, name=name, extra=extra: ALLOCATIONS[name].allocate(  # type: ignore[misc]
+            infos, allowed, **extra
+        )
+    return found
+
+
+def by_greedy(infos: Any, allowed: int, diverge: Any, gamma: float) -> Any:
+    """The curves of lems spent by the greedy of `best`."""
+    factors = lems.depth_factors((info.depth for info in infos.values()), 0.0, gamma)
+    curves = {
+        name: [choice._replace(loss=choice.loss * factors[infos[name].depth]) for choice in curve]
+        for name, curve in lems.calibrated(infos, diverge).items()
+    }
+    found = greedy.solve(curves, allowed)
+    if found is None:
+        raise WeftError("The smallest sizes exceed the budget.")
+    return found
 
 
 def cached(measure: Any) -> Any:
     @cache
-    def once(name: str, ranks: tuple[int, ...]) -> list[float]:
-        found: list[float] = measure(name, ranks)
+    def once(name: str, sizes: tuple[int, ...]) -> list[float]:
+        found: list[float] = measure(name, sizes)
         return found
 
-    return lambda name, ranks: once(name, tuple(ranks))
+    return lambda name, sizes: once(name, tuple(sizes))
+
+
+def timed(function: Any, what: str, seconds: dict[str, float]) -> Any:
+    """The function, its seconds added up."""
+
+    def call(*args: Any) -> Any:
+        began = time.perf_counter()
+        found = function(*args)
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - began
+        return found
+
+    return call
 
 
 def walked(
@@ -149,7 +199,7 @@ def walked(
 def show(row: dict[str, Any], budgets: list[float]) -> None:
     cells = (row["perplexity"][str(b)] for b in budgets)
     shown = "  ".join(f"{cell:8.3f}" if isinstance(cell, float) else "  out of reach" for cell in cells)
-    print(f"{row['method']:22} {row['allocate']:8} {shown}", flush=True)
+    print(f"{row['method']:22} {row['allocate']:20} {shown}", flush=True)
 
 
 def losses(rows: list[dict[str, Any]]) -> list[str]:
@@ -158,10 +208,25 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"{method} at {budget}: {best[budget]:.3f} against {by[method, 'uniform'][budget]:.3f}"
         for (method, allocation), best in by.items()
-        if allocation == "best"
+        if allocation == "best" and (method, "uniform") in by
         for budget in best
         if best[budget] > by[method, "uniform"][budget]
     ]
+
+
+def write(args: argparse.Namespace, dense: float, rows: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+    """The report so far, with what the file held of other rows."""
+    if not args.json:
+        return
+    before = json.loads(args.json.read_text()) if args.json.is_file() else {"rows": [], "seconds": {}}
+    ours = {(row["method"], row["allocate"]) for row in rows}
+    kept = [row for row in before["rows"] if (row["method"], row["allocate"]) not in ours]
+    report = {**before, **environment(args), "dense": dense, "rows": [*kept, *rows]}
+    for name in ("budgets", "methods", "allocations"):
+        there = {**dict.fromkeys(before.get("arguments", {}).get(name, [])), **dict.fromkeys(report["arguments"][name])}
+        report["arguments"][name] = sorted(there, reverse=True) if name == "budgets" else list(there)
+    report |= {"seconds": {**before["seconds"], **seconds}, "best_worse_than_uniform": losses(report["rows"])}
+    args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,7 +239,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "arguments": {key: value for key, value in vars(args).items() if key not in ("json", "model")}
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("json", "cache", "model")}
         | {"model": Path(args.model).name},
     }
 

@@ -46,9 +46,14 @@ def compression_table(*only: tuple[str, str]) -> list[str]:
     lines.append("|---|---|" + "---|" * len(budgets))
     for row in found["rows"]:
         if not only or (row["method"], row["allocate"]) in only:
-            cells = [f"{row['perplexity'][str(budget)]:.2f}" for budget in budgets]
+            cells = [_cell(row["perplexity"].get(str(budget))) for budget in budgets]
             lines.append(f"| {row['method']} | {row['allocate']} | {' | '.join(cells)} |")
     return lines
+
+
+def _cell(perplexity: float | str | None) -> str:
+    """A dash where it was not measured, or the budget is out of reach."""
+    return f"{perplexity:.2f}" if isinstance(perplexity, float) else "–"
 
 
 def recovery_table() -> list[str]:

@@ -74,7 +74,11 @@ def extra(name: str, layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
     def measure(layer: str, ranks: Sequence[int]) -> list[float]:
         return [next(c.loss for c in layers[layer].choices if c.size == rank) for rank in ranks]
 
-    return {"measure": measure} if name == "asvd" else {}
+    def divergence(cuts: Sequence[Mapping[str, int]]) -> list[float]:
+        return [sum(measure(layer, [rank])[0] for layer, rank in cut.items() if rank is not None) for cut in cuts]
+
+    there = {"measure": measure, "divergence": divergence}
+    return {read: there[read] for read in ALLOCATIONS[name].reads if read in there}
 
 
 def allocate(name: str, layers: Mapping[str, LayerInfo], share: float, multiple: int = 1) -> Choices | None:
@@ -107,7 +111,7 @@ def test_within_budget_in_multiples_and_never_larger_than_dense(
             assert rank >= 1 and rank % multiple == 0 and nbytes < layers[key].shape.numel
 
 
-@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("name", [name for name in ALLOCATIONS if not name.startswith("lems")])  # see test_lems
 @given(models, st.floats(0.05, 1.0), st.floats(0.05, 1.0))
 @settings(max_examples=40, deadline=None)
 def test_a_larger_budget_buys_no_worse(name: str, layers: dict[str, LayerInfo], a: float, b: float) -> None:

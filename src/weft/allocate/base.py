@@ -98,10 +98,6 @@ class Budget:
     """What is kept of the replaced matrices: a share of their bytes, mean bits a weight, or a size of the whole model.
 
     `Budget.parse` reads 0.6, "60%", "3.5 bits", "500MB" (10^6 bytes), "2GiB".
-
-    Example:
-        >>> weft.Budget.parse("60%").value
-        0.6
     """
 
     value: float
@@ -164,7 +160,8 @@ class Allocator(Record):
     Args:
         allocate: (layers by name, budget in bytes, **what it reads beyond `LayerInfo`) -> Choices.
         reads: what it looks at: fields of `LayerInfo` ("spectrum", "weight_spectrum"), the "losses" of choices, and
-            functions that try sizes on the model: "measure" (`weft.verbs.survey`).
+            functions that try sizes on the model: "measure" (`weft.verbs.placing`), "divergence"
+            (`weft.verbs.divergence`).
     """
 
     kind: str = "allocate"

@@ -43,7 +43,7 @@ def command(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="uniform, equal, energy, welore, asvd, best, or an allocation file; the method's own.",
+            help="uniform, equal, energy, welore, asvd, best, lems, lems-search, or a file; the method's own.",
             show_default=False,
         ),
     ] = None,

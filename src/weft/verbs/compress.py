@@ -45,6 +45,7 @@ from weft.verbs.compress_checks import (
     is_sizes_file,
     reads,
 )
+from weft.verbs.divergence import divergence
 from weft.verbs.evaluate import check_context, model_size
 from weft.verbs.placing import measure, one_shot, sequential
 from weft.verbs.survey import Plan, offered, survey
@@ -52,6 +53,9 @@ from weft.verbs.survey import Plan, offered, survey
 __all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
 
 Methods = str | Method | Sequence[str | Method]
+
+TRIES = {"measure": measure, "divergence": divergence}
+"""What allocations may try sizes on the model with, by the name that they read it under."""
 
 _LARGE = 2**28  # bytes of a model whose finished pieces lie on a disk
 
@@ -68,10 +72,6 @@ def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
     """The statistics that a method (with an allocation; None: its own) reads: what to `calibrate` for it.
 
     Raises WeftError for an unknown name.
-
-    Example:
-        >>> weft.needs("kfac-svd", allocate="best")
-        ('input_moment', 'output_grad_moment')
     """
     from weft.methods import METHODS
 
@@ -139,8 +139,12 @@ def compress(
             missing.
 
     Example:
-        >>> done = weft.compress(model, "kfac-svd", budget=0.6, batches=batches)
-        >>> done.allocation.spent <= 0.6 * done.allocation.total
+        >>> import torch, weft
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> done = weft.compress(model, "svd", budget=0.5)
+        >>> done.allocation.spent <= done.allocation.total / 2
         True
     """
     data = [] if batches is None else list(batches)
@@ -233,7 +237,7 @@ def _decide(
         plan = replace(plan, fixed={name: choice.size for name, choice in chosen.items()}, reads=())
     found = survey(model, plan, infos, batches, stats, store) if plan.reads_weights or plan.carried else infos
     if chosen is None:
-        extra = {"measure": measure(model, plan, batches, store)} if "measure" in plan.reads else {}
+        extra = {name: TRIES[name](model, plan, batches, store) for name in plan.reads if name in TRIES}
         chosen = ALLOCATIONS[how].allocate(found, budget, **extra)
     return plan, chosen
 

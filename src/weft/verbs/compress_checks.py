@@ -88,11 +88,16 @@ def check(
 def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> None:
     if not 0 <= plan.correction <= 1:
         raise WeftError(f"The correction is {plan.correction}; it is a share between 0 and 1.")
-    if not batches and (plan.sequential or "measure" in plan.reads or (plan.needs and stats is None)):
+    if not batches and (plan.sequential or plan.tries or (plan.needs and stats is None)):
         raise WeftError(f"The method {plan.method.name!r} needs calibration text here; give batches.")
     if plan.nested is None and {"spectrum", "weight_spectrum"} & set(plan.reads):
         raise WeftError(
             f"This allocation reads singular values, and {plan.method.name} has none; give allocate='best' or 'equal'."
+        )
+    if plan.method.kind == "compensate" and "divergence" in plan.reads:
+        raise WeftError(
+            "This allocation measures how far a cut moves the model from what it is now, which says nothing of what "
+            f"{plan.method.name} brings back; give allocate='best' or 'equal'."
         )
     for name in plan.layers if stats is not None else ():
         missing = [need for need in plan.needs if need not in (stats or {}).get(name, {})]

@@ -70,7 +70,12 @@ class Plan:
     @property
     def reads_weights(self) -> bool:
         """Whether the survey has to split."""
-        return not self.sequential or any(name in self.reads for name in ("spectrum", "losses", "measure"))
+        return not self.sequential or self.tries or any(name in self.reads for name in ("spectrum", "losses"))
+
+    @property
+    def tries(self) -> bool:
+        """Whether the allocation tries surveyed sizes on the model."""
+        return any(name in self.reads for name in ("measure", "divergence"))
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -234,7 +239,6 @@ def piece_name(plan: Plan, block: int) -> str:
 def _survey_layer(model: nn.Module, name: str, moments: Moments, plan: Plan, info: LayerInfo) -> Piece:
     """What is kept of one layer: factors up to the largest size, or terms of every size; spectra, losses, moments."""
     site = site_of(model, plan, name, moments, None)
-    check_finite(site)
     entry: dict[str, Tensor] = {need: moments[need] for need in plan.carried}
     if "weight_spectrum" in plan.reads:
         entry["weight_spectrum"] = singular_values(site.weight(torch.float64))
@@ -257,7 +261,7 @@ def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> d
         tails = tail_losses(factors.B, factors.A, site.moments["input_moment"], site.moments["output_grad_moment"])
         whole = tails[0] if plan.method.kind == "compensate" else tails[-1]  # of the size None
         entry["losses"] = torch.stack([whole if c.size is None else tails[c.size] for c in info.choices])
-    if not plan.sequential or "measure" in plan.reads:
+    if not plan.sequential or plan.tries:
         most = max((choice.size for choice in info.sizes), default=0)  # whatever the budget: another one takes them too
         kept = factors.truncate(max(most, (plan.fixed or {}).get(site.name) or 0))
         entry |= {"B": kept.B.to(site.dtype), "A": kept.A.to(site.dtype)}
@@ -267,6 +271,7 @@ def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> d
 
 def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
     """The terms of every size that may be chosen, and what each choice loses."""
+    check_finite(site)
     assert plan.method.split is not None
     beside = plan.method.kind == "compensate"
     W = site.weight() if site.original is None else site.original.float()
