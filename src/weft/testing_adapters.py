@@ -52,7 +52,7 @@ def check_adapter(method: str | Method) -> None:
     Raises:
         AssertionError: a property does not hold; its name is in the message.
     """
-    method = METHODS[method] if isinstance(method, str) else method
+    method = METHODS.find(method)
     for name, check in PROPERTIES.items():
         if name in method.exempt:
             continue
@@ -120,7 +120,7 @@ def adapted(method: Method, make: Make = tiny_llama, *, name: str = "default", *
     """A fresh tiny model with the method's adapter on all its linear layers."""
     model = make()
     return adapt(
-        model, method.name, RANK, name=name, stats=_stats(method, make) if method.needs else None, seed=3, **options
+        model, method, RANK, name=name, stats=_stats(method, make) if method.needs else None, seed=3, **options
     )
 
 
@@ -310,7 +310,7 @@ def _removal(method: Method) -> None:
     model = tiny_llama()
     parameters, before = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
     modules = [type(m) for m in model.modules()]
-    adapt(model, method.name, RANK, stats=_stats(method, tiny_llama) if method.needs else None)
+    adapt(model, method, RANK, stats=_stats(method, tiny_llama) if method.needs else None)
     train(model, 2)
     remove_adapter(model)
     _assert_same(before, model.state_dict(), "after removal")

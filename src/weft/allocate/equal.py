@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
 
 from weft.allocate.base import Allocator, Choice, Choices, LayerInfo, check_reach, spent
 
@@ -12,7 +14,8 @@ __all__ = ["ALLOCATION", "allocate"]
 def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
     """The largest size that fits the budget when every matrix has it, or the largest that it can have below it."""
     check_reach(layers, budget)
-    sizes = sorted({choice.size for layer in layers.values() for choice in layer.choices if choice.size is not None})
+    offered = (choice.size for layer in layers.values() for choice in layer.choices if choice.size is not None)
+    sizes = [size for size, _ in groupby(sorted(offered))]
     best = {name: layer.choices[0] for name, layer in layers.items()}
     low, high = 0, len(sizes)
     while low < high:  # spending grows with the size
@@ -25,7 +28,7 @@ def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
     return best
 
 
-def _up_to(layer: LayerInfo, size: float) -> Choice:
+def _up_to(layer: LayerInfo, size: Any) -> Choice:
     there = [choice for choice in layer.choices if choice.size is not None and choice.size <= size]
     return there[-1] if there else layer.choices[0]
 

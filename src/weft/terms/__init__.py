@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from weft.errors import WeftError, unknown
+from weft.records import load_entry_points
 from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
 from weft.terms.bottleneck import Bottleneck
@@ -127,6 +128,8 @@ def build(spec: Spec, *, device: Any = None, dtype: torch.dtype | None = None) -
     """The term of a spec, its tensors uninitialised. Raises WeftError for a kind that is not in `TERMS`."""
     arguments = dict(spec)
     kind = arguments.pop("kind")
+    if kind not in TERMS:
+        load_entry_points()
     if kind not in TERMS:
         raise unknown("kind of term", kind, TERMS)
     built = {key: _built(value, device, dtype) for key, value in arguments.items()}
