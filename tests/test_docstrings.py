@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "weft"
 FILES = sorted(SOURCE.rglob("*.py"))
 WIDTH = 120  # of a source line, at which a formatter wraps
-HEADING = re.compile(r"(Args|Returns|Raises|Yields|Attributes):")
+HEADING = re.compile(r"(Args|Returns|Raises|Yields|Attributes|Example):")
 OPEN_END = re.compile(r"([,+*/=<>~-]|\b(and|or|of|the|with|by|to|for|a|an))$")
 STATEMENT = re.compile(r"[=~:;<>]|\S {3,}\S")  # an equation, or a row of a table
 
@@ -122,7 +122,7 @@ MACHINERY = {
         "optim/closure.py",
     ),
     *("optim/distributed.py", "optim/lowrank.py", "optim/parameters.py", "optim/seeds.py", "optim/state.py"),
-    *("allocate/base.py", "allocate/uniform.py"),
+    *("allocate/base.py", "allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),
 }
 """Files that hold no idea of a paper."""
 PAGES = [file for file in FILES if file.parent.name in ROOMS and file.name != "__init__.py"]

@@ -9,7 +9,15 @@ __all__ = ["WeftError", "nearest", "unknown"]
 
 
 class WeftError(ValueError):
-    """A mistake the user can mend. The command line prints its message alone, without a traceback, and exits with 2."""
+    """A mistake the user can mend. The command line prints its message alone, without a traceback, and exits with 2.
+
+    Example:
+        >>> try:
+        ...     weft.Budget.parse("0")
+        ... except weft.WeftError as mistake:
+        ...     print(mistake)
+        The budget '0' is out of range: it is the share of parameters kept, above 0 and at most 1.
+    """
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:

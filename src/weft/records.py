@@ -129,6 +129,11 @@ def register(offered: Any) -> Any:
 
     Raises:
         WeftError: it is neither, or its name is taken.
+
+    Example:
+        >>> method = dataclasses.replace(weft.methods.METHODS["svd"], name="my-svd")
+        >>> weft.register(method).name
+        'my-svd'
     """
     from weft.terms import register_term
 

@@ -64,6 +64,18 @@ def test_leading_eigenvectors_of_a_covariance_of_few_tokens(rank: int) -> None:
     torch.testing.assert_close(Q.mT @ C @ Q, values.diag(), atol=1e-6 * float(true[0]), rtol=0)
 
 
+@pytest.mark.parametrize(("tokens", "rank"), [(127, 16), (63, 12), (20, 12)])
+def test_vectors_stay_orthonormal_where_the_range_is_exhausted(tokens: int, rank: int) -> None:
+    x = torch.randn(tokens, 576, generator=torch.Generator().manual_seed(2)).double() * torch.linspace(1, 0.3, 576)
+    C = x.mT @ x
+    found = leading_eigenvectors(lambda rows: rows @ C, 576, rank, device=C.device)
+    assert found is not None
+    values, Q = torch.linalg.eigh(C)
+    torch.testing.assert_close(found[0], values.flip(0)[:rank], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found[1] @ found[1].mT, torch.eye(rank, dtype=torch.float64))
+    assert principal_angles(found[1].mT, Q.flip(1)[:, :rank]).max() < 1e-4
+
+
 def test_the_iteration_says_when_it_has_not_converged() -> None:
     def found(values: Tensor) -> tuple[Tensor, Tensor] | None:
         return leading_eigenvectors(lambda x: x * values.double(), 300, 5, device=values.device)

@@ -98,6 +98,10 @@ class Budget:
     """What is kept of the replaced matrices: a share of their bytes, mean bits a weight, or a size of the whole model.
 
     `Budget.parse` reads 0.6, "60%", "3.5 bits", "500MB" (10^6 bytes), "2GiB".
+
+    Example:
+        >>> weft.Budget.parse("60%").value
+        0.6
     """
 
     value: float

@@ -54,7 +54,7 @@ def _from(layer: LayerInfo, share: float) -> list[Choice]:
 ALLOCATION = Allocator(
     name="best",
     summary="Least predicted loss in the Fisher norm: greedy on the convex hull of each layer's curve.",
-    paper="close to IO-SVD's and LEMS' allocations (2026); the hull's greedy is Fox, 1966",
+    paper="close to IO-SVD's and LEMS' allocations (2026); the greedy on hulls: Shoham and Gersho, 1988",
     allocate=allocate,
     reads=("losses",),
 )

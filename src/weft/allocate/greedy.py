@@ -2,8 +2,8 @@
 
     minimise sum_l loss_l(c_l)   with one choice c_l for each layer, sum_l bytes_l(c_l) <= budget
 
-On the hulls of (bytes, loss) the greedy is exact up to its last step (Fox, 1966); what the last step leaves over is
-spent on shorter steps, in their own order of gain. `weft.allocate.integer_program` solves the same program exactly.
+On the hulls of (bytes, loss) the greedy is exact up to its last step (Shoham and Gersho, 1988); what that leaves over
+is spent on shorter steps, in their own order of gain. `weft.allocate.integer_program` solves the same program exactly.
 """
 
 from __future__ import annotations

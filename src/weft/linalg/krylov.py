@@ -82,9 +82,10 @@ def leading_eigenvectors(
             gap = (values[rank - 1] - values[rank]).clamp(min=1e-2 * values[rank - 1])
             if bool(residual <= tolerance * torch.maximum(gap, 1e-9 * values[0])):
                 return values[:rank], vectors[:, :rank].mT @ Q
-            if len(Q) + block > max(size // 3, 4 * block):
+            if len(Q) + block > min(size // 3, 8 * block):
                 Q, inside = vectors[:, : 2 * block].mT @ Q, values[: 2 * block].diag()
         last = _orthonormal(beyond - (beyond @ Q.mT) @ Q)
+        last = _orthonormal(last - (last @ Q.mT) @ Q)  # again, for rows that were rounding where the range is exhausted
         Q = torch.cat([Q, last])
     return None
 

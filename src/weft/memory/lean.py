@@ -63,6 +63,9 @@ def lean(model: M, on: bool = True) -> M:
     Args:
         model: any model, transformers' ones above all; changed in place.
         on: False switches the saver off again.
+
+    Example:
+        >>> model = weft.lean(weft.adapt(model, "lora", rank=4))
     """
     if not on:
         return unlean(model)

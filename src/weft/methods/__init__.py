@@ -1,4 +1,9 @@
-"""Methods: one file each. `weft.methods()` lists them; `weft.methods.METHODS` holds them by name."""
+"""Methods: one file each. `weft.methods()` lists them; `weft.methods.METHODS` holds them by name.
+
+Example:
+    >>> weft.methods.METHODS["kfac-svd"].needs
+    ('input_moment', 'output_grad_moment')
+"""
 
 from __future__ import annotations
 

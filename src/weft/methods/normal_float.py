@@ -1,11 +1,10 @@
 """nf2, nf3, nf4, nf8: each weight the nearest of 2^b levels at the quantiles of a normal law (Dettmers et al., 2023,
 arXiv 2305.14314, section 3).
 
-    T[i, j] = level[code] * scale of its block,   scale = the block's absolute maximum, itself in 8 bits (double
-    quantisation)
+    T[i, j] = level[code] * scale of its block,   scale = the block's absolute maximum
 
-b + 8 / block + small bits a weight; frozen. Adapters on such a base are QLoRA. `nf` offers all four widths to an
-allocation.
+The scales are themselves in 8 bits (double quantisation): b + 8 / block + small bits a weight; frozen. Adapters on such
+a base are QLoRA. `nf` offers all four widths to an allocation.
 Deviations: levels for 2, 3 and 8 bits by the same construction as NF4's; blocks run over the flattened matrix, as in
 the released code.
 """

@@ -1,4 +1,10 @@
-"""Optimizers: subspace methods as one algebra (`LowRank`), the published presets, and how they are found by name."""
+"""Optimizers: subspace methods as one algebra (`LowRank`), the published presets, and how they are found by name.
+
+Example:
+    >>> optimizer = weft.optim.fira(model, rank=4, lr=1e-2)
+    >>> optimizer.state_bytes()
+    0
+"""
 
 from __future__ import annotations
 

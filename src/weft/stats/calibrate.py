@@ -54,6 +54,11 @@ def calibrate(
 
     Raises:
         WeftError: no batches, an unknown statistic, a layer that saw nothing, only zeros, or NaN.
+
+    Example:
+        >>> stats = weft.calibrate(model, batches, weft.needs("svd-llm"))
+        >>> stats["model.layers.0.self_attn.q_proj"]["input_moment"].shape
+        torch.Size([32, 32])
     """
     needs = check_needs(needs)
     found = linear_layers(model, layers)

@@ -115,6 +115,8 @@ def adapt(
         WeftError: an unknown method or option, a rank that is no rank of a layer, targets or ranks that match nothing,
             a name in use, missing statistics, or an adapter that cannot stand beside those already there. The model is
             then as it was.
+
+    >>> model = weft.adapt(model, "pissa", rank=4, targets=["q_proj", "v_proj"])
     """
     model = unwrapped(model)
     chosen = find(method, "adapt", "graft")
@@ -160,7 +162,11 @@ def _along(model: nn.Module, method: Method, layers: Iterable[str], options: Map
 
 
 def trainable(model: nn.Module) -> Trainable:
-    """The parameters that require a gradient, by name, how many numbers they are, and how many the model has."""
+    """The parameters that require a gradient, by name, how many numbers they are, and how many the model has.
+
+    >>> weft.trainable(weft.adapt(model, "lora-xs", rank=4)).count  # 14 matrices, 4 x 4 numbers each
+    224
+    """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     count = sum(p.numel() for p in named.values()) - sum(map(_room, _active(model)))
     return Trainable(named, count, sum(p.numel() for p in model.parameters()))
@@ -183,6 +189,9 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     """Optimizer groups of the trainable parameters, one for each pair of rate and decay.
 
     A method's own rate factors apply (LoRA+: B learns `ratio` times faster); vectors and biases are not decayed.
+
+    >>> groups = weft.parameter_groups(weft.adapt(model, "lora", ratio=16.0), lr=1e-4)
+    >>> optimizer = torch.optim.AdamW(groups)
     """
     rates = {
         id(parameter): adapter.rates.get(key.rpartition(".")[2], 1.0)
@@ -221,7 +230,11 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0) -> to
 
 
 def effective_rates(model: nn.Module, lr: float) -> dict[str, float]:
-    """Adapter -> scale x lr, the rate that decides how fast its delta moves; the mean over layers where they differ."""
+    """Adapter -> scale x lr, the rate that decides how fast its delta moves; the mean over layers where they differ.
+
+    >>> weft.effective_rates(weft.adapt(model, "lora", rank=4, alpha=8.0), lr=1e-4)
+    {'default': 0.0002}
+    """
     scales = {
         name: [
             m.rate_scale

@@ -47,6 +47,9 @@ def save_adapter(
 
     Raises:
         WeftError: no such adapter; the directory is not empty; or "peft" for what is not exactly a LoRA.
+
+    Example:
+        >>> weft.save_adapter(weft.adapt(model, "pissa", rank=4), "adapter/")
     """
     graft = grafts.graft_of(model)
     if graft is None or name is not None:
@@ -71,6 +74,10 @@ def load_adapter(
     Raises:
         WeftError: the directory holds neither, a file is damaged, a tensor is missing or unexpected, it belongs to
             another model, or its name is taken.
+
+    Example:
+        >>> weft.save_adapter(weft.adapt(model, "lora", rank=4), "adapter/")
+        >>> model = weft.load_adapter(model, "adapter/", name="again")
     """
     if not isinstance(directory, files.LooseAdapter) and (Path(directory) / grafts.CONFIG).is_file():
         return grafts.load(model, directory)
@@ -80,7 +87,12 @@ def load_adapter(
 
 @contextmanager
 def disable(model: nn.Module) -> Iterator[None]:
-    """The base model alone, within the block: every adapter, or the graft, is put aside and put back."""
+    """The base model alone, within the block: every adapter, or the graft, is put aside and put back.
+
+    Example:
+        >>> with weft.disable(weft.adapt(model, "lora")):
+        ...     logits = model(**batches[0]).logits
+    """
     with grafts.aside(model) if grafts.graft_of(model) else adapters.disable(model):
         yield
 
@@ -89,6 +101,10 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     """Use exactly these adapters; their deltas add up.
 
     An empty list is the base model. Raises WeftError for an unknown name.
+
+    Example:
+        >>> model = weft.adapt(weft.adapt(model, "lora", name="one"), "lora", name="two")
+        >>> weft.set_adapter(model, ["one", "two"])
     """
     check_ungrafted(model)
     adapters.activate(model, [names] if isinstance(names, str) else names)
@@ -100,6 +116,9 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         WeftError: there is no such adapter, or several and no name.
+
+    Example:
+        >>> model = weft.remove_adapter(weft.adapt(model, "lora", rank=4))
     """
     if grafts.graft_of(model) is not None and name is None:
         return grafts.remove(model)
@@ -117,6 +136,9 @@ def merge_adapter(model: nn.Module, name: str | None = None) -> dict[str, float]
 
     Raises:
         WeftError: there is no such adapter, several and no name, or a graft, which is no sum with a weight.
+
+    Example:
+        >>> lost = weft.merge_adapter(weft.adapt(model, "lora", rank=4))
     """
     check_ungrafted(model)
     lost = adapters.merge(model, name)

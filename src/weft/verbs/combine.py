@@ -63,6 +63,11 @@ def combine(
         WeftError: no adapters, or what is none; a delta that is no product of thin matrices (DoRA and the like);
             adapters of different bases; weights of another number; a rank above all ranks together; an unknown method
             or option; `out` is not empty. Nothing is then written.
+
+    Example:
+        >>> for name in ("one", "two"):
+        ...     weft.save_adapter(weft.adapt(model, "lora", rank=4, name=name), name, name)
+        >>> both = weft.combine(["one", "two"], "svd", rank=4, weights=[0.7, 0.3])
     """
     merger = MERGERS.find(method, "merge")
     options, amounts = merger.options(options), _weights(adapters, weights, merger)

@@ -56,6 +56,10 @@ def compensate(
     Raises:
         WeftError: no batches, a rank that is no rank of a layer, layers that the original lacks, a name in use, or
             blocks that are no chain. The model is then as it was.
+
+    Example:
+        >>> small = weft.quantize(copy.deepcopy(model), "nf3")
+        >>> small = weft.compensate(small, model, batches, rank=4)
     """
     model, data, chosen = unwrapped(model), list(batches), METHODS.find(method, "compensate")
     assert chosen.split is not None

@@ -72,6 +72,10 @@ def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
     """The statistics that a method (with an allocation; None: its own) reads: what to `calibrate` for it.
 
     Raises WeftError for an unknown name.
+
+    Example:
+        >>> weft.needs("kfac-svd", allocate="best")
+        ('input_moment', 'output_grad_moment')
     """
     from weft.methods import METHODS
 
@@ -139,12 +143,8 @@ def compress(
             missing.
 
     Example:
-        >>> import torch, weft
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
-        >>> done = weft.compress(model, "svd", budget=0.5)
-        >>> done.allocation.spent <= done.allocation.total / 2
+        >>> done = weft.compress(model, "kfac-svd", budget=0.6, batches=batches)
+        >>> done.allocation.spent <= 0.6 * done.allocation.total
         True
     """
     data = [] if batches is None else list(batches)

@@ -66,6 +66,10 @@ def evaluate(
     the high-water mark of the process).
 
     Raises WeftError when the text is too short or the window exceeds the model's context.
+
+    Example:
+        >>> weft.evaluate(model, tokenizer, text, window=64)["windows"] > 0
+        True
     """
     check_context(model, window)
     stream, before = token_stream(tokenizer, text), opening(tokenizer, bos)

@@ -88,6 +88,9 @@ def finetune(
     Raises:
         WeftError: an unknown method or setting, nothing to train, or no data to learn from.
         KeyboardInterrupt: a signal came; the step under way was finished and, with a `directory`, saved.
+
+    Example:
+        >>> done = weft.finetune(model, tokenizer, text, "lora", rank=4, steps=2, batch=2, window=32)
     """
     recipe, options = split_settings(settings)
     check_judging(recipe, eval_data is not None)

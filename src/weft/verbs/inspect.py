@@ -96,6 +96,9 @@ def inspect(model: nn.Module, layers: str | Sequence[str] | None = None, *, name
 
     Raises:
         WeftError: a pattern matches nothing, there is no matrix, or one holds NaN or infinity.
+
+    Example:
+        >>> weft.inspect(model).save("spectra.html")
     """
     wanted = _matrices(model) if layers is None else _linear(model, layers)
     matrices, spectra = [], {}

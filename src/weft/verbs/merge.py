@@ -50,6 +50,10 @@ def merge(model: Model) -> Model:
 
     Raises:
         WeftError: the model has no sum of terms, or a graft, which is none.
+
+    Example:
+        >>> done = weft.compress(model, "svd", budget=0.6)
+        >>> plain = weft.merge(model)
     """
     check_ungrafted(model)
     names = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]

@@ -62,6 +62,10 @@ def mix(
     Raises:
         WeftError: an unknown or repeated name, both weights and a method, an option that it has not, weights of another
             number, or weights that are not of positive sum.
+
+    Example:
+        >>> model = weft.adapt(weft.adapt(model, "lora", name="one"), "lora", name="two")
+        >>> logits = weft.mix(model, ["one", "two"], weights=[0.7, 0.3])(**batches[0])
     """
     model = unwrapped(model)
     for name in names:

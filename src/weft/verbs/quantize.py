@@ -26,7 +26,8 @@ from weft.runs.record import begin
 from weft.seeds import generator
 from weft.terms import Dense, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
-from weft.terms.layers import bias_of, is_conv1d, replace
+from weft.terms.layers import is_conv1d
+from weft.terms.put import put
 from weft.terms.quantized import Quantized
 from weft.verbs.adapt import resolve_targets
 from weft.verbs.evaluate import model_size
@@ -68,6 +69,10 @@ def quantize(
     Raises:
         WeftError: an unknown scheme, targets that match nothing, an adapter that is on already, fewer bits than the
             smallest format has. The model is then as it was.
+
+    Example:
+        >>> model = weft.quantize(model, "nf4")
+        >>> model.save_pretrained("small/")
     """
     model = unwrapped(model)
     method = scheme if isinstance(scheme, Method) else _find(scheme)
@@ -254,9 +259,8 @@ def _dense_terms(module: nn.Module) -> dict[str, Tensor]:
 
 def _put(model: nn.Module, layer: str, module: nn.Module, codes: Mapping[str, Term]) -> None:
     """Set codes in the place of the layer's dense terms."""
-    if isinstance(module, SumLinear):
-        others = {key: term for key, term in module._named_terms() if not isinstance(term, Dense)}
-        module.terms = nn.ModuleDict({**codes, **others})
-        return
-    made = SumLinear(codes, bias_of(module), transposed=is_conv1d(module)).requires_grad_(False)
-    replace(model, layer, made)
+    terms = dict(module._named_terms()) if isinstance(module, SumLinear) else {}
+    others = {key: term for key, term in terms.items() if not isinstance(term, Dense)}
+    made = put(model, layer, {**codes, **others})
+    if not terms:
+        made.requires_grad_(False)

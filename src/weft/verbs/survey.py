@@ -239,6 +239,7 @@ def piece_name(plan: Plan, block: int) -> str:
 def _survey_layer(model: nn.Module, name: str, moments: Moments, plan: Plan, info: LayerInfo) -> Piece:
     """What is kept of one layer: factors up to the largest size, or terms of every size; spectra, losses, moments."""
     site = site_of(model, plan, name, moments, None)
+    check_finite(site)
     entry: dict[str, Tensor] = {need: moments[need] for need in plan.carried}
     if "weight_spectrum" in plan.reads:
         entry["weight_spectrum"] = singular_values(site.weight(torch.float64))
@@ -271,7 +272,6 @@ def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> d
 
 def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
     """The terms of every size that may be chosen, and what each choice loses."""
-    check_finite(site)
     assert plan.method.split is not None
     beside = plan.method.kind == "compensate"
     W = site.weight() if site.original is None else site.original.float()
