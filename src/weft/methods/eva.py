@@ -39,12 +39,13 @@ def spread(
 ) -> dict[str, int]:
     """Rank by layer, `rank` in the mean, from 0 to round(rho * rank)."""
     most = {name: min(round(rank * options["rho"]), *shapes[name]) for name in shapes}
-    found: dict[tuple[int, int], Tensor] = {}
-    for name in shapes:  # layers that are fed one tensor (q, k and v) share its moment, and so its eigenvalues
-        key = id(moments[name]["input_moment"]), most[name]
-        found[key] = found[key] if key in found else _ratios(moments[name], options["centred"], most[name])
-    ratios = {name: found[id(moments[name]["input_moment"]), most[name]].tolist() for name in shapes}
-    claims = [(-ratio, name) for name in shapes for ratio in ratios[name]]
+    claims: list[tuple[float, str]] = []
+    last, ratios = None, list[float]()
+    for name in shapes:
+        moment, count = moments[name]["input_moment"], most[name]
+        if moment is not last or count > len(ratios):  # q, k and v, fed one tensor, share its moment
+            last, ratios = moment, _ratios(moments[name], options["centred"], count).tolist()
+        claims += [(-ratio, name) for ratio in ratios[:count]]
     ranks = dict.fromkeys(shapes, 0)
     # the sort is stable: among equal ratios the earlier layer comes first
     for _, name in sorted(claims, key=lambda claim: claim[0])[: rank * len(shapes)]:

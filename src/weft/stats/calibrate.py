@@ -40,7 +40,11 @@ def calibrate(
     cache: str | Path | None = None,
     track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> Stats:
-    """The statistics of every linear layer over the batches, in fp64.
+    """The statistics of every linear layer over the batches, in fp64 (mean_grad: fp32).
+
+    All of them are in memory together: 8 in^2 bytes a layer for an input moment (once for layers that share their
+    input), 8 out^2 for that of output gradients, 4 out in for mean_grad. Where that does not fit, give `layers` of one
+    block after another, as the verbs do by themselves (`weft.stats.groups`).
 
     Args:
         model: any transformers model; run in eval mode, its parameters frozen and restored afterwards.

@@ -1,4 +1,4 @@
-"""Collector: hooks that sum each linear layer's statistics while a model runs, in fp64, one batch in memory at a time.
+"""Collector: hooks that sum each linear layer's statistics while a model runs, one batch in memory at a time.
 
     input_moment        E[x x^T]            (in, in)     x: the layer's input at a token
     input_mean          E[x]                (in,)
@@ -10,9 +10,11 @@
     fisher_rows         E_d[sum_j Q_ij^2]   (out,)       Q: d(sum of token losses of sequence d) / dW
     fisher_columns      E_d[sum_i Q_ij^2]   (in,)
 
-Expectations run over the tokens that the attention mask keeps (the Fisher sums: over sequences). A layer applied
-several times in a pass adds up its uses, before any square. Layers that are fed one and the same tensor (q, k and v;
-gate and up) share its input statistics: one tensor under several names.
+Sums are in fp64, but for mean_grad, which is as large as the model: in fp32 (fp64 for an fp64 model), where the few
+dozen summands of a calibration lose a digit at most. Expectations run over the tokens that the attention mask keeps
+(the Fisher sums: over sequences). A layer applied several times in a pass adds up its uses, before any square. Layers
+that are fed one and the same tensor (q, k and v; gate and up) share its input statistics: one tensor under several
+names.
 """
 
 from __future__ import annotations
@@ -204,7 +206,7 @@ class Collector:
         if need in sums:
             sums[need] += value
         else:
-            sums[need] = value.double()
+            sums[need] = value if need == "mean_grad" else value.double()
 
 
 def kept_rows(x: Tensor, stream: Stream) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.errors import WeftError, nearest
 from weft.grafts import Graft
@@ -27,14 +27,14 @@ from weft.methods.base import Moments
 from weft.records import find
 from weft.rules import Rule, make_rules
 from weft.seeds import generator
-from weft.stats.calibrate import Batch, calibrate
+from weft.stats.calibrate import Batch
+from weft.stats.groups import Collected, WithWeights
 from weft.terms import Replacement, Term
 from weft.terms.adapters import (
     Adapter,
     adapters_of,
     attach,
     base_terms,
-    sum_dense,
     unwrapped,
 )
 from weft.terms.extras import new_head
@@ -103,7 +103,9 @@ def adapt(
             block.
         name: an identifier; several adapters with different names add up.
         stats: statistics by layer, as `weft.calibrate` gives them, for methods that need some.
-        batches: data to calibrate on instead, e.g. [{"input_ids", "attention_mask", "labels"}, ...].
+        batches: data to calibrate on instead, e.g. [{"input_ids", "attention_mask", "labels"}, ...]. Statistics that
+            would take more than 1.5 times the model's memory are collected for some blocks after others, with a pass
+            over the batches for each group.
         seed: of every random number; a layer's draw depends on the seed and its name alone.
         ranks: layer -> rank, e.g. an allocation; overrides `rank` (which then only sets the scale), and layers that it
             lacks or gives 0 get no adapter.
@@ -136,7 +138,7 @@ def adapt(
     moments = _moments(model, chosen, layers, stats, batches)
     if chosen.spread is not None and ranks is None:
         shapes = {layer: shape_of(model.get_submodule(layer)) for layer in layers}
-        known = {layer: _Known(model, layer, moments[layer]) for layer in layers}
+        known = WithWeights(model, moments)
         layers = {layer: r for layer, r in chosen.spread(known, shapes, rank, options).items() if r}
         if not layers:
             raise WeftError(
@@ -345,7 +347,7 @@ def _moments(
                 f"batches=[{{'input_ids': ...}}, ...], or "
                 "stats= from weft.calibrate."
             )
-        stats = calibrate(model, list(batches), method.needs, layers=layers)
+        return Collected(model, list(batches), method.needs, layers)
     for layer in layers:
         missing = [need for need in method.needs if need not in stats.get(layer, {})]
         if missing:
@@ -355,19 +357,6 @@ def _moments(
                 f"needs={list(method.needs)}."
             )
     return stats
-
-
-class _Known(dict[str, Tensor]):
-    """A layer's moments, and its "weight" (out, in) in fp32, made when asked for."""
-
-    def __init__(self, model: nn.Module, layer: str, moments: Moments) -> None:
-        super().__init__(moments)
-        self.model, self.layer = model, layer
-
-    def __missing__(self, name: str) -> Tensor:
-        if name != "weight":
-            raise KeyError(name)
-        return sum_dense(base_terms(self.model, self.layer).values())
 
 
 def _terms(

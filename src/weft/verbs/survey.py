@@ -31,13 +31,11 @@ from weft.seeds import generator
 from weft.signals import finishing
 from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
 from weft.stats.collect import INPUT_NEEDS
+from weft.stats.groups import SHARE, moment_bytes
 from weft.terms.adapters import base_terms
 from weft.terms.layers import bias_of, shape_of
 
 __all__ = ["Plan", "carried_moments", "check_finite", "offered", "piece_name", "site_of", "survey", "surveyed_split"]
-
-_MOMENTS = 1.5
-"""Times the model's bytes that statistics may take at once, unless the caller says otherwise."""
 
 
 def _plain(items: Iterable[Any], what: str) -> Iterable[Any]:
@@ -206,26 +204,15 @@ class _Moments:
         """The blocks from `first` on whose statistics may be in memory together, one at least."""
         if self.plan.by_block is not None:
             return [self.blocks[first]] if self.plan.by_block else self.blocks[first:]
-        left = _MOMENTS * sum(p.nbytes for p in self.model.parameters())
+        left = SHARE * sum(p.nbytes for p in self.model.parameters())
         group = [self.blocks[first]]
-        left -= _moment_bytes(self.model, self.blocks[first], self.plan.needs)
+        left -= moment_bytes(self.model, self.blocks[first], self.plan.needs)
         for names in self.blocks[first + 1 :]:
-            left -= _moment_bytes(self.model, names, self.plan.needs)
+            left -= moment_bytes(self.model, names, self.plan.needs)
             if left < 0:
                 break
             group.append(names)
         return group
-
-
-def _moment_bytes(model: nn.Module, names: Iterable[str], needs: Sequence[str]) -> int:
-    """At most so many bytes do these layers' statistics take, in fp64."""
-    numbers = 0
-    for name in names:
-        out, inn = shape_of(model.get_submodule(name))
-        squares = {"input_moment": inn * inn, "output_moment": out * out, "output_grad_moment": out * out}
-        squares |= {"mean_grad": out * inn, "fisher_rows": out * inn, "fisher_columns": out * inn}
-        numbers += sum(squares.get(need, max(out, inn)) for need in needs)
-    return 8 * numbers
 
 
 def piece_name(plan: Plan, block: int) -> str:
