@@ -252,7 +252,7 @@ def test_full_rank_is_the_dense_model(case: Case, pattern: str | None) -> None:
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_mixture_of_experts_is_refused_whole(mixture: str) -> None:
-    with pytest.raises(WeftError, match=r"mixture of experts .* name the layers you mean, for example"):
+    with pytest.raises(WeftError, match=r"holds a stack of matrices as one tensor.* less than half; name the layers"):
         linear_layers(dense_model(MIXTURES[mixture]()))
 
 

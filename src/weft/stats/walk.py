@@ -24,7 +24,7 @@ from weft.errors import WeftError
 from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device
 from weft.stats.collect import Collector, kept_rows
 from weft.stats.streams import Stream, Streams
-from weft.terms.layers import block_stacks, linear_layers
+from weft.terms.layers import block_stacks, eligible
 
 __all__ = ["Group", "walk"]
 
@@ -275,7 +275,7 @@ def _outside_blocks(
     model: nn.Module, batches: Sequence[Batch], layers: list[str], needs: Sequence[str]
 ) -> Iterator[Group]:
     """Layers in no block (a pooler, a projection before the first block): one whole pass each, in the model's order."""
-    found = linear_layers(model)
+    found = eligible(model)
     for layer in layers:
         collector = Collector({layer: found[layer]}, needs)
         with collector, collector.streams.following(model):

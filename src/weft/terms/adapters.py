@@ -20,6 +20,7 @@ from weft.errors import WeftError, nearest
 from weft.terms.base import Term
 from weft.terms.dense import Dense
 from weft.terms.extras import Frame, exchange, frame_of
+from weft.terms.hooks import check_at_hand
 from weft.terms.layers import is_conv1d, replace
 from weft.terms.sum_linear import SumLinear
 from weft.terms.wrapper import Wrapper
@@ -90,6 +91,7 @@ class _Book:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     base: dict[str, dict[str, Term]] = field(default_factory=dict)  # layer -> the terms that are no adapter's
     plain: set[str] = field(default_factory=set)  # layers that were no sums before
+    classes: dict[str, type[nn.Module]] = field(default_factory=dict)  # what those were, where no nn.Linear or Conv1D
     trained: list[str] = field(default_factory=list)  # names of the parameters that were trainable before
     frame: Frame = field(default_factory=Frame)
 
@@ -280,6 +282,8 @@ def _open(model: nn.Module, book: _Book, layer: str) -> None:
     module = model.get_submodule(layer)
     if not isinstance(module, SumLinear):
         book.plain.add(layer)
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            book.classes[layer] = type(module)
         made = SumLinear({"base": _dense_of(module)}, transposed=is_conv1d(module))
         made.bias = module.bias  # type: ignore[assignment]
         made.requires_grad_(False)
@@ -298,7 +302,9 @@ def _close(model: nn.Module, book: _Book, layer: str) -> None:
     book.plain.discard(layer)
     (base,) = terms.values()
     assert isinstance(base, Dense)
-    replace(model, layer, plain_layer(base.matrix, module.bias, transposed=module.transposed))
+    plain = plain_layer(base.matrix, module.bias, transposed=module.transposed)
+    plain.__class__ = book.classes.pop(layer, type(plain))
+    replace(model, layer, plain)
 
 
 def plain_layer(matrix: nn.Parameter, bias: nn.Parameter | None, *, transposed: bool) -> nn.Module:
@@ -359,6 +365,7 @@ def _check(model: nn.Module, book: _Book, adapter: Adapter) -> None:
             f"There is an adapter {name!r} on this model already; remove it first (weft.remove_adapter) or choose "
             "another name=."
         )
+    check_at_hand(model, adapter.terms)
     for layer, terms in adapter.terms.items():
         shapes = {key: (term.out_features, term.in_features) for key, term in base_terms(model, layer).items()}
         taken = shapes.keys() | {key for other in book.adapters.values() for key in other.terms.get(layer, ())}

@@ -1,36 +1,46 @@
 """The linear layers of a model: found by name, read, replaced; and the blocks they lie in.
 
 A *linear layer* is an `nn.Linear`, a GPT-2 `Conv1D` or a `SumLinear`, inside the model's base (so not the output head),
-whose weight is shared with no other module.
+whose weight is shared with no other module and is used by calling the layer.
 """
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError, nearest
 from weft.tensors import plain_values
-from weft.terms.hooks import carry_hooks, is_offloaded
+from weft.terms.direct import read_directly
+from weft.terms.hooks import carry_hooks, check_at_hand
 from weft.terms.low_rank import LowRank
 from weft.terms.sum_linear import SumLinear
 
 __all__ = [
+    "HEAD",
+    "OUTSIDE",
     "bias_of",
     "block_stacks",
+    "eligible",
     "is_conv1d",
     "is_linear",
+    "judged",
     "linear_layers",
+    "output_head",
     "replace",
     "set_low_rank",
     "shape_of",
     "stored_weight",
     "weight_of",
 ]
+
+HEAD, OUTSIDE = "it is the output head", "it lies outside the model's base"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -39,9 +49,32 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether weft can put a sum of terms here. Subclasses of `nn.Linear` are left alone: they may do more."""
-    plain = type(module) is nn.Linear and module._parameters.get("weight") is not None  # others keep it in codes
-    return plain or isinstance(module, SumLinear) or is_conv1d(module)
+    """Whether weft can put a sum of terms here: an `nn.Linear`, a `SumLinear`, a `Conv1D`, or a subclass of `nn.Linear`
+    that only writes its product in another way (Falcon's). Other subclasses do more, and are left alone.
+    """
+    if isinstance(module, SumLinear) or is_conv1d(module):
+        return True
+    if not isinstance(module, nn.Linear) or module._parameters.get("weight") is None:  # kept in codes by another tool
+        return False
+    if type(module) is nn.Linear:
+        return True
+    return not module._buffers and _is_plain_product(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _is_plain_product(cls: type[nn.Linear]) -> bool:
+    """Whether a subclass adds nothing to `nn.Linear` but a forward that gives the same values."""
+    own = {name for name in vars(cls) if not (name.startswith("__") and name.endswith("__"))}
+    if cls.__bases__ != (nn.Linear,) or own != {"forward"} or "__init__" in vars(cls):
+        return False
+    layer = nn.Linear(3, 4)
+    probe, x = copy.copy(layer), torch.linspace(-1, 1, 6).view(2, 3)
+    probe.__class__ = cls
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(probe(x), layer(x), atol=1e-6))
+    except (TypeError, AttributeError, RuntimeError):
+        return False
 
 
 def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
@@ -80,18 +113,19 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
     """The model's linear layers by name, in the model's order.
 
     Args:
-        layers: None for all, or one or more shell patterns on the full name (`*q_proj`, `model.layers.0.*`).
+        layers: None for all, or one or more shell patterns on the full name (`*q_proj`, `model.layers.0.*`). For all, a
+            warning says what of the model's matrices is left and why, where anything is.
 
     Raises:
-        WeftError: a pattern matches nothing (the nearest names are listed), there is no linear layer at all, or the
-            model holds mixture-of-experts weights as 3-D tensors, which no term represents, and no pattern says which
-            other layers are meant.
+        WeftError: a pattern matches nothing (the nearest names are listed), there is no linear layer at all, all of
+            them are less than half of the model's matrices, or the weights of one are offloaded.
     """
-    found = dict(_eligible(model))
+    from weft.terms.coverage import require_coverage
+
+    found = eligible(model)
     if layers is None:
-        _refuse_experts(model)
-        if not found:
-            raise WeftError(f"{type(model).__name__} has no linear layer that weft could replace{_foreign(model)}.")
+        require_coverage(model, found)
+        check_at_hand(model, found)
         return found
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
@@ -100,22 +134,9 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
             raise WeftError(
                 f"The layer pattern {pattern!r} matches no linear layer; the nearest names are: {near or 'none'}."
             )
-    return {name: module for name, module in found.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
-
-
-def _foreign(model: nn.Module) -> str:
-    """What stands in the place of linear layers where another tool has quantised the model."""
-    theirs = {
-        f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not is_linear(module) and module is not _output_head(model)
-    }
-    if not theirs:
-        return ""
-    return (
-        f": its layers are {' and '.join(sorted(theirs))}, whose weights another tool keeps in codes of its own; load "
-        "the model without them and quantise it with weft.quantize, whose layers take adapters"
-    )
+    chosen = {name: module for name, module in found.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    check_at_hand(model, chosen)
+    return chosen
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -125,11 +146,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
         WeftError: accelerate keeps the layer's weights elsewhere between forward passes.
     """
     old = model.get_submodule(name)
-    if is_offloaded(old):
-        raise WeftError(
-            f"The weights of {name} are offloaded to the disk or another device, where weft cannot replace them; load "
-            "the model without offloading, for example with device_map='cpu'."
-        )
+    check_at_hand(model, [name])
     module.train(old.training)
     carry_hooks(old, module)
     model.set_submodule(name, module)
@@ -162,7 +179,7 @@ def set_low_rank(model: nn.Module, name: str, B: Tensor, A: Tensor, bias: Tensor
 def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost `nn.ModuleList`s with linear layers: a decoder's blocks, or an encoder's and a decoder's."""
     stacks: dict[str, nn.ModuleList] = {}
-    names = list(dict(_eligible(model)))
+    names = list(eligible(model))
     for path, module in model.named_modules():
         inside = any(path.startswith(outer + ".") for outer in stacks)
         if isinstance(module, nn.ModuleList) and not inside and any(name.startswith(path + ".") for name in names):
@@ -170,36 +187,41 @@ def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return stacks
 
 
-def _eligible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def eligible(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers that a sum of terms can stand for, by name, in the model's order; none, one or many."""
+    return {name: module for name, module, reason in judged(model) if reason is None}
+
+
+def judged(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Every linear layer: its name, itself, and why no sum of terms can stand for it, None where one can."""
     base = getattr(model, "base_model", model)
     prefix = next((name for name, module in model.named_modules() if module is base), "")
     everywhere = model.named_modules(remove_duplicate=False)  # a module in two places shares its weight with itself
     uses = Counter(id(p) for _, m in everywhere for p in m._parameters.values() if p is not None)
-    inside_sum: list[str] = []
-    for path, module in base.named_modules():
-        name = ".".join(part for part in (prefix, path) if part)
-        if not is_linear(module) or any(name.startswith(outer + ".") for outer in inside_sum):
+    direct, head, inside_sum = read_directly(model), output_head(model), ""
+    for name, module in model.named_modules():
+        if not is_linear(module) or (inside_sum and name.startswith(inside_sum)):
             continue
         if isinstance(module, SumLinear):
-            inside_sum.append(name)
-        if uses.get(id(module._parameters.get("weight")), 0) <= 1 and module is not _output_head(model):
-            yield name, module
+            inside_sum = f"{name}."
+        if module is head:
+            reason: str | None = HEAD
+        elif prefix and not name.startswith(f"{prefix}."):
+            reason = OUTSIDE
+        elif uses.get(id(module._parameters.get("weight")), 0) > 1:
+            reason = "its weight is shared with another module"
+        elif name in direct:
+            reason = f"{direct[name]} reads its weight itself instead of calling it"
+        else:
+            reason = None
+        yield name, module, reason
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, where the model says which."""
     head = getattr(model, "get_output_embeddings", lambda: None)
     try:
         found = head()
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
-
-
-def _refuse_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and "expert" in name:
-            shape = tuple(parameter.shape)
-            raise WeftError(
-                f"{type(model).__name__} is a mixture of experts that holds them as one tensor ({name}, {shape}), "
-                "which no sum of terms represents; name the layers you mean, for example layers='*self_attn*'."
-            )

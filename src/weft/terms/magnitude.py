@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from weft.kernels.autocast import without_autocast
 from weft.terms.base import Lora, Spec, Term
+from weft.terms.hooks import at_hand
 from weft.terms.low_rank import LowRank
 from weft.terms.wrapper import Wrapper
 
@@ -69,7 +70,8 @@ class Magnitude(Wrapper):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """n (out,) in fp32, without building V."""
-        A, B = self.update.A.float(), self.update.B.float() * self.update.scale
+        with at_hand(self.update):
+            A, B = self.update.A.float(), self.update.B.float() * self.update.scale
         with without_autocast(A):
             across = self.base(A.to(self._reference().dtype)).float()  # A W^T (r, out)
         squares = self.base_squares + 2 * (B * across.mT).sum(1) + ((B @ (A @ A.mT)) * B).sum(1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.terms.base import Spec, Term
+from weft.terms.hooks import at_hand
 
 __all__ = ["SumLinear"]
 
@@ -57,7 +58,8 @@ class SumLinear(nn.Module):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (out, in) sum of the terms' matrices, added in fp32 or wider; `dtype` None means the stored one."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        total = sum(term.dense(wide) for term in self._terms())
+        with at_hand(self.terms):
+            total = sum(term.dense(wide) for term in self._terms())
         assert isinstance(total, Tensor)
         return total.to(dtype or self.weight.dtype)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.terms.base import Spec, Term
+from weft.terms.hooks import at_hand
 
 __all__ = ["Wrapper"]
 
@@ -45,7 +46,8 @@ class Wrapper(Term):
 
     def base_dense(self, dtype: torch.dtype) -> Tensor:
         """W (out, in), the wrapped terms alone."""
-        first, *rest = (term.dense(dtype) for term in self.inner.values())  # type: ignore[operator]
+        with at_hand(self.inner):
+            first, *rest = (term.dense(dtype) for term in self.inner.values())  # type: ignore[operator]
         total: Tensor = first
         for matrix in rest:
             total = total + matrix

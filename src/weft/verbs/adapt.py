@@ -38,7 +38,8 @@ from weft.terms.adapters import (
     unwrapped,
 )
 from weft.terms.extras import new_head
-from weft.terms.layers import bias_of, linear_layers, shape_of
+from weft.terms.hooks import check_at_hand
+from weft.terms.layers import bias_of, eligible, linear_layers, shape_of
 from weft.verbs.adapters import check_ungrafted, disable, merge_adapter, remove_adapter, set_adapter
 
 __all__ = [
@@ -273,9 +274,9 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str,
     Raises:
         WeftError: a target matches nothing; the nearest names are listed.
     """
-    layers = linear_layers(model)
     if targets == "all-linear":
-        return layers
+        return linear_layers(model)
+    layers = eligible(model)
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         matched = [
@@ -286,6 +287,7 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str,
             near = nearest(target, [*suffixes, *layers] if "." in target else suffixes)
             raise WeftError(f"The target {target!r} matches no linear layer; the nearest names are: {', '.join(near)}.")
         chosen.update(matched)
+    check_at_hand(model, chosen)
     return {name: layer for name, layer in layers.items() if name in chosen}
 
 

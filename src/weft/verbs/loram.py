@@ -30,7 +30,7 @@ from weft.seeds import check_seed, generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import LowRank, Term
 from weft.terms.adapters import Adapter, unwrapped
-from weft.terms.layers import block_stacks, linear_layers, replace, shape_of
+from weft.terms.layers import block_stacks, eligible, linear_layers, replace, shape_of
 from weft.verbs.combine import common_pairs
 
 __all__ = ["Kept", "choose", "recover"]
@@ -161,7 +161,7 @@ def recover(adapter: str | os.PathLike[str], kept: Kept) -> LooseAdapter:
 def _blocks(model: nn.Module) -> list[str]:
     """The names of all blocks, in order."""
     names = [f"{path}.{i}" for path, stack in block_stacks(model).items() for i in range(len(stack))]
-    there = linear_layers(model)
+    there = eligible(model)
     for block in names:
         missing = next((name for name in LAYERS if f"{block}.{name}" not in there), None)
         if missing is not None:

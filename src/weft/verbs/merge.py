@@ -35,6 +35,7 @@ from weft.terms import SumLinear
 from weft.terms.adapters import forget
 from weft.terms.adapters import merge as fold
 from weft.terms.extras import tables
+from weft.terms.hooks import check_at_hand
 from weft.terms.layers import replace
 from weft.verbs.adapters import check_ungrafted
 from weft.verbs.evaluate import model_size
@@ -59,6 +60,7 @@ def merge(model: Model) -> Model:
     names = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]
     if not names:
         raise WeftError(f"This {type(model).__name__} has no sum of terms to merge: every layer is plain already.")
+    check_at_hand(model, names)
     for name in track(names, "merging"):
         layer = model.get_submodule(name)
         assert isinstance(layer, SumLinear)
