@@ -69,3 +69,15 @@ def test_the_same_command_on_a_changed_file_is_refused(tmp_path: Path) -> None:
     data.write_text('{"text": "a"}\n')
     with open_output(out, {}, contents(data=data)) as work:
         assert work.resumed
+
+
+def test_files_have_one_name_however_their_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two directories that hold files of the same names, by absolute path, from within, and by ~."""
+    for place in ("one", "two"):
+        (tmp_path / place / "deep").mkdir(parents=True)
+        (tmp_path / place / "deep" / "a.txt").write_text(place)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    expected = contents(data=[str(tmp_path / "one"), str(tmp_path / "two")])
+    assert len(expected["data"]) == 2
+    assert contents(data=["one", "./two/"]) == contents(data=["~/one", "~/two"]) == expected

@@ -36,8 +36,8 @@ def contents(**inputs: str | Path | Sequence[str | Path] | None) -> Contents:
     found = {}
     for what, paths in inputs.items():
         if paths is not None:
-            several = [paths] if isinstance(paths, str | Path) else list(paths)
-            files = [f for path in several for f in (_model(path) if what in _MODELS else _data(Path(path)))]
+            several = [Path(p).expanduser() for p in ([paths] if isinstance(paths, str | Path) else paths)]
+            files = [f for path in several for f in (_model(path) if what in _MODELS else _data(path))]
             if files:
                 found[what] = dict(zip(_names(files, several), map(digest, files), strict=True))
     return found
@@ -96,4 +96,4 @@ def _names(files: Sequence[Path], roots: Sequence[Any]) -> list[str]:
     for file in files:
         root = next((Path(r) for r in roots if Path(r).is_dir() and file.is_relative_to(r)), file.parent)
         names.append(file.relative_to(root).as_posix())
-    return [str(file) if names.count(name) > 1 else name for file, name in zip(files, names, strict=True)]
+    return [str(file.resolve()) if names.count(name) > 1 else name for file, name in zip(files, names, strict=True)]
