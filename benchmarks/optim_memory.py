@@ -32,7 +32,7 @@ MAKERS: dict[str, Callable[[Any, int], Any]] = {
     "galore": lambda model, rank: wo.galore(model, rank),
     "galore_8bit": lambda model, rank: wo.galore_8bit(model, rank),
     "fira": lambda model, rank: wo.fira(model, rank),
-    "frugal": lambda model, rank: wo.frugal(model, 0.25),
+    "frugal": lambda model, rank: wo.frugal(model, 0.25, projection="columns", side="short"),
     "apollo": lambda model, rank: wo.apollo(model, rank),
     "apollo_mini": lambda model, rank: wo.apollo_mini(model),
     "dct_adamw": lambda model, rank: wo.dct_adamw(model, rank),

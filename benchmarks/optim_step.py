@@ -61,7 +61,7 @@ def ours(name: str, **options: Any) -> Maker:
 
 
 def frugal(model: nn.Module, rank: int, refresh: int, **options: Any) -> Any:
-    return wo.frugal(model, 0.25, refresh=refresh, **options)
+    return wo.frugal(model, 0.25, projection="columns", side="short", refresh=refresh, **options)
 
 
 OPTIMIZERS: dict[str, tuple[Maker, str | None]] = {

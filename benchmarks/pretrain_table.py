@@ -54,7 +54,10 @@ def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float
         WARM: (1e-2, {"optimizer": "galore", **subspace}),
         EXACT: (1e-2, {"optimizer": "galore", **subspace, "projection": "svd"}),
         "Fira": (1e-2, {"optimizer": "fira", **subspace}),
-        "FRUGAL": (1e-3, {"optimizer": "frugal", "rank": density, "refresh": refresh}),
+        "FRUGAL": (
+            1e-3,
+            {"optimizer": "frugal", "rank": density, "refresh": refresh, "projection": "columns", "side": "short"},
+        ),
         "APOLLO": (1e-2, {"optimizer": "apollo", **subspace}),
         "DCT-AdamW": (1e-3, {"optimizer": "dct_adamw", "rank": rank}),
         "SinkGD": (2e-2, {"optimizer": "sinkgd"}),

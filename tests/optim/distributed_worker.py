@@ -58,9 +58,10 @@ def prepare(name: str, model: nn.Module) -> None:
 
 def make(name: str, model: nn.Module, **options: Any) -> Any:
     rank = {"frugal": 0.25, "apollo_mini": 1}.get(name, 4)
+    columns = {"projection": "columns"} if name == "frugal" else {}
     if name == "svd":
         return wo.galore(model, rank=rank, lr=1e-3, refresh=20, projection="svd", **options)
-    return wo.OPTIMIZERS[name](model, rank=rank, lr=1e-3, refresh=20, **options)
+    return wo.OPTIMIZERS[name](model, rank=rank, lr=1e-3, refresh=20, **columns, **options)
 
 
 def train(model: nn.Module, optimizer: Any, steps: range, rank: int = 0, world: int = 1) -> None:

@@ -88,7 +88,8 @@ def run(model: nn.Module, optimizer: Any, steps: range) -> None:
 
 def make(name: str, model: nn.Module, **options: Any) -> Any:
     rank = {"frugal": 0.25, "apollo_mini": 1}.get(name, 4)
-    options = {"refresh": 7, "lr": 1e-3} | options
+    columns = {"projection": "columns"} if name == "frugal" else {}
+    options = {"refresh": 7, "lr": 1e-3} | columns | options
     return wo.OPTIMIZERS[name](model, rank=rank, **options)
 
 
@@ -274,6 +275,40 @@ def test_blocks_frees_released_moments_and_covers_all() -> None:
         optimizer.step()
         seen.append([i for i, p in enumerate(params) if optimizer.state[p]["exp_avg"].numel()])
     assert seen == [[2, 3], [2, 3], [0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_frugal_is_the_published_one_unless_asked_otherwise() -> None:
+    """Blocks from the last to the first, as in the pre-training scripts; columns are columns whatever the shape."""
+    params = [nn.Parameter(torch.zeros(4, 12)) for _ in range(8)]
+
+    def stepped(**options: Any) -> Any:
+        optimizer = wo.frugal([{"params": params, "rank": 0.25}], refresh=1, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return optimizer
+
+    def active(optimizer: Any) -> list[int]:
+        return [i for i, p in enumerate(params) if optimizer.state[p]["exp_avg"].numel()]
+
+    published = stepped()
+    assert "Blocks(density=0.25, order='descending')" in published.param_groups[0]["recipe"]
+    assert active(published) == [6, 7]
+    published.step()
+    assert active(published) == [4, 5]
+    mirror = stepped(order="mirror")
+    assert active(mirror) == [0, 7]
+    mirror.step()
+    assert active(mirror) == [1, 6]
+    assert active(stepped(order="ascending")) == [0, 1]
+    for projection, chosen in (("columns", 3), ("rows", 1)):
+        assert stepped(projection=projection).state[params[0]]["index"].numel() == chosen
+    with pytest.raises(WeftError, match="give their share, from 0.0 to 1.0"):
+        wo.frugal(params, 4)
+    with pytest.raises(WeftError, match="3 of 12 are odd"):
+        wo.frugal(
+            [{"params": [nn.Parameter(torch.zeros(4, 4)) for _ in range(12)], "rank": 0.25}], order="mirror"
+        ).planned_bytes()
 
 
 def test_blocks_with_everything_active_is_adamw() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import weft.optim as wo
 from tests.optim import reference
-from weft.optim.projections import DCT, SVD, Columns, Gaussian
+from weft.optim.projections import DCT, SVD, Blocks, Gaussian
 from weft.seeds import mix
 
 SHAPES = [(12, 8), (8, 12), (12, 8), (8, 8), (9, 20)]
@@ -100,7 +100,14 @@ def test_frugal(projection: str) -> None:
     rank = 0.25 if projection == "columns" else 3
     params, _, _ = train(
         lambda g: wo.frugal(
-            g, lr=1e-3, refresh=EVERY, projection=projection, scale=0.5, residual_scale=0.1, weight_decay=WD
+            g,
+            lr=1e-3,
+            refresh=EVERY,
+            projection=projection,
+            side="short",
+            scale=0.5,
+            residual_scale=0.1,
+            weight_decay=WD,
         ),
         rank,
     )
@@ -206,7 +213,7 @@ def test_reference_apollo_is_apollo_torch(granularity: str) -> None:
 
 def test_names_of_the_pieces_in_use() -> None:
     """The presets are made of the projections they claim."""
-    kinds = {"galore": SVD, "frugal": Columns, "apollo": Gaussian, "dct_adamw": DCT}
+    kinds = {"galore": SVD, "frugal": Blocks, "apollo": Gaussian, "dct_adamw": DCT}
     for name, kind in kinds.items():
         p = nn.Parameter(torch.zeros(8, 8))
         extra = {"projection": "svd"} if name == "galore" else {}

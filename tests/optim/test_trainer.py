@@ -21,7 +21,8 @@ def trainer(name: str, directory: Path, steps: int) -> Any:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     rank = {"frugal": 0.25, "apollo_mini": 1}.get(name, 4)
-    optimizer = wo.OPTIMIZERS[name](model, rank=rank, lr=1e-3, refresh=3)
+    columns = {"projection": "columns"} if name == "frugal" else {}
+    optimizer = wo.OPTIMIZERS[name](model, rank=rank, lr=1e-3, refresh=3, **columns)
     tokens = torch.randint(0, 32, (64, 8), generator=torch.Generator().manual_seed(1))
     data = [{"input_ids": row, "labels": row} for row in tokens]
     arguments = TrainingArguments(

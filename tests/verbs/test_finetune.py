@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from typer.testing import CliRunner
 
 from tests.methods.moving import moving_terms
+from weft.cli import app
 from weft.errors import WeftError
 from weft.methods import find
 from weft.rules.annealed_decay import AnnealedDecay
@@ -164,6 +166,21 @@ def test_a_named_optimizer_goes_on_from_its_checkpoint_bit_for_bit(tiny_director
     assert changed(resumed, snapshot(whole)) == set()
 
 
+def test_options_reach_the_method_and_the_optimizer_each(tiny_directory, tokenizer, tmp_path):
+    """GradNormLoRP in its published form: on an adapter's factors, at a rank below the adapter's."""
+    out = tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    line = f"{tiny_directory} -o {out} --method dora --rank 8 --optimizer gradnormlorp --optimizer-option rank=4"
+    line += f" --data {text} --steps 3 --window 16 --batch 2 --device cpu --option alpha=4 --json"
+    result = CliRunner().invoke(app, ["finetune", *line.split()])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["steps"] == 3 and answer["optimizer_options"] == {"refresh": 1, "rank": 4}
+    arguments = json.loads((out / "run.json").read_text())["arguments"]
+    assert arguments["alpha"] == 4 and arguments["optimizer_options"] == {"rank": 4}
+
+
 def test_an_optimizer_without_a_subspace_takes_no_rank(tiny_directory, tokenizer):
     with pytest.raises(WeftError, match="'mfac' has no option 'rank'; it has: block, damping, gradients"):
         finetune(model_of(tiny_directory), tokenizer, TEXT, "full", optimizer="mfac", rank=4, **SHORT)
@@ -255,8 +272,10 @@ def test_an_adapter_whose_base_is_gone_says_so(tiny_directory, data, tmp_path):
     [
         ({"method": "lorra"}, "no method to .* called 'lorra'; the nearest are: lora"),
         ({"method": "lora", "alfa": 3}, "'lora' has no option 'alfa'"),
+        ({"optimizer_options": {"rank": 4}}, "give --optimizer NAME too"),
+        ({"optimizer": "galore", "optimizer_options": {"rnak": 4}}, "'galore' has no option 'rnak'"),
         ({"optimizer": "galor"}, "no optimizer called 'galor'; the nearest are: galore"),
-        ({"optimizer": "mezo"}, "mezo asks for a loss and no gradient"),
+        ({"optimizer": "mezo"}, "mezo cannot be used here. It asks for a loss and no gradient"),
         ({"rank": 0}, "--rank is 0"),
         ({"steps": 0}, "--steps is 0"),
         ({"lr": -1.0}, "--lr is -1.0"),

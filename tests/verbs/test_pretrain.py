@@ -22,7 +22,7 @@ from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
 from weft.runs.loading import load_tokenizer
 from weft.terms import LowRank
-from weft.train.optimizers import default_options, default_rate, make_optimizer
+from weft.train.optimizers import chosen_options, default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import SIZES
 from weft.train.trainer import Seeds
@@ -34,7 +34,7 @@ OPTIONS = {
     "adamw": {}, "galore": {"rank": 4, "refresh": 3}, "galore_8bit": {"rank": 4, "refresh": 3},
     "fira": {"rank": 4, "refresh": 3}, "frugal": {"rank": 0.25, "refresh": 3}, "apollo": {"rank": 4, "refresh": 3},
     "apollo_mini": {"refresh": 3}, "dct_adamw": {"rank": 4}, "gradnormlorp": {"rank": 4, "refresh": 3},
-    "sinkgd": {}, "sign": {}, "mfac": {"gradients": 4, "lr": 0.1},
+    "sinkgd": {}, "sign": {}, "adagrad": {}, "adagrad_norm": {"lr": 0.1}, "mfac": {"gradients": 4, "lr": 0.1},
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def losses(directory):
 
 
 def test_every_optimizer_that_takes_gradients_is_tried():
-    assert set(OPTIONS) == {"adamw", *OPTIMIZERS} - {"mezo"}
+    assert set(OPTIONS) == {name for name, record in OPTIMIZERS.items() if not record.loop}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -216,9 +216,34 @@ def test_options_reach_the_optimizer():
     assert {"rank", "refresh", "moments", "rounding"} <= set(default_options("galore"))
 
 
+def test_rank_and_scale_follow_the_published_tables_by_size():
+    """As the papers have them for LLaMA 60M to 1B, and a quarter of a side below."""
+    with torch.device("meta"):
+        models = {size: build(size, load_tokenizer("pico"), 32, 0)[0] for size in ("9m", "60m", "130m", "350m", "1b")}
+    ranks = {name: [OPTIMIZERS[name].for_size(model).get("rank") for model in models.values()] for name in OPTIMIZERS}
+    assert ranks["galore"] == ranks["fira"] == [0.25, 128, 256, 256, 512]
+    assert ranks["apollo"] == [0.25, 128, 192, 256, 256] and ranks["adamw"] == [None] * 5
+    assert [OPTIMIZERS["fira"].for_size(model).get("scale", 0.25) for model in models.values()] == [0.25] * 4 + [0.0625]
+
+
+def test_subspaces_are_chosen_anew_within_a_short_run():
+    """A twentieth of the run, and at most the published number of steps."""
+    found = {steps: chosen_options("galore", {}, steps)["refresh"] for steps in (8, 40, 200, 4000, 60_000)}
+    assert found == {8: 1, 40: 2, 200: 10, 4000: 200, 60_000: 200}
+    assert (
+        chosen_options("galore", {"refresh": 7}, 200) == {"refresh": 7} and chosen_options("dct_adamw", {}, 200) == {}
+    )
+
+
+def test_what_is_chosen_is_said(go, tmp_path):
+    go(optimizer="galore", optimizer_options={"scale": 0.5}, steps=40, batch=1)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["metrics"]["optimizer_options"] == {"refresh": 2, "rank": 0.25, "scale": 0.5}
+
+
 MISTAKES = [
     ({"optimizer": "galor"}, "no optimizer called 'galor'; the nearest are: galore"),
-    ({"optimizer": "mezo"}, "mezo trains without gradients"),
+    ({"optimizer": "mezo"}, "mezo cannot be used here. It asks for a loss and no gradient"),
     ({"rank": 4}, "adamw has none; choose galore"),
     ({"optimizer": "sinkgd", "rank": 4}, "sinkgd has none"),
     ({"optimizer": "galore", "rank": 0}, "--rank is 0: give a whole number from 1"),
@@ -305,6 +330,8 @@ def test_the_exact_call(text, tmp_path):
     ("line", "sentence"),
     [
         ("--optimizer galore --option foo=1", "has no option 'foo'"),
+        ("--optimizer galore --optimizer-option foo=1", "has no option 'foo'"),
+        ("--optimizer galore --optimizer-option scale", "is no NAME=VALUE"),
         ("--optimizer galore --option rank=4", "give it as --rank 4"),
         ("--optimizer frugal --rank 1.5", "--rank is 1.5"),
     ],

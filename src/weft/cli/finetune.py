@@ -17,6 +17,7 @@ from weft.cli.options import (
     LogEvery,
     MethodOptions,
     Model,
+    OptimizerOptions,
     Out,
     ReportTo,
     SaveTotalLimit,
@@ -24,6 +25,7 @@ from weft.cli.options import (
     TrustRemoteCode,
     Window,
     method_options,
+    named_values,
 )
 
 __all__ = ["command"]
@@ -96,6 +98,7 @@ def command(
         bool, typer.Option("--merge", help="Fold the adapter into the model and write that instead.")
     ] = False,
     option: MethodOptions = None,
+    optimizer_option: OptimizerOptions = None,
     bos: Bos = None,
     seed: Seed = 0,
     json: Json = False,
@@ -105,7 +108,8 @@ def command(
 ) -> None:
     """Train what a method trains: low-rank components, adapters, or everything."""
     arguments = locals()
-    for name in ("json", "option"):
+    for name in ("json", "option", "optimizer_option"):
         del arguments[name]
-    result = work("finetune", **arguments, **method_options(option, arguments))
+    stepping = named_values(optimizer_option, "--optimizer-option", "rank=4")
+    result = work("finetune", **arguments, optimizer_options=stepping or None, **method_options(option, arguments))
     print_json(result) if json else print_facts(result)

@@ -20,6 +20,7 @@ __all__ = [
     "LogEvery",
     "MethodOptions",
     "Model",
+    "OptimizerOptions",
     "Out",
     "ReportTo",
     "SaveTotalLimit",
@@ -27,6 +28,7 @@ __all__ = [
     "TrustRemoteCode",
     "Window",
     "method_options",
+    "named_values",
 ]
 
 Model = Annotated[
@@ -70,9 +72,18 @@ MethodOptions = Annotated[
     typer.Option("--option", help="A hyperparameter of the method, as NAME=VALUE; again for more.", show_default=False),
 ]
 
+OptimizerOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--optimizer-option",
+        help="A hyperparameter of the optimizer, as NAME=VALUE; again for more.",
+        show_default=False,
+    ),
+]
+
 
 def method_options(given: Sequence[str] | None, taken: Mapping[str, Any]) -> dict[str, Any]:
-    """NAME=VALUE pairs as keyword arguments, values read as JSON where they are JSON and as text otherwise.
+    """The NAME=VALUE pairs of --option as keyword arguments.
 
     Args:
         taken: the arguments that have an option of their own.
@@ -80,13 +91,23 @@ def method_options(given: Sequence[str] | None, taken: Mapping[str, Any]) -> dic
     Raises:
         WeftError: a pair without an equals sign, or for an argument that is taken.
     """
+    options = named_values(given, "--option", "ridge=1e-3")
+    for name in options.keys() & taken.keys():
+        flag = f"--{name.replace('_', '-')} {options[name]}"
+        raise WeftError(f"--option {name}={options[name]}: this is no hyperparameter of the method; give it as {flag}.")
+    return options
+
+
+def named_values(given: Sequence[str] | None, flag: str, example: str) -> dict[str, Any]:
+    """NAME=VALUE pairs as a dictionary, values read as JSON where they are JSON and as text otherwise.
+
+    Raises WeftError for a pair without an equals sign.
+    """
     options: dict[str, Any] = {}
     for pair in given or ():
         name, equals, value = pair.partition("=")
         if not (name and equals):
-            raise WeftError(f"--option {pair!r} is no NAME=VALUE, such as --option ridge=1e-3.")
-        if name.replace("-", "_") in taken:
-            raise WeftError(f"--option {pair!r}: this is no hyperparameter of the method; give it as --{name} {value}.")
+            raise WeftError(f"{flag} {pair!r} is no NAME=VALUE, such as {flag} {example}.")
         try:
             options[name.replace("-", "_")] = json.loads(value)
         except json.JSONDecodeError:

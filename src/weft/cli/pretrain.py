@@ -16,12 +16,14 @@ from weft.cli.options import (
     Json,
     LogEvery,
     MethodOptions,
+    OptimizerOptions,
     Out,
     ReportTo,
     SaveTotalLimit,
     Seed,
     Window,
     method_options,
+    named_values,
 )
 
 __all__ = ["command"]
@@ -87,6 +89,7 @@ def command(
     report_to: ReportTo = "none",
     dry_run: DryRun = False,
     option: MethodOptions = None,
+    optimizer_option: OptimizerOptions = None,
     bos: Bos = None,
     seed: Seed = 0,
     json: Json = False,
@@ -95,7 +98,8 @@ def command(
 ) -> None:
     """Train a model from scratch, with any optimizer."""
     arguments = locals()
-    for name in ("json", "option"):
+    for name in ("json", "option", "optimizer_option"):
         del arguments[name]
-    result = work("pretrain", **arguments, **method_options(option, arguments))
+    stepping = named_values(optimizer_option, "--optimizer-option", "rank=4")
+    result = work("pretrain", **arguments, optimizer_options=stepping or None, **method_options(option, arguments))
     print_json(result) if json else print_facts(result)

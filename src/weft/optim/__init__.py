@@ -8,9 +8,6 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from weft.optim.adaptive_batch import AdaptiveBatch
 from weft.optim.base import Refresh
 from weft.optim.entries import Entries, EntryAdamW
@@ -29,9 +26,12 @@ from weft.optim.presets import (
     galore_8bit,
     gradnormlorp,
 )
+from weft.optim.published import OPTIMIZERS
+from weft.optim.record import Optimizer
 from weft.optim.seed_log import SeedLog
 from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.weightnorm import fold_weights, normalize_weights
+from weft.optim.whole import adagrad, adagrad_norm, adamw
 from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
 
 __all__ = [
@@ -42,10 +42,14 @@ __all__ = [
     "EntryAdamW",
     "Estimator",
     "LowRank",
+    "Optimizer",
     "PerLayer",
     "Refresh",
     "SeedLog",
     "ZerothOrder",
+    "adagrad",
+    "adagrad_norm",
+    "adamw",
     "add_gradient_noise",
     "apollo",
     "apollo_mini",
@@ -64,11 +68,3 @@ __all__ = [
     "sinkgd",
     "split_parameters",
 ]
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    preset.__name__: preset
-    for preset in (
-        *(galore, galore_8bit, fira, frugal, apollo, apollo_mini, dct_adamw, gradnormlorp),
-        *(sinkgd, sign, mezo, mfac),
-    )
-}

@@ -50,6 +50,7 @@ PROJECTIONS: dict[str, Any] = {
     "sparse": Sparse,
     "dct": DCT,
     "columns": Columns,
+    "rows": Columns,
     "blocks": Blocks,
     "identity": lambda rank: Whole(),  # the inner rule in full, at the preset's rates: what the subspace itself costs
 }
@@ -71,7 +72,7 @@ class Options(TypedDict, total=False):
 
 def _build(
     model: Model,
-    projection: str | Callable[[int | float], Projection],
+    projection: str | Callable[[int | float], Projection | Blocks],
     rank: int | float,
     lr: float,
     inner: Inner,
@@ -183,7 +184,8 @@ def frugal(
     *,
     refresh: int = 200,
     scale: float = 1.0,
-    projection: str = "columns",
+    projection: str = "blocks",
+    order: Literal["descending", "ascending", "mirror", "random"] = "descending",
     residual: Literal["sign", "sgd"] | None = "sign",
     residual_scale: float = 1.0,
     inner: Literal["adamw", "lion", "sgd"] = "adamw",
@@ -195,20 +197,26 @@ def frugal(
 
         A = down(G),  W -= lr scale (up(AdamW(A)) + residual_scale sign(G - up(A))),  moments reset at a refresh
 
-    projection: "columns" (the training script's default), "svd", "random", "blocks" (whole matrices in turn), ...
-    with the density `rank`; residual_scale 1.0 for pre-training, 0.1 for fine-tuning.
+    projection: "blocks" as in the pre-training scripts, a quarter of the matrices as a whole, in turn from the last to
+    the first (`order`); "columns" or "rows" of the stored matrix as in the fine-tuning scripts (there with
+    residual_scale 0.1); "svd", "random" ... of its shorter side, as in GaLore. `rank` is the density.
 
-    Source: Zmushko et al. 2024, arXiv 2411.07837.
-    Deviations: the sign of a residual below the rounding of G counts as 0.
+    Source: Zmushko et al. 2024, arXiv 2411.07837, and its released code.
+    Deviations: the sign of a residual below the rounding of G counts as 0; no single entries drawn at random, whose
+    positions cost more than their moments.
     """
+    if projection == "blocks" and not (isinstance(rank, float) and 0 <= rank <= 1):
+        raise WeftError(f"The rank is {rank!r}: blocks are whole matrices, so give their share, from 0.0 to 1.0.")
     rules: dict[str, Any] = {"adamw": lambda b: AdamW(b, eps), "lion": Lion, "sgd": lambda b: SGD(b[0])}
     if inner not in rules:
         raise unknown("inner rule", inner, rules)
     default = (0.9, 0.99) if inner == "lion" else (0.9, 0.999)
     outside = {"sign": Sign, "sgd": Plain}[residual](scale * residual_scale) if residual else None
-    settings: Options = {"moments": "reset", **options}
+    sides: dict[str, Any] = {"columns": "right", "rows": "left"}
+    settings: Options = {"moments": "reset", "side": sides.get(projection, "short"), **options}
+    make = partial(Blocks, order=order) if projection == "blocks" else projection
     rule = rules[inner](betas or default)
-    return _build(model, projection, rank, lr, rule, settings, refresh=refresh, scale=scale, residual=outside)
+    return _build(model, make, rank, lr, rule, settings, refresh=refresh, scale=scale, residual=outside)
 
 
 def apollo(

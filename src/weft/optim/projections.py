@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from weft.errors import WeftError
 from weft.linalg.dct import dct_basis, dct_columns
 from weft.linalg.subspace import canonical_signs, cholesky_qr, rayleigh_ritz, subspace_iteration, upcast
 from weft.optim.base import Field, Frame, Matrix, Move, Projection, Rows, State
@@ -100,7 +101,7 @@ class _Ranked(Projection):
         return self.size(matrix.cols)
 
     def size(self, cols: int) -> int:
-        return self.rank if isinstance(self.rank, int) else round(self.rank * cols)
+        return self.rank if isinstance(self.rank, int) else max(round(self.rank * cols), self.rank > 0)
 
 
 class _Stored(_Ranked):
@@ -283,15 +284,21 @@ class Blocks:
     """FRUGAL's blocks: in each period `round(density * count)` of a group's matrices get the inner rule whole, the
     others only the residual. Moments exist for the active ones alone and start anew with each period.
 
-    order: "random", or a window that moves through the group "ascending" or "descending".
+    order: "random", or a window that moves through the group "ascending" or "descending", or "mirror": one that moves
+        from both ends at once, for an even number of active matrices.
     """
 
     density: float
-    order: Literal["random", "ascending", "descending"] = "random"
+    order: Literal["random", "ascending", "descending", "mirror"] = "random"
 
     def chosen(self, index: int, count: int, period: int, seed: int) -> Whole:
         """What the index-th of `count` matrices gets in a period."""
         active = round(self.density * count)
+        if self.order == "mirror":
+            if active % 2:
+                raise WeftError(f"mirror takes pairs of matrices, and {active} of {count} are odd; change the density.")
+            pair = min(index, count - 1 - index)
+            return Whole(2 * pair + 1 != count and (pair - period * active // 2) % (count // 2) < active // 2)
         if self.order == "random":
             order = torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, period))).tolist()
             place = order.index(index)

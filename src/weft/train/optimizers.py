@@ -1,11 +1,9 @@
-"""From a name and options to an optimizer: AdamW, by width where a base model is given, or one of
-`weft.optim.OPTIMIZERS`. What is wrong with either is said in a sentence.
-"""
+"""From a name and options to an optimizer, in one place: what the run, the model's size and the user say, checked."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -13,21 +11,16 @@ import torch
 from torch import nn
 
 from weft.errors import WeftError, unknown
-from weft.optim import OPTIMIZERS
-from weft.optim.mup import mup_groups
-from weft.optim.parameters import split_parameters
+from weft.optim import OPTIMIZERS, Optimizer
 from weft.optim.presets import Options
+from weft.optim.record import GIVEN
 
-__all__ = ["WITHOUT_BACKWARD", "check_options", "default_options", "default_rate", "make_optimizer"]
-
-WITHOUT_BACKWARD = ("mezo",)
-
-_GIVEN = {"model", "model_or_groups", "lr", "weight_decay", "seed", "base", "decay"}  # by the recipe, not as options
+__all__ = ["check_options", "chosen_options", "default_options", "default_rate", "find_optimizer", "make_optimizer"]
 
 
 def make_optimizer(
     name: str,
-    model: nn.Module,
+    model: nn.Module | Iterable[dict[str, Any]],
     lr: float,
     weight_decay: float,
     seed: int,
@@ -35,7 +28,7 @@ def make_optimizer(
     base: nn.Module | None = None,
     decay: str = "sqrt",
 ) -> torch.optim.Optimizer:
-    """The optimizer called `name` on the trainable parameters of `model`.
+    """The optimizer called `name` on the trainable parameters of `model`, or on groups.
 
     Args:
         options: of this optimizer: rank, refresh, scale, betas ...; lists count as tuples, and a dtype may be a name.
@@ -45,12 +38,35 @@ def make_optimizer(
     Raises:
         WeftError: an unknown name, an option that it has not, or a value that does not fit it or the model.
     """
-    chosen = {key: _value(key, value) for key, value in options.items()}
-    check_options(name, chosen)
-    if name == "adamw":
-        return _adamw(model, lr, weight_decay=weight_decay, base=base, decay=decay, **chosen)
-    made: torch.optim.Optimizer = OPTIMIZERS[name](model, lr=lr, weight_decay=weight_decay, seed=seed, **chosen)
+    values = {key: _value(key, value) for key, value in options.items()}
+    check_options(name, values)
+    width = {"base": base, "decay": decay} if base is not None else {}
+    made: torch.optim.Optimizer = find_optimizer(name)(
+        model, lr=lr, weight_decay=weight_decay, seed=seed, **width, **values
+    )
     return made
+
+
+def find_optimizer(name: str) -> Optimizer:
+    """The record of an optimizer that the training loop can run.
+
+    Raises WeftError for an unknown name, and for what takes a loop of its own, with the reason.
+    """
+    if name not in OPTIMIZERS:
+        raise unknown("optimizer", name, OPTIMIZERS)
+    found = OPTIMIZERS[name]
+    if found.loop:
+        raise WeftError(f"--optimizer {name} cannot be used here. {found.loop}")
+    return found
+
+
+def chosen_options(name: str, options: Mapping[str, Any], steps: int, model: nn.Module | None = None) -> dict[str, Any]:
+    """The options that a run of `steps` uses: those given, and beside them the published ones that follow the length of
+    the run and, with a model, its size.
+    """
+    found = find_optimizer(name)
+    sized = {} if model is None else found.for_size(model)
+    return {**found.for_run(steps), **sized, **options}
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -69,42 +85,21 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 def default_options(name: str) -> dict[str, Any]:
     """Every option of an optimizer with its published default; None for those that all presets share."""
-    parameters = inspect.signature(_maker(name)).parameters.values()
-    shared = dict.fromkeys(get_type_hints(Options)) if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
-    own = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    return {key: value for key, value in (shared | own).items() if key not in _GIVEN}
+    found = find_optimizer(name)
+    several = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(found.make).parameters.values())
+    shared = {key: None for key in get_type_hints(Options) if key not in GIVEN} if several else {}
+    return {**shared, **found.defaults}
 
 
 def default_rate(name: str) -> float:
     """The published peak learning rate."""
-    return float(inspect.signature(_maker(name)).parameters["lr"].default)
+    return find_optimizer(name).rate
 
 
-def _maker(name: str) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw":
-        return _adamw
-    if name not in OPTIMIZERS:
-        raise unknown("optimizer", name, ["adamw", *OPTIMIZERS])
-    return OPTIMIZERS[name]
-
-
-def _adamw(
-    model: nn.Module,
-    lr: float = 1e-3,
-    *,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    base: nn.Module | None = None,
-    decay: Any = "sqrt",
-) -> torch.optim.Optimizer:
-    """torch's AdamW, with weight decay on the blocks' matrices alone."""
-    if base is not None:
-        groups = mup_groups(model, base, lr, weight_decay=weight_decay, decay=decay)
-    else:
-        matrices, others = split_parameters(model)
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps)
+def _maker(name: str) -> Any:
+    """What the record makes by; a class's hints are its constructor's."""
+    make = find_optimizer(name).make
+    return make.__init__ if inspect.isclass(make) else make
 
 
 def _fits(value: Any, hint: Any) -> bool:

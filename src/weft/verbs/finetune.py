@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from weft.embedded.text import calibration_files
-from weft.errors import WeftError, unknown
+from weft.errors import WeftError
 from weft.grafts import Graft
 from weft.io.adapters import write_adapter
 from weft.io.save import adapter_card, save_model
 from weft.methods.base import Method
-from weft.optim import OPTIMIZERS
 from weft.records import Record, find
 from weft.rules import Rule, make_rules
 from weft.runs.calibration import say_default
@@ -35,7 +34,7 @@ from weft.runs.record import Run, begin
 from weft.terms.adapters import adapters_of
 from weft.train.data import training_rows
 from weft.train.metrics import OneStep
-from weft.train.optimizers import WITHOUT_BACKWARD, check_options
+from weft.train.optimizers import check_options, chosen_options, make_optimizer
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
 from weft.train.sources import Document, Fields, Skipped, Text, plain_text, read_documents, read_texts
@@ -61,6 +60,7 @@ def finetune(
     *,
     rank: int | None = None,
     optimizer: str | None = None,
+    optimizer_options: Mapping[str, Any] | None = None,
     evaluation: str | Sequence[str] | None = None,
     eval_windows: int | None = None,
     eval_data: str | Sequence[str | Document] | None = None,
@@ -75,7 +75,9 @@ def finetune(
         data: texts, or documents of `weft.train.sources` (with prompts, or chats).
         method: what is trained; a name of `weft.methods()`.
         rank: of adapters (16 by default); for other methods, of the optimizer's subspace (by default its own).
-        optimizer: a name of `weft.optim.OPTIMIZERS`; AdamW by default.
+        optimizer: a name of `weft.optim.OPTIMIZERS`; by default what the method asks for, or AdamW.
+        optimizer_options: its options; by default the published ones, which follow the size of what is trained and the
+            length of the run.
         evaluation: text whose perplexity is measured before, after, and every `eval_every` steps.
         eval_windows: how many windows of it; all by default.
         eval_data: documents held out, as `data`, whose mean loss is logged every `eval_every` steps.
@@ -98,9 +100,10 @@ def finetune(
     rows = _rows(model, tokenizer, data, recipe, skipped)
     judge = None if eval_data is None else _rows(model, tokenizer, eval_data, recipe, skipped)
     chosen = find(method, *KINDS)
-    adapts = chosen.kind == "adapt"
-    check_optimizer(optimizer)
+    choice = optimizer_settings(optimizer, optimizer_options or {}, rank, chosen.kind == "adapt", recipe.steps)
     rules = prepare(model, tokenizer, as_documents(data), chosen, rank, recipe, options)
+    if optimizer is not None:
+        choice = chosen_options(optimizer, choice, recipe.steps, model)
 
     def measure() -> dict[str, Any]:
         if evaluation is None:
@@ -117,7 +120,7 @@ def finetune(
             rows,
             recipe if directory or recipe.load_best else replace(recipe, save_every=recipe.steps),
             directory or Path(scratch),
-            optimizer=lambda: make_optimizer(optimizer, model, recipe, None if adapts else rank),
+            optimizer=stepping(optimizer, model, recipe, choice),
             rules=rules,
             more=lambda lr: scaled_rates(model, lr),
             measure=measure if evaluation is not None else None,
@@ -130,6 +133,7 @@ def finetune(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(device),
         "packed": rows.packed,
+        **({"optimizer_options": choice} if optimizer else {}),
         **{f"{name}_before": value for name, value in before.items()},
         **measure(),
     }
@@ -209,20 +213,34 @@ def calibration(
     return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed, recipe.bos)
 
 
-def make_optimizer(name: str | None, model: PreTrainedModel, recipe: Recipe, rank: int | None) -> torch.optim.Optimizer:
-    """What the method asks for (AdamW by default, at its rates), or the named preset, by default of its own rank."""
+def stepping(
+    name: str | None, model: PreTrainedModel, recipe: Recipe, options: Mapping[str, Any]
+) -> Callable[[], torch.optim.Optimizer]:
+    """What makes the optimizer: the one that the method asks for (AdamW by default, at its rates), or the named one."""
     if name is None:
-        return adapter_optimizer(model, recipe.lr, recipe.weight_decay)
+        return lambda: adapter_optimizer(model, recipe.lr, recipe.weight_decay)
     if len({group["lr"] for group in parameter_groups(model, recipe.lr)}) > 1:
         raise WeftError(
             f"The method gives its factors learning rates of their own, which --optimizer {name} cannot follow."
         )
-    subspace = {} if rank is None else {"rank": rank}
-    check_options(name, subspace)
-    made: torch.optim.Optimizer = OPTIMIZERS[name](
-        model, lr=recipe.lr, weight_decay=recipe.weight_decay, seed=recipe.seed, **subspace
-    )
-    return made
+    return lambda: make_optimizer(name, model, recipe.lr, recipe.weight_decay, recipe.seed, options)
+
+
+def optimizer_settings(
+    name: str | None, given: Mapping[str, Any], rank: int | None, adapts: bool, steps: int
+) -> dict[str, Any]:
+    """The options of the optimizer that do not depend on the model: those given, --rank where the method does not take
+    it, and what follows the length of the run.
+
+    Raises WeftError for an option that the optimizer has not, or options without an optimizer.
+    """
+    if name is None:
+        if given:
+            raise WeftError("--optimizer-option is for an optimizer that you name: give --optimizer NAME too.")
+        return {}
+    subspace = {} if adapts or rank is None else {"rank": rank}
+    check_options(name, {**subspace, **given})
+    return chosen_options(name, {**subspace, **given}, steps)
 
 
 def scaled_rates(model: PreTrainedModel, lr: float) -> dict[str, float]:
@@ -238,6 +256,7 @@ def run(
     data: str | Path | Sequence[str | Path] | None = None,
     rank: int | None = None,
     optimizer: str | None = None,
+    optimizer_options: Mapping[str, Any] | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
     eval_windows: int | None = None,
     eval_data: str | Path | Sequence[str | Path] | None = None,
@@ -277,7 +296,7 @@ def run(
     recipe, options = split_settings(settings)
     check_method(method, rank, options)
     check_merge(method, merge)
-    check_optimizer(optimizer)
+    optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
     check_judging(recipe, eval_data is not None)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     files = calibration_files() if data is None else data
@@ -298,7 +317,8 @@ def run(
     if evaluation is not None:  # says whether the text is too short
         evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
-    what: dict[str, Any] = {"method": method, "rank": rank, "optimizer": optimizer, "skipped": skipped}
+    stepper = {"optimizer": optimizer, "optimizer_options": optimizer_options}
+    what: dict[str, Any] = {"method": method, "rank": rank, "skipped": skipped, **stepper}
     if dry_run:
         return _rehearsal(recipe, source, tokenizer, documents, **what, **settings)
     with open_output(out, arguments, inputs) as place:
@@ -371,14 +391,3 @@ def check_merge(method: str, merge: bool) -> None:
     """Raises WeftError where there will be no adapter to merge."""
     if merge and find(method).kind != "adapt":
         raise WeftError(f"--merge folds an adapter into its model, and {method} trains none: leave it out.")
-
-
-def check_optimizer(name: str | None) -> None:
-    """Raises WeftError for an unknown optimizer, and for one that takes no gradients."""
-    if name is not None and name not in OPTIMIZERS:
-        raise unknown("optimizer", name, OPTIMIZERS)
-    if name in WITHOUT_BACKWARD:
-        raise WeftError(
-            f"--optimizer {name} asks for a loss and no gradient, which the training loop does not offer; "
-            "call weft.optim.mezo in a loop of your own, as docs/optim.md shows."
-        )

@@ -34,7 +34,7 @@ from weft.runs.loading import load_tokenizer, resolve_dtype
 from weft.runs.output import check_output, keep_logs, open_output
 from weft.runs.record import begin
 from weft.train.metrics import OneStep
-from weft.train.optimizers import WITHOUT_BACKWARD, check_options, default_options, default_rate, make_optimizer
+from weft.train.optimizers import check_options, chosen_options, default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import configuration, factorised, fresh_model
 from weft.train.sources import read_texts, source_files
@@ -117,6 +117,7 @@ def pretrain(
         found = evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows, bos=recipe.bos)
         return {"perplexity": found["perplexity"]}
 
+    options = chosen_options(optimizer, options, recipe.steps, model)
     made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
     plan = _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
     rules: list[Rule] = [Refactorise(refactorise)] if refactorise else []
@@ -149,6 +150,7 @@ def pretrain(
         "parameters": model_size(model)[0],
         "tokens": count * recipe.window,
         "epochs": count / windows,
+        "optimizer_options": options,
         "optimizer_bytes": state_bytes(made),
         **first_and_last(log),
         "seconds": time.perf_counter() - began,
@@ -162,6 +164,7 @@ def run(
     *,
     size: str = "9m",
     optimizer: str = "adamw",
+    optimizer_options: Mapping[str, Any] | None = None,
     rank: float | None = None,
     text: str | Path | Sequence[str | Path] | None = None,
     tokenizer: str = "pico",
@@ -185,7 +188,10 @@ def run(
     `metrics.jsonl`.
 
     Args:
-        rank: of the optimizer's subspace, or below 1 its share of a matrix's side; None for the published one.
+        rank: of the optimizer's subspace, or below 1 its share of a matrix's side; None for the published one at this
+            size.
+        optimizer_options: of the optimizer: refresh, scale ...; among `settings` they count as well. By default the
+            published ones, which follow the size of the model and the length of the run.
         text: files or directories; None for Python's own sources.
         tokenizer: a model whose tokenizer to take.
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
@@ -198,7 +204,7 @@ def run(
         KeyboardInterrupt: a signal came; the same call goes on from the last step to the same bits.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
-    recipe, options = _settings(optimizer, rank, lr, warmup, settings)
+    recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
     if optimizer == "gradnormlorp" and low_rank is not None:
         options.setdefault("normalize", False)  # factors are projected as they are
     _check_rules(refactorise, reset_moments, low_rank, recipe.steps)
@@ -238,8 +244,6 @@ def _settings(
     optimizer: str, rank: float | None, lr: float | None, warmup: int | None, settings: Mapping[str, Any]
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the optimizer's own rate, and what is left for the optimizer."""
-    if optimizer in WITHOUT_BACKWARD:
-        raise WeftError(f"--optimizer {optimizer} trains without gradients, which cannot start from random weights.")
     known = {field.name for field in fields(Recipe)}
     options = {key: value for key, value in settings.items() if key not in known}
     if rank is not None:
@@ -248,7 +252,8 @@ def _settings(
     recipe = {"window": 256, "batch": 16, "clip": 0.0} | {k: v for k, v in settings.items() if k in known}
     recipe["lr"] = default_rate(optimizer) if lr is None else lr
     recipe["warmup"] = int(recipe.get("steps", Recipe.steps)) // 10 if warmup is None else warmup
-    return Recipe(**recipe), options
+    made = Recipe(**recipe)
+    return made, chosen_options(optimizer, options, made.steps)
 
 
 def _rank(optimizer: str, rank: float) -> float:
@@ -291,7 +296,8 @@ def _rehearse(
     """Make the model and its optimizer without storage: raises what would be raised once they are large."""
     with torch.device("meta"):
         model, base = build(size, tokenizer, recipe.window, recipe.seed, **shape)
-    make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
+    chosen = chosen_options(optimizer, options, recipe.steps, model)
+    make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, chosen, base, decay)
 
 
 def _period(optimizer: str, options: Mapping[str, Any]) -> int | None:
@@ -307,7 +313,7 @@ def _schedule(name: str, recipe: Recipe, restart: int, period: int | None) -> sc
     """The factor of the peak rate at each step, warmed up again after each `period` where `restart` asks for it."""
     plans = {
         "cosine": lambda: schedules.cosine(recipe.steps, recipe.warmup),
-        "wsd": lambda: schedules.wsd(recipe.steps, recipe.warmup, recipe.steps // 5),
+        "wsd": lambda: schedules.wsd(recipe.steps, recipe.warmup, max(1, recipe.steps // 5)),
         "constant": lambda: schedules.constant(recipe.warmup),
     }
     if name not in plans:
