@@ -120,8 +120,6 @@ def pretrain(
     options = chosen_options(optimizer, options, recipe.steps, model)
     made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
     plan = _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
-    rules: list[Rule] = [Refactorise(refactorise)] if refactorise else []
-    rules += [ResetMoments(reset_moments)] if reset_moments else []
     device = next(model.parameters()).device
     reset_peak_memory(device)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -138,7 +136,7 @@ def pretrain(
             optimizer=lambda: made,
             scheduler=lambda optim: LambdaLR(optim, plan),
             widen=False,
-            rules=rules,
+            rules=_rules(refactorise, reset_moments),
             measure=measure if evaluation is not None else None,
             callbacks=callbacks,
         )
@@ -265,6 +263,11 @@ def _rank(optimizer: str, rank: float) -> float:
     if not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
         raise WeftError(f"--rank is {rank:g}: give a whole number from 1, or below 1 the share of a matrix's side.")
     return int(rank) if rank >= 1 else rank
+
+
+def _rules(refactorise: int | None, reset_moments: int | None) -> list[Rule]:
+    found: list[Rule] = [Refactorise(refactorise)] if refactorise else []
+    return found + ([ResetMoments(reset_moments)] if reset_moments else [])
 
 
 def _check_rules(refactorise: int | None, reset_moments: int | None, low_rank: int | None, steps: int) -> None:
