@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from weft.embedded import model_path
+
+# no deadline: a busy machine is no fault of the code; tests that need more examples than 50 say so
+settings.register_profile("weft", deadline=None, max_examples=50)
+settings.load_profile("weft")
 
 
 @pytest.fixture(scope="session")
