@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, work
+from weft.cli.answer import print_facts, print_json, print_table, work
 from weft.cli.options import Bos, Device, Dtype, Json, Model, Seed, TrustRemoteCode, Window
 
 __all__ = ["command"]
@@ -24,6 +24,14 @@ def command(
         int | None, typer.Option(help="Tokens from one window to the next; the window.", show_default=False)
     ] = None,
     windows: Annotated[int | None, typer.Option(help="How many windows; all.", show_default=False)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead, names or files: a,b.yaml.", show_default=False),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task; all.", show_default=False)] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter's directory (weft's or PEFT's), put on first.", show_default=False)
+    ] = None,
     bos: Bos = None,
     seed: Seed = 0,
     json: Json = False,
@@ -34,5 +42,10 @@ def command(
     """Measure perplexity, speed and size."""
     arguments = locals()
     del arguments["json"]
+    arguments["tasks"] = None if tasks is None else [task for task in tasks.split(",") if task]
     result = work("evaluate", **arguments)
-    print_json(result) if json else print_facts(result)
+    if json or tasks is None:
+        print_json(result) if json else print_facts(result)
+        return
+    rows = [(task, *measure) for task, found in result["tasks"].items() for measure in found.items()]
+    print_table({"task": "left", "measure": "left", "": "right"}, rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import peft.tuners.tuners_utils as tuners
 from peft.tuners.lora.config import LoraConfig
@@ -47,20 +47,25 @@ class LoraSumLinear(Linear):  # type: ignore[misc]
         """Make the adapters terms of the sum."""
         for name in tuners.check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
-                B, A = self.lora_B[name].weight.detach(), self.lora_A[name].weight.detach()
+                B, A = (cast(Any, factor)[name].weight.detach() for factor in (self.lora_B, self.lora_A))
                 term = LowRank.from_factors(B.clone(), A.clone(), scale=self.scaling[name])
-                self.get_base_layer().terms[f"peft_{name}"] = term
+                self._sum().terms[f"peft_{name}"] = term
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take them out of the sum again."""
         while self.merged_adapters:
-            del self.get_base_layer().terms[f"peft_{self.merged_adapters.pop()}"]
+            del self._sum().terms[f"peft_{self.merged_adapters.pop()}"]
+
+    def _sum(self) -> SumLinear:
+        base: SumLinear = cast(Any, self).get_base_layer()
+        return base
 
 
 def register() -> None:
     """Have every LoraConfig know sums of terms, and "all-linear" find them. Safe to repeat."""
-    after, find = LoraConfig.__post_init__, tuners._maybe_include_all_linear_layers
+    theirs, config = cast(Any, tuners), cast(Any, LoraConfig)  # what they keep to themselves
+    after, find = config.__post_init__, theirs._maybe_include_all_linear_layers
     if getattr(find, "_weft", False):
         return
 
@@ -80,7 +85,7 @@ def register() -> None:
         return found
 
     include._weft = True  # type: ignore[attr-defined]
-    LoraConfig.__post_init__, tuners._maybe_include_all_linear_layers = post_init, include
+    config.__post_init__, theirs._maybe_include_all_linear_layers = post_init, include
 
 
 register()

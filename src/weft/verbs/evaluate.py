@@ -29,12 +29,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
+from weft.io.adapters import check_directory, load_adapter
 from weft.io.precision import saved_size as model_size
 from weft.runs.calibration import say_default
-from weft.runs.loading import load_config, load_model, load_tokenizer
+from weft.runs.loading import has_tokenizer, load_config, load_model, load_tokenizer
 from weft.seeds import check_seed
 from weft.train.sources import read_texts
 from weft.train.windows import Window, check_ids, cut, evaluation_windows, opening, token_stream
+from weft.verbs.tasks import check_tasks, evaluate_tasks
 
 __all__ = ["check_causal", "check_context", "evaluate", "model_size", "peak_memory", "reset_peak_memory", "run"]
 
@@ -131,6 +133,9 @@ def run(
     stride: int | None = None,
     windows: int | None = None,
     bos: bool | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    adapter: str | Path | None = None,
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
@@ -140,11 +145,19 @@ def run(
 
     Args:
         text: files or directories as `weft.train.sources.read_texts` takes them; None for the held-out Python sources.
-        seed: accepted as by every verb; nothing here is random.
+        tasks: of lm-evaluation-harness, by name or file, to be measured instead of text, `limit` questions of each.
+        adapter: directory of an adapter, weft's or PEFT's, to put on first.
+        seed: of the examples that a task shows; on text nothing is random.
 
     Raises WeftError for any argument that cannot work, before the model is loaded where it can be told.
     """
     check_seed(seed)
+    if adapter is not None:
+        check_directory(adapter)
+    if tasks is not None:
+        return _run_tasks(
+            model, tasks, limit, adapter, seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     evaluation_windows(window, window, stride)  # says what is wrong with either
     if text is None:
         say_default(model, "evaluation", "Python sources held out", "--text")
@@ -152,13 +165,33 @@ def run(
     config = load_config(model, trust_remote_code=trust_remote_code)
     check_causal(config)
     check_context(config, window)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(model, adapter, trust_remote_code)
     stream = token_stream(tokenizer, texts)
     check_ids(stream, config, tokenizer)
     plan_of(stream, opening(tokenizer, bos), window, stride, windows)  # says whether the text is too short
     source = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        load_adapter(source, adapter)
     found = evaluate(source, tokenizer, texts, window=window, stride=stride, windows=windows, bos=bos)
     return {"model": model, **found}
+
+
+def _run_tasks(
+    model: str, tasks: Sequence[str], limit: int | None, adapter: str | Path | None, seed: int, **how: Any
+) -> dict[str, Any]:
+    """The same on tasks of lm-evaluation-harness: task -> what it measures."""
+    check_tasks(tasks)
+    tokenizer = _tokenizer(model, adapter, how["trust_remote_code"])
+    source = load_model(model, **how)
+    if adapter is not None:
+        load_adapter(source, adapter)
+    return {"model": model, "tasks": evaluate_tasks(source, tokenizer, tasks, limit=limit, seed=seed)}
+
+
+def _tokenizer(model: str, adapter: str | Path | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The adapter's own where it brings one."""
+    home = model if adapter is None or not has_tokenizer(adapter) else str(adapter)
+    return load_tokenizer(home, trust_remote_code=trust_remote_code)
 
 
 @torch.no_grad()

@@ -1,0 +1,133 @@
+"""The tools around weft, each with its real package where it is installed: `pip install 'weft[integrations]'`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import weft
+from weft.errors import WeftError
+from weft.terms import SumLinear
+from weft.verbs import evaluate
+
+TASK = """task: sums
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
+    rows = [{"question": f"{i} and {i} is", "choices": [f" {2 * i}", f" {2 * i + 1}"], "answer": 0} for i in range(6)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.yaml").write_text(TASK.format(data=tmp_path / "sums.jsonl"))
+    return tmp_path / "sums.yaml"
+
+
+@pytest.fixture
+def smaller(tiny_directory: Path, tmp_path: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    weft.compress(model, "svd", budget=0.7)
+    model.save_pretrained(tmp_path / "smaller")
+    AutoTokenizer.from_pretrained(tiny_directory).save_pretrained(tmp_path / "smaller")
+    return tmp_path / "smaller"
+
+
+def test_tasks_of_the_harness(smaller: Path, task_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    model = weft.adapt(AutoModelForCausalLM.from_pretrained(smaller), "lora", 2)
+    for parameter in weft.trainable(model).parameters.values():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    weft.save_adapter(model, tmp_path / "adapter")
+    plain = evaluate.run(str(smaller), tasks=[str(task_file)], device="cpu")
+    moved = evaluate.run(str(smaller), tasks=[str(task_file)], adapter=tmp_path / "adapter", limit=4, device="cpu")
+    assert 0 <= plain["tasks"]["sums"]["acc"] <= 1 and set(moved["tasks"]["sums"]) >= {"acc", "acc_stderr"}
+    with pytest.raises(WeftError, match="no task file"):
+        evaluate.run(str(smaller), tasks=[str(tmp_path / "absent.yaml")])
+
+
+def test_the_harness_own_command_opens_a_weft_directory(smaller: Path, task_file: Path, tmp_path: Path) -> None:
+    """It looks into transformers' table of quantisers before any model is imported."""
+    pytest.importorskip("lm_eval")
+    code = "import weft, sys; from lm_eval.__main__ import cli_evaluate; sys.argv[0] = 'lm_eval'; cli_evaluate()"
+    words = ["--model", "hf", "--model_args", f"pretrained={smaller}", "--tasks", str(task_file), "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "sums" in done.stdout, done.stderr[-2000:]
+
+
+def test_without_the_harness_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(WeftError, match=r"pip install 'weft\[eval\]'"):
+        evaluate.run("pico", tasks=["hellaswag"])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("who", ["weft", "peft"])
+def test_trl_trains(kind: str, who: str, smaller: Path, tmp_path: Path) -> None:
+    """A compressed model, by weft's adapter or through TRL's `peft_config`; two steps move what is trained alone."""
+    trl = pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smaller), AutoTokenizer.from_pretrained(smaller)
+    if who == "weft":
+        weft.adapt(model, "lora", 2)
+    config = None if who == "weft" else peft.LoraConfig(r=2, target_modules="all-linear")
+    common: dict[str, Any] = {
+        "output_dir": str(tmp_path / "out"), "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
+    }  # fmt: skip
+    if kind == "sft":
+        rows = datasets.Dataset.from_list([{"text": f"{i} and {i} is {2 * i}"} for i in range(8)])
+        trainer = trl.SFTTrainer(
+            model, trl.SFTConfig(max_length=32, **common), train_dataset=rows, processing_class=tokenizer,
+            peft_config=config,
+        )  # fmt: skip
+    else:
+        rows = datasets.Dataset.from_list(
+            [{"prompt": f"{i} and {i} is", "chosen": f" {2 * i}", "rejected": f" {3 * i}"} for i in range(8)]
+        )
+        trainer = trl.DPOTrainer(
+            model, args=trl.DPOConfig(max_length=32, **common), train_dataset=rows, processing_class=tokenizer,
+            peft_config=config,
+        )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and moved <= set(weft.trainable(trainer.model).parameters)
+    assert any(isinstance(module, SumLinear) for module in trainer.model.modules())
+
+
+def test_sentence_transformers_opens_a_compressed_encoder(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    from weft.embedded import model_path
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=8192, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    model = BertModel(config)
+    weft.compress(model, "svd", budget=0.7)
+    model.save_pretrained(tmp_path / "encoder")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path())
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    encoder = st.SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    assert any(isinstance(module, SumLinear) for module in encoder.modules())
+    assert encoder.encode(["a sentence", "another"]).shape == (2, 32)
