@@ -3,8 +3,8 @@
     K = mean over positions of KL(softmax(z / T) || softmax(z' / T)),   z of the model as it is, z' with the layers cut
 
 T = 0.6, positions from 256 on (in shorter windows from their middle on), as in Thoma et al., 2026 (openreview
-IjIgNPFuCt). Deviations: four windows, spread over the calibration text, are enough for a difference on the same
-tokens.
+IjIgNPFuCt).
+Deviations: four windows, spread over the calibration text, are enough for a difference on the same tokens.
 """
 
 from __future__ import annotations
