@@ -113,7 +113,7 @@ ROOMS = ("methods", "optim", "rules", "merging", "allocate")
 MACHINERY = {
     *("methods/adapter.py", "methods/full.py", "rules/hooks.py"),
     *("rules/replicated.py", "rules/sharded.py", "rules/schedule.py", "rules/scope.py"),
-    *("optim/batch.py", "optim/closure.py"),
+    *("optim/batch.py", "optim/closure.py", "optim/published.py", "optim/record.py"),
     *("optim/distributed.py", "optim/lowrank.py", "optim/parameters.py", "optim/seeds.py", "optim/state.py"),
     *("allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),
     *("allocate/base.py", "allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),

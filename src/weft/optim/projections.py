@@ -285,7 +285,7 @@ class Blocks:
     others only the residual. Moments exist for the active ones alone and start anew with each period.
 
     order: "random", or a window that moves through the group "ascending" or "descending", or "mirror": one that moves
-        from both ends at once, for an even number of active matrices.
+    from both ends at once, for an even number of active matrices.
     """
 
     density: float

@@ -56,7 +56,8 @@ def adagrad(model: Model, lr: float = 1e-2, *, eps: float = 1e-10, **options: An
 def adagrad_norm(model: Model, lr: float = 1e-2, *, eps: float = 1e-10, **options: Any) -> LowRank:
     """AdaGrad-Norm: a <- a + ||G||^2, W -= lr G / (sqrt(a) + eps), with one number a for a weight.
 
-    Source: Ward, Wu and Bottou, 2019, arXiv 1806.01811. Deviations: a number for each weight, not one for the model.
+    Source: Ward, Wu and Bottou, 2019, arXiv 1806.01811.
+    Deviations: a number for each weight, not one for the model.
     """
     return _whole(model, lr, AdaGradNorm(eps), options)
 
