@@ -52,14 +52,14 @@ def check_adapter(method: str | Method) -> None:
     Raises:
         AssertionError: a property does not hold; its name is in the message.
     """
-    method = METHODS.find(method)
+    chosen = METHODS.find(method)
     for name, check in PROPERTIES.items():
-        if name in method.exempt:
+        if name in chosen.exempt:
             continue
         try:
-            check(method)
+            check(chosen)
         except AssertionError as error:
-            raise AssertionError(f"{method.name}: the property {name!r} does not hold: {error}") from error
+            raise AssertionError(f"{chosen.name}: the property {name!r} does not hold: {error}") from error
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -20,6 +20,8 @@ from weft.kernels.normal_float import NF4, Format
 from weft.methods import METHODS, Method, Site
 from weft.methods.base import Moments
 from weft.methods.lq_lora import SHORT_GRID, choose_formats, fisher_roots
+from weft.methods.normal_float import WIDTHS
+from weft.records import load_entry_points
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.record import begin
@@ -92,7 +94,7 @@ def quantize(
 
 
 def _find(scheme: str) -> Method:
-    METHODS.find("lora")  # so that what installed packages offer is there
+    load_entry_points()
     if scheme not in schemes():
         raise unknown("scheme of quantisation", scheme, schemes())
     return schemes()[scheme]
@@ -165,8 +167,7 @@ def _scheme(scheme: str | None, bits: float | None) -> str:
     if scheme is None and bits is None:
         return "nf4"
     if scheme is None:
-        widths = [size for size, _ in METHODS["nf"].sizes(Shape(64, 64), METHODS["nf"].options({}))]
-        if bits not in widths:
+        if bits not in WIDTHS:
             raise WeftError(f"{bits:g} bits are not possible; give 2, 3, 4 or 8, or a mean with --scheme lq-lora.")
         return f"nf{bits:g}"
     method = _find(scheme)
