@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,12 @@ def test_model_card_says_what_is_known(model: LlamaForCausalLM) -> None:
     mark(model, method="svd-llm")
     card = model_card(model, RUN)
     front = front_matter(card)
-    assert front == {"library_name": "transformers", "base_model": "some-org/some-model", "tags": ["weft", "svd-llm"]}
+    assert front == {
+        "base_model": "some-org/some-model",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["weft", "svd-llm"],
+    }
     assert "import weft" in card and f'{type(model).__name__}.from_pretrained("' in card
     for row in ("| before.perplexity | 8.2 |", "| perplexity | 9.25 |", "| budget | 0.6 |", "| torch | 2.13.0 |"):
         assert row in card
@@ -44,7 +50,8 @@ def test_model_card_says_what_is_known(model: LlamaForCausalLM) -> None:
 
 
 def test_model_card_says_no_more_than_is_known(model: LlamaForCausalLM, tmp_path: Path) -> None:
-    assert front_matter(model_card(model, {})) == {"library_name": "transformers", "tags": ["weft"]}
+    known = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["weft"]}
+    assert front_matter(model_card(model, {})) == known
     local = model_card(model, {"arguments": {"model": str(tmp_path)}})
     assert "base_model" not in front_matter(local)
 
@@ -86,3 +93,44 @@ def test_a_full_disk_leaves_nothing(model: LlamaForCausalLM, tmp_path: Path, mon
         with open_output(tmp_path / "out", {}) as place:
             save_model(model, None, place.path)
     assert written and not list(tmp_path.iterdir())
+
+
+CARD = """---
+license: other
+license_name: some-licence
+language: [en]
+base_model: some-org/base
+pipeline_tag: text-generation
+tags: [theirs]
+---
+# Theirs
+"""
+
+
+def test_what_belongs_to_a_model_goes_along_and_its_card_hands_down_the_licence(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """As a sentence-transformers directory: modules.json names a pooling module in a folder of its own."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    model.save_pretrained(source)
+    modules = [{"idx": 0, "path": "", "type": "T"}, {"idx": 1, "path": "1_Pooling", "type": "P"}, {"path": "../secret"}]
+    (tmp_path / "secret").mkdir()
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    for name, text in {
+        "modules.json": json.dumps(modules),
+        "LICENSE": "ours",
+        "README.md": CARD,
+        "x.bin": "no",
+    }.items():
+        (source / name).write_text(text)
+    loaded = AutoModelForCausalLM.from_pretrained(source)
+    save_model(loaded, None, out, run={"command": "merge", "arguments": {"model": str(source), "data": "a/b/c.txt"}})
+    there = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert {"modules.json", "1_Pooling/config.json", "LICENSE"} <= there
+    assert not [name for name in there if "secret" in name or name == "x.bin"]
+    card = (out / "README.md").read_text()
+    front = front_matter(card)
+    assert front["license_name"] == "some-licence" and front["base_model"] == "some-org/base"
+    assert front["language"] == ["en"] and front["tags"] == ["weft"]
+    assert str(tmp_path) not in card and "| data | c.txt |" in card and "| model | source |" in card

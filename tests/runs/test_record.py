@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
@@ -36,3 +37,17 @@ def test_jsonable_is_strict_json() -> None:
     value = {"a": math.nan, "b": (1, torch.tensor([2.0, math.inf])), 3: Path("x"), "t": True, "n": None}
     assert jsonable(value) == {"a": None, "b": [1, [2.0, None]], "3": "x", "t": True, "n": None}
     json.dumps(jsonable(value), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "sentence"),
+    [
+        ({"bytes_before": 269_030_016, "bytes": 453_000_000}, "larger than the input: 453.0 MB against 269.0 MB"),
+        ({"update_lost": 0.89}, "loses 89% of the adapter's update: write the merged model with --dtype float32"),
+        ({"bytes_before": 10, "bytes": 9, "update_lost": 0.01}, ""),
+    ],
+)
+def test_what_asks_for_a_decision_is_said(tmp_path, capsys, metrics, sentence) -> None:
+    begin("merge", {}).write(tmp_path, metrics)
+    said = capsys.readouterr().err
+    assert sentence in said and bool(said) == bool(sentence)

@@ -1,27 +1,28 @@
-"""Writing a model directory: weights, config, tokenizer, and a model card that says how the model was made."""
+"""Writing a model directory: weights, config, tokenizer, what else belongs to the model, and a model card that says how
+it was made.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Mapping
+import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from weft.io.adapters import base_name, read_adapter
-from weft.io.peft_config import CONFIG as PEFT_CONFIG
+from weft.io.cards import Run, adapter_card, model_card, source_directory
 from weft.io.precision import as_stored
-from weft.io.quantizer import remark, sum_specs
+from weft.io.quantizer import remark
 
 __all__ = ["adapter_card", "model_card", "save_model"]
 
-Run = Mapping[str, Any]
-"""The record of a run, as in `run.json`: command, arguments, versions, metrics ..."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_BESIDE = (
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+"""Files that belong to a model and are neither weights nor written by transformers."""
 
 
 def save_model(
@@ -49,95 +50,21 @@ def save_model(
         model.save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    source = source_directory(model.name_or_path) if model.name_or_path else None
+    if source is not None and source.resolve() != directory.resolve():
+        _copy_companions(source, directory)
     (directory / "README.md").write_text(model_card(model, run or {}), encoding="utf-8")
 
 
-def model_card(model: PreTrainedModel, run: Run) -> str:
-    """The README.md of a model directory, front matter included; only what the model and the record of the run tell."""
-    config = getattr(model.config, "quantization_config", None)
-    base = str(run.get("arguments", {}).get("model", ""))
-    on_hub = _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
-    front = ["---", "library_name: transformers", *([f"base_model: {base}"] if on_hub else []), "tags:", "- weft"]
-    front += [f"- {config.method}"] if config and config.method else []
-    title = f"# {Path(base).name or type(model).__name__}, {'a sum of terms' if config else 'dense'}"
-    made = f"Made by `weft {run['command']}`" if "command" in run else "Made by [weft](https://pypi.org/project/weft)"
-    sections = [
-        "\n".join([*front, "---"]),
-        title,
-        f"{made}: {_summary(model)}",
-        _usage(model),
-        _table("Measured", run.get("metrics", {})),
-        _table("Arguments", run.get("arguments", {})),
-        _table("Versions", run.get("versions", {})),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def adapter_card(directory: Path, run: Run) -> str:
-    """The README.md of an adapter's directory, front matter included; only what its files and the run tell."""
-    base, peft = base_name(directory), (directory / PEFT_CONFIG).is_file()
-    method = read_adapter(directory).adapter.method
-    on_hub = _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
-    tags = [*([f"base_model:adapter:{base}"] if on_hub else []), *(["lora"] if peft else []), "weft", method]
-    front = [
-        "---",
-        *([f"base_model: {base}"] if on_hub else []),
-        f"library_name: {'peft' if peft else 'weft'}",
-        "tags:",
-    ]
-    weft = ["import weft", "", 'weft.load_adapter(model, "path-of-this-directory")']
-    usage = ["from peft import PeftModel", "", 'PeftModel.from_pretrained(model, "path-of-this-directory")', ""] * peft
-    sections = [
-        "\n".join([*front, *(f"- {tag}" for tag in dict.fromkeys(tags)), "---"]),
-        f"# {Path(base).name}, a {method} adapter",
-        f"Made by `weft {run.get('command', 'finetune')}` on {base if on_hub else Path(base).name}, `model` here:",
-        "\n".join(["```python", *usage, *weft, "```"]),
-        _table("Measured", run.get("metrics", {})),
-        _table("Arguments", run.get("arguments", {})),
-        _table("Versions", run.get("versions", {})),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _summary(model: PreTrainedModel) -> str:
-    parameters, sums = model.num_parameters(), sum_specs(model)
-    kinds = sorted({term["kind"].replace("_", "-") for spec in sums.values() for term in spec["terms"].values()})
-    what = (
-        f"{len(sums)} weight matrices are sums of {' and '.join(kinds)} terms"
-        if sums
-        else "every weight matrix is dense"
-    )
-    return f"a {type(model).__name__} of {parameters:,} parameters, in which {what}."
-
-
-def _usage(model: PreTrainedModel) -> str:
-    lines = [
-        f"from transformers import {type(model).__name__}",
-        "",
-        f'model = {type(model).__name__}.from_pretrained("path-or-hub-id")',
-    ]
-    if sum_specs(model):
-        lines.insert(0, "import weft  # teaches transformers to load it: pip install weft")
-    return "\n".join(["```python", *lines, "```"])
-
-
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    """A Markdown table of the numbers and names among `values`, or nothing."""
-    rows = [f"| {key} | {_cell(value)} |" for key, value in _flat(values) if value is not None]
-    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *rows]) if rows else ""
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as dotted keys; lists, which are long, left out."""
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat += _flat(value, f"{prefix}{key}.")
-        elif not isinstance(value, list | tuple):
-            flat.append((f"{prefix}{key}", value))
-    return flat
-
-
-def _cell(value: Any) -> str:
-    shown = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    return shown.replace("|", "\\|").replace("\n", " ")
+def _copy_companions(source: Path, directory: Path) -> None:
+    """What lies beside the weights and makes them work: processors, licences, the further modules (pooling,
+    normalisation) of a sentence-transformers model.
+    """
+    for file in (file for pattern in _BESIDE for file in source.glob(pattern) if file.is_file()):
+        if not (directory / file.name).exists():
+            shutil.copy(file, directory / file.name)
+    modules = source / "modules.json"
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []:
+        folder = (source / str(module.get("path", ""))).resolve()
+        if folder.is_dir() and folder.parent == source.resolve():
+            shutil.copytree(folder, directory / folder.name, dirs_exist_ok=True)

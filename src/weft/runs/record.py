@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +15,15 @@ import torch
 
 import weft
 from weft.files import jsonable, write_json
+from weft.progress import say
 
 __all__ = ["Run", "begin"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+NOTABLE = 0.1
+"""The share of an update that may be lost to rounding without a word."""
 
 
 @dataclass
@@ -34,17 +39,30 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def write(self, output: Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the record atomically and return it.
+        """Write the record atomically and return it; say what in the metrics asks for a decision.
 
         Args:
             output: a directory, which gets `run.json`; or a file such as report.html, which gets report.run.json
                 beside it.
         """
         self.metrics = jsonable(dict(metrics))
+        for sentence in _advice(metrics):
+            say(sentence, always=True)
         record = {**asdict(self), "finished": _now()}
         path = output / "run.json" if output.is_dir() else output.with_suffix(".run.json")
         write_json(path, record)
         return record
+
+
+def _advice(metrics: Mapping[str, Any]) -> Iterator[str]:
+    before, after, lost = (metrics.get(key) or 0 for key in ("bytes_before", "bytes", "update_lost"))
+    if before and after > before:
+        yield f"The output is larger than the input: {after / 1e6:,.1f} MB against {before / 1e6:,.1f} MB."
+    if lost > NOTABLE:
+        yield (
+            f"Rounding to the model's dtype loses {lost:.0%} of the adapter's update: write the merged model with "
+            "--dtype float32, or keep the adapter apart."
+        )
 
 
 def begin(
