@@ -1,7 +1,6 @@
 """Which text a verb reads where none was given, said aloud; and whether it is enough to calibrate on.
 
-Calibration text decides what is kept: SmolLM2-135M at a budget of 0.8 by svd-llm goes to ten times the perplexity on
-prose when it is calibrated on source code (docs/verbs/compress.md).
+Calibration text decides what is kept: a model of prose that is calibrated on source code alone loses its prose.
 """
 
 from __future__ import annotations
