@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from typing import Any
 
 import pytest
 import torch
@@ -49,3 +51,20 @@ def test_a_budget_below_the_least_is_refused():
     costs, sizes = problem(0)
     with pytest.raises(WeftError, match="smallest options together take"):
         choose(costs, sizes, 0.5)
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import scipy.optimize
+
+    solve = scipy.optimize.milp
+
+    def talkative(*args: Any, **settings: Any) -> Any:
+        os.write(1, b"HighsMipSolverData")
+        return solve(*args, **settings)
+
+    monkeypatch.setattr(scipy.optimize, "milp", talkative)
+    assert choose(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 2.0]]), 2) == [1]
+    print("the answer")
+    assert capfd.readouterr() == ("the answer\n", "HighsMipSolverData")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,12 @@ def test_at_equal_ranks_it_is_kfac_svd_in_fewer_bytes() -> None:
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9), (1, 5)])
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 9), (1, 5), (64, 16), (400, 40)])
 def test_sizes_are_the_bytes_of_the_terms_and_grow(shape: tuple[int, int], itemsize: int) -> None:
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     sizes = pifa.sizes(Shape(*shape, itemsize), {})
-    assert [rank for rank, _ in sizes] == list(range(1, min(shape)))
-    assert sizes == sorted(sizes, key=lambda size: size[1])
+    assert {rank for rank, _ in sizes} <= set(range(1, min(shape))) and len(sizes) >= min(shape) - 3
+    assert all(a < b and m < n for (a, m), (b, n) in pairwise(sizes))
     for rank, nbytes in sizes:
         term = pifa.pivoted(torch.randn(shape[0], rank).to(dtype), torch.randn(rank, shape[1]).to(dtype))
         assert term.nbytes == nbytes

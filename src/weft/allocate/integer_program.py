@@ -8,7 +8,10 @@ of choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -69,14 +72,28 @@ def choose(costs: Tensor, sizes: Tensor, budget: float, *, gap: float = 1e-6, se
     cost = (costs.double() / costs.double().sum().clamp(min=1e-300) * costs.numel()).numpy().ravel()
     size = (sizes.double() / budget).numpy().reshape(1, -1)
     one_each = kron(csr_array(np.eye(layers)), np.ones((1, options)), format="csr")
-    found = milp(
-        cost,
-        integrality=np.ones_like(cost),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, 1)],
-        options={"mip_rel_gap": gap, "time_limit": seconds},
-    )
+    with _nothing_on_stdout():
+        found = milp(
+            cost,
+            integrality=np.ones_like(cost),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, 1)],
+            options={"mip_rel_gap": gap, "time_limit": seconds},
+        )
     if found.x is None:
         raise WeftError(f"No choice was found within {seconds:g} seconds ({found.message}); give it more time.")
     choice: list[int] = found.x.reshape(layers, options).argmax(1).tolist()
     return choice
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """What the solver's C++ prints, in spite of its options, goes to stderr: stdout may be a JSON answer."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

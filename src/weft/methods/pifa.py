@@ -33,10 +33,13 @@ def pivoted(B: Tensor, A: Tensor) -> Any:
 
 
 def sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """(rank, bytes) for every rank below min(out, in): the numbers, and four bytes for the place of each row."""
+    """(rank, bytes) for the ranks below min(out, in), less those that a higher one undercuts: the numbers, and four
+    bytes for the place of each row.
+    """
     out, inn = shape
     factors = [(r, r * (out + inn) * shape.itemsize) for r in range(1, min(out, inn))]
-    return [(r, n - r * r * shape.itemsize + 4 * out if _pivots_save(out, r) else n) for r, n in factors]
+    sizes = [(r, n - r * r * shape.itemsize + 4 * out if _pivots_save(out, r) else n) for r, n in factors]
+    return [(r, n) for i, (r, n) in enumerate(sizes) if all(n < more for _, more in sizes[i + 1 : i + 3])]
 
 
 def _pivots_save(out: int, rank: int) -> bool:
