@@ -209,24 +209,41 @@ def losses(rows: list[dict[str, Any]]) -> list[str]:
         f"{method} at {budget}: {best[budget]:.3f} against {by[method, 'uniform'][budget]:.3f}"
         for (method, allocation), best in by.items()
         if allocation == "best" and (method, "uniform") in by
-        for budget in best
+        for budget in best.keys() & by[method, "uniform"].keys()
         if best[budget] > by[method, "uniform"][budget]
     ]
 
 
 def write(args: argparse.Namespace, dense: float, rows: list[dict[str, Any]], seconds: dict[str, float]) -> None:
-    """The report so far, with what the file held of other rows."""
+    """The report so far, with what the file held of other rows and budgets; another seed's rows go to its "draws"."""
     if not args.json:
         return
-    before = json.loads(args.json.read_text()) if args.json.is_file() else {"rows": [], "seconds": {}}
-    ours = {(row["method"], row["allocate"]) for row in rows}
-    kept = [row for row in before["rows"] if (row["method"], row["allocate"]) not in ours]
-    report = {**before, **environment(args), "dense": dense, "rows": [*kept, *rows]}
+    ours = {**environment(args), "dense": dense, "rows": rows, "seconds": seconds}
+    before = json.loads(args.json.read_text()) if args.json.is_file() else ours
+    args.json.write_text(json.dumps(merged(before, ours), indent=2) + "\n")
+
+
+def merged(before: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """One report of two."""
+    seed = ours["arguments"]["seed"]
+    if seed != before["arguments"]["seed"]:
+        draws = before.get("draws", {})
+        return {**before, "draws": {**draws, str(seed): joined(draws.get(str(seed), []), ours["rows"])}}
+    report = {**before, **ours, "rows": joined(before["rows"], ours["rows"])}
     for name in ("budgets", "methods", "allocations"):
-        there = {**dict.fromkeys(before.get("arguments", {}).get(name, [])), **dict.fromkeys(report["arguments"][name])}
-        report["arguments"][name] = sorted(there, reverse=True) if name == "budgets" else list(there)
-    report |= {"seconds": {**before["seconds"], **seconds}, "best_worse_than_uniform": losses(report["rows"])}
-    args.json.write_text(json.dumps(report, indent=2) + "\n")
+        there = list(dict.fromkeys([*before["arguments"][name], *ours["arguments"][name]]))
+        report["arguments"] |= {name: sorted(there, reverse=True) if name == "budgets" else there}
+    report |= {"seconds": {**before["seconds"], **ours["seconds"]}, "best_worse_than_uniform": losses(report["rows"])}
+    return report
+
+
+def joined(before: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of both, by method and allocation; where both measured a budget, ours."""
+    rows = {(row["method"], row["allocate"]): row for row in before}
+    for row in ours:
+        old = rows.get((row["method"], row["allocate"]), row)
+        rows[row["method"], row["allocate"]] = {**row, "perplexity": {**old["perplexity"], **row["perplexity"]}}
+    return list(rows.values())
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _parameter(parameter: typer.core.TyperArgument | typer.core.TyperOption) -> 
 def readme() -> str:
     """README.md with its table of results."""
     text = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    chosen = [("svd", "uniform"), ("svd-llm", "uniform"), ("svd-llm", "best"), ("kfac-svd", "best")]
+    chosen = [("svd", "uniform"), ("svd-llm", "uniform"), ("svd-llm", "best"), ("kfac-svd", "best"), ("pifa", "best")]
     table = "\n".join(compression_table(*chosen))
     return re.sub(r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
 

@@ -48,6 +48,21 @@ def compression_table(*only: tuple[str, str]) -> list[str]:
         if not only or (row["method"], row["allocate"]) in only:
             cells = [_cell(row["perplexity"].get(str(budget))) for budget in budgets]
             lines.append(f"| {row['method']} | {row['allocate']} | {' | '.join(cells)} |")
+    return lines if only else [*lines, *_draws(found)]
+
+
+def _draws(found: dict[str, Any]) -> list[str]:
+    """The spread over other draws of the calibration text, where there are any."""
+    lines = []
+    for row in found["rows"]:
+        key = row["method"], row["allocate"]
+        again = [r for rows in found.get("draws", {}).values() for r in rows if (r["method"], r["allocate"]) == key]
+        if again:
+            cells = []
+            for budget in again[0]["perplexity"]:
+                values = [r["perplexity"][budget] for r in [row, *again]]
+                cells.append(f"{min(values):.2f} to {max(values):.2f} at {budget}")
+            lines += ["", f"{row['method']} with {row['allocate']}, {len(again) + 1} draws: {', '.join(cells)}."]
     return lines
 
 
