@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from weft.linalg.svd import product_factors
 from weft.rules.refactorise import Refactorise
 from weft.terms import LowRank, Sparse, SumLinear
-from weft.train.sizes import factorised, fresh_model
+from weft.train.sizes import fresh_model
+from weft.verbs.fresh import restructure
 
 
 def model_of(dtype=torch.float32, skew=10.0):
@@ -103,7 +104,7 @@ def test_only_trained_factors_and_only_at_multiples():
 
 def test_the_model_computes_what_it_did():
     sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = factorised(fresh_model(LlamaConfig(**sizes, num_attention_heads=2), 0), 8, 0).eval()
+    model = restructure(fresh_model(LlamaConfig(**sizes, num_attention_heads=2), 0), "low-rank", 8, 0).eval()
     ids = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         before = model(ids).logits

@@ -8,7 +8,8 @@ from transformers import LlamaConfig
 
 import weft.optim
 from weft.rules.reset_moments import ResetMoments
-from weft.train.sizes import factorised, fresh_model
+from weft.train.sizes import fresh_model
+from weft.verbs.fresh import restructure
 
 SIZES = {"vocab_size": 31, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 
@@ -59,7 +60,7 @@ def test_the_step_after_a_reset_is_a_first_step(name):
 
 
 def test_a_factored_model_loses_the_moments_of_its_factors_alone():
-    model = factorised(model_of(), 8, 0)
+    model = restructure(model_of(), "low-rank", 8, 0)
     optimizer = weft.optim.galore(model, rank=4)
     for step in (1, 2):
         gradients(model, step)

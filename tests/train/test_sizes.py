@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.errors import WeftError
 from weft.terms import LowRank
-from weft.train.sizes import SIZES, configuration, factorised, fresh_model
+from weft.train.sizes import SIZES, configuration, fresh_model
+from weft.verbs.fresh import restructure
 
 PUBLISHED = {"60m": 58_073_600}  # of the models that the tables were made with
 
@@ -71,16 +72,16 @@ def test_weights_come_from_the_seed_and_nothing_else_is_drawn():
 
 @pytest.mark.parametrize("rank", [4, 32])
 def test_products_of_factors_are_as_large_as_the_matrices(rank):
-    model = factorised(fresh_model(tiny(), 0), rank, 0)
+    model = restructure(fresh_model(tiny(), 0), "low-rank", rank, 0)
     terms = [m for m in model.modules() if isinstance(m, LowRank)]
     assert len(terms) == 14 and all(t.A.shape[0] == t.B.shape[1] == rank for t in terms)
     products = torch.cat([t.dense().detach().flatten() for t in terms])
     assert abs(float(products.std()) / 0.02 - 1) < 0.05
-    again = factorised(fresh_model(tiny(), 0), rank, 0)
+    again = restructure(fresh_model(tiny(), 0), "low-rank", rank, 0)
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_factors_fit_their_matrices():
     for rank in (0, 65):
-        with pytest.raises(WeftError, match=rf"--low-rank is {rank}: .*q_proj is 64 x 64; give 1 to 64"):
-            factorised(fresh_model(tiny(), 0), rank, 0)
+        with pytest.raises(WeftError, match=rf"Rank {rank} is not possible for low-rank: .*q_proj is 64 x 64; give 1 to 64"):
+            restructure(fresh_model(tiny(), 0), "low-rank", rank, 0)

@@ -277,7 +277,7 @@ MISTAKES = [
     ({"lr": -1.0}, "--lr is -1.0"),
     ({"window": 1}, "--window is 1"),
     ({"seed": -1}, "--seed is -1"),
-    ({"low_rank": 64}, "--low-rank is 64: .*give 1 to 32"),
+    ({"low_rank": 64}, "Rank 64 is not possible for low-rank: .*give 1 to 32"),
     ({"refactorise": 8, "low_rank": 2}, "--refactorise is 8 steps and the run has 8, so that it never takes effect"),
     ({"reset_moments": 9}, "--reset-moments is 9 steps and the run has 8"),
     ({"optimizer": "galore", "rank": 4, "refresh": 8, "restart": 2}, "that --restart follows, is 8 steps"),

@@ -40,6 +40,7 @@ from weft.methods import (
     lora_sb,
     lora_xs,
     loram,
+    low_rank,
     lq_lora,
     mos,
     nola,
@@ -81,6 +82,8 @@ _PAGES: tuple[ModuleType, ...] = (
     normal_float,
     int8,
     eora,
+    # made for fresh layers
+    low_rank,
     # training of what is there
     full,
     # starts of a low-rank product

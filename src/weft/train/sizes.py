@@ -12,10 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from weft.errors import WeftError, unknown
-from weft.terms import LowRank, SumLinear
-from weft.terms.layers import bias_of, linear_layers, replace
 
-__all__ = ["SIZES", "configuration", "factorised", "fresh_model"]
+__all__ = ["SIZES", "configuration", "fresh_model"]
 
 SIZES: dict[str, tuple[int, int, int, int]] = {  # hidden, intermediate, layers, heads
     "9m": (128, 352, 4, 4),
@@ -71,29 +69,3 @@ def fresh_model(config: LlamaConfig, seed: int, *, dtype: torch.dtype = torch.fl
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     return model.to(dtype)  # type: ignore[arg-type]
-
-
-def factorised(model: LlamaForCausalLM, rank: int, seed: int) -> LlamaForCausalLM:
-    """The model with every block's matrix as B A of rank r, trained from scratch: the floor that subspace optimizers
-    are compared with.
-
-    Both factors are drawn Kaiming-uniform, as in the benchmark of arXiv 2505.22922, here with the product's standard
-    deviation set to the dense matrix's.
-
-    Raises:
-        WeftError: a rank above a matrix's size.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, layer in linear_layers(model).items():
-        out, inn = layer.weight.shape  # type: ignore[union-attr, misc]
-        if not 1 <= rank <= min(out, inn):
-            raise WeftError(f"--low-rank is {rank}: {name} is {out} x {inn}; give 1 to {min(out, inn)}.")
-        B, A = torch.empty(out, rank, device="cpu"), torch.empty(rank, inn, device="cpu")
-        for factor in (B, A):
-            factor.uniform_(-1.0, 1.0, generator=generator)
-        # the product of two such entries has variance 1/9
-        size = float(model.config.initializer_range) / (rank**0.5 / 3.0)
-        B, A = ((factor * size**0.5).to(layer.weight) for factor in (B, A))  # type: ignore[arg-type]
-        term = LowRank.from_factors(B, A)
-        replace(model, name, SumLinear({"low_rank": term}, bias_of(layer)))
-    return model

@@ -36,7 +36,7 @@ from weft.runs.record import begin
 from weft.train.metrics import OneStep
 from weft.train.optimizers import check_options, chosen_options, default_options, default_rate, make_optimizer
 from weft.train.recipe import Recipe
-from weft.train.sizes import configuration, factorised, fresh_model
+from weft.train.sizes import configuration, fresh_model
 from weft.train.sources import read_texts, source_files
 from weft.train.stream import StreamedRows
 from weft.train.trainer import train
@@ -44,6 +44,7 @@ from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_memory
 from weft.verbs.figures import first_and_last, rehearsed
 from weft.verbs.finetune import training_device
+from weft.verbs.fresh import restructure
 
 __all__ = ["build", "pretrain", "run"]
 
@@ -74,7 +75,9 @@ def build(
         with torch.device("meta"):
             base = LlamaForCausalLM(configuration(size, tokenizer, window, width=mup))
         scale_init_(model, base)
-    return (factorised(model, low_rank, seed) if low_rank is not None else model), base
+    if low_rank is not None:
+        restructure(model, "low-rank", low_rank, seed, std=float(config.initializer_range))
+    return model, base
 
 
 def pretrain(
