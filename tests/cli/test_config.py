@@ -83,3 +83,10 @@ def test_several_processes_answer_once(monkeypatch: pytest.MonkeyPatch, called: 
     assert json.loads(weft("eval", "pico", "--json")) == {}
     monkeypatch.setenv("RANK", "1")
     assert weft("eval", "pico", "--json") == "" and weft("eval", "pico") == ""
+
+
+def test_names_of_methods_are_completed() -> None:
+    from weft.cli.options import method_names
+
+    assert set(method_names("compress")("svd")) >= {"svd", "svd-llm"}
+    assert "lora" in method_names()("lo") and not method_names("compress")("lora")

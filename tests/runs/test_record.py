@@ -12,7 +12,7 @@ import transformers
 
 import weft
 from weft.files import jsonable
-from weft.runs.record import begin
+from weft.runs.record import Result, begin
 
 
 def test_a_record_names_versions_arguments_seed_times_and_metrics(tmp_path: Path) -> None:
@@ -51,3 +51,10 @@ def test_what_asks_for_a_decision_is_said(tmp_path, capsys, metrics, sentence) -
     begin("merge", {}).write(tmp_path, metrics)
     said = capsys.readouterr().err
     assert sentence in said and bool(said) == bool(sentence)
+
+
+def test_a_result_is_a_dictionary_that_shows_itself() -> None:
+    result = Result({"perplexity": 8.3571, "tokens": 12264, "bos": False, "model": "pico"})
+    lines = ["perplexity  8.357", "tokens      12,264", "bos         False", "model       'pico'"]
+    assert repr(result).splitlines() == lines
+    assert json.loads(json.dumps(result)) == result and repr(Result()) == ""

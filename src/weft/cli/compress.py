@@ -18,6 +18,7 @@ from weft.cli.options import (
     Seed,
     TrustRemoteCode,
     Window,
+    method_names,
     method_options,
 )
 
@@ -27,7 +28,13 @@ __all__ = ["command"]
 def command(
     model: Model,
     out: Out,
-    method: Annotated[str, typer.Option(help="A method that compresses or quantizes; see weft methods.")] = "kfac-svd",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="A method that compresses or quantizes; see weft methods.",
+            autocompletion=method_names("compress", "quantize", "prune"),
+        ),
+    ] = "kfac-svd",
     then: Annotated[
         str | None,
         typer.Option(help="A method for what the first one lost, such as eora: --method nf3 --then eora."),

@@ -24,6 +24,7 @@ from weft.cli.options import (
     Seed,
     TrustRemoteCode,
     Window,
+    method_names,
     method_options,
     named_values,
 )
@@ -37,7 +38,10 @@ def command(
     model: Model,
     out: Out,
     method: Annotated[
-        str, typer.Option(help="welore (low-rank components only), lora, full ...; see weft methods.")
+        str,
+        typer.Option(
+            help="welore (low-rank components only), lora, full ...; see weft methods.", autocompletion=method_names()
+        ),
     ] = "welore",
     data: Annotated[
         list[Path] | None,

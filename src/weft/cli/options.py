@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "Seed",
     "TrustRemoteCode",
     "Window",
+    "method_names",
     "method_options",
     "named_values",
 ]
@@ -80,6 +81,17 @@ OptimizerOptions = Annotated[
         show_default=False,
     ),
 ]
+
+
+def method_names(*kinds: str) -> Callable[[str], list[str]]:
+    """Completes the names of methods of these kinds; of any where none is given."""
+
+    def complete(incomplete: str) -> list[str]:
+        from weft.methods import METHODS
+
+        return [name for name, m in METHODS.items() if name.startswith(incomplete) and (not kinds or m.kind in kinds)]
+
+    return complete
 
 
 def method_options(given: Sequence[str] | None, taken: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import weft
 from weft.files import jsonable, write_json
 from weft.progress import say
 
-__all__ = ["Run", "begin"]
+__all__ = ["Result", "Run", "begin"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -52,6 +52,20 @@ class Run:
         path = output / "run.json" if output.is_dir() else output.with_suffix(".run.json")
         write_json(path, record)
         return record
+
+
+class Result(dict[str, Any]):
+    """What a verb returns: a dictionary that shows itself as a person reads it, one figure a line."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{key:<{width}}  {_shown(value)}" for key, value in self.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
 
 
 def _advice(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -33,6 +33,7 @@ from weft.io.adapters import check_directory, load_adapter
 from weft.io.precision import saved_size as model_size
 from weft.runs.calibration import say_default
 from weft.runs.loading import has_tokenizer, load_config, load_model, load_tokenizer
+from weft.runs.record import Result
 from weft.seeds import check_seed
 from weft.train.sources import read_texts
 from weft.train.windows import Window, check_ids, cut, evaluation_windows, opening, token_stream
@@ -83,21 +84,23 @@ def evaluate(
     seconds = time.perf_counter() - began
     loss = nll / tokens
     parameters, nbytes = model_size(model)
-    return {
-        "perplexity": exponential(loss),
-        **text_perplexities(tokenizer, stream, plan, window - len(before), loss),
-        "loss": loss,
-        "tokens": tokens,
-        "bos": bool(before),
-        "window": window,
-        "stride": min(stride or window, window - len(before)),
-        "windows": len(plan),
-        "parameters": parameters,
-        "bytes": nbytes,
-        "tokens_per_second": len(plan) * window / seconds,
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory(device),
-    }
+    return Result(
+        {
+            "perplexity": exponential(loss),
+            **text_perplexities(tokenizer, stream, plan, window - len(before), loss),
+            "loss": loss,
+            "tokens": tokens,
+            "bos": bool(before),
+            "window": window,
+            "stride": min(stride or window, window - len(before)),
+            "windows": len(plan),
+            "parameters": parameters,
+            "bytes": nbytes,
+            "tokens_per_second": len(plan) * window / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(device),
+        }
+    )
 
 
 def plan_of(

@@ -30,7 +30,7 @@ from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, keep_logs, open_output
 from weft.runs.progress import say
-from weft.runs.record import Run, begin
+from weft.runs.record import Result, Run, begin
 from weft.terms.adapters import adapters_of
 from weft.train.data import training_rows
 from weft.train.metrics import OneStep
@@ -128,15 +128,17 @@ def finetune(
             callbacks=callbacks,
         )
     seconds = time.perf_counter() - began
-    return {
-        **summary(model, rows, recipe, log),
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory(device),
-        "packed": rows.packed,
-        **({"optimizer_options": choice} if optimizer else {}),
-        **{f"{name}_before": value for name, value in before.items()},
-        **measure(),
-    }
+    return Result(
+        {
+            **summary(model, rows, recipe, log),
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory(device),
+            "packed": rows.packed,
+            **({"optimizer_options": choice} if optimizer else {}),
+            **{f"{name}_before": value for name, value in before.items()},
+            **measure(),
+        }
+    )
 
 
 def as_documents(data: str | Sequence[str | Document]) -> list[Document]:
