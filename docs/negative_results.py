@@ -55,6 +55,24 @@ def _compression() -> Iterator[str]:
             "**Centring the outputs buys nothing.** afm, which takes the mean out and corrects the bias, has "
             f"{afm['0.6']:.2f} and {afm['0.5']:.2f} at 0.6 and 0.5, svd-llm {llm['0.6']:.2f} and {llm['0.5']:.2f}."
         )
+    yield from _calibrated(found)
+
+
+def _calibrated(found: dict[tuple[str, str], dict[str, float]]) -> Iterator[str]:
+    steps = {
+        "the point": "lems: point",
+        "the point and depth": "lems: point, depth",
+        "all of lems": "lems",
+        "its search": "lems-search",
+    }
+    best = found["kfac-svd", "best"]
+    rows = {words: found["kfac-svd", name] for words, name in steps.items()}
+    if all(row[budget] > best[budget] - 0.05 for row in rows.values() for budget in ("0.8", "0.6", "0.5")):
+        words = ", ".join(f"{row['0.6']:.2f} with {words}" for words, row in rows.items())
+        yield (
+            "**Measuring each layer buys little where the Fisher norm predicts well.** kfac-svd with `best` has "
+            f"{best['0.6']:.2f} at 0.6: {words}. The fixed depth factor costs more than the rest brings."
+        )
 
 
 def _recovery() -> Iterator[str]:
