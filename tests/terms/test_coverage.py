@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,9 @@ from weft.errors import WeftError
 from weft.terms import SumLinear
 from weft.terms.coverage import coverage
 from weft.terms.layers import eligible, is_linear, linear_layers
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
+from architectures import CASES, build  # the page of architectures shows the same models
 
 IDS = torch.arange(3, 27).view(2, 12)
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -175,3 +181,43 @@ def test_an_adapter_of_a_mixture_is_loaded(tmp_path) -> None:  # type: ignore[no
     weft.save_adapter(model, tmp_path / "a")
     again = weft.load_adapter(mixture(), tmp_path / "a")
     assert torch.equal(logits(again), logits(model))
+
+
+def inputs(model: hf.PreTrainedModel) -> dict[str, Tensor]:
+    given = {"input_ids": IDS}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = IDS
+    if model.main_input_name == "input_features":
+        del given["input_ids"]
+        given["input_features"] = torch.linspace(-1, 1, 2 * 8 * 16).view(2, 8, 16)
+    if hasattr(model, "vision_model"):
+        given["pixel_values"] = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    return given
+
+
+@torch.no_grad()
+def first_output(model: hf.PreTrainedModel) -> Tensor:
+    return next(value for key, value in model(**inputs(model)).items() if "logits" in key)
+
+
+@pytest.mark.filterwarnings("ignore:The linear layers of this")
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture_is_covered_or_asks_for_layers(name: str, tmp_path: Path) -> None:
+    """An adapter at its start changes nothing, codes are saved and opened; less than half is refused by name."""
+    case = CASES[name]
+    if getattr(hf, case.model, None) is None:
+        pytest.skip(f"this transformers has no {case.model}")
+    torch.manual_seed(0)
+    model = build(case)
+    expected = first_output(model)
+    if coverage(model, eligible(model)).share < 0.5:
+        with pytest.raises(WeftError, match="less than half; name the layers"):
+            weft.adapt(model, "lora", rank=2)
+    targets = case.layers or "all-linear"
+    weft.adapt(model, "lora", rank=2, targets=targets)
+    torch.testing.assert_close(first_output(model), expected, atol=1e-5, rtol=1e-4)
+    weft.remove_adapter(model)
+    weft.quantize(model, "int8", targets=targets)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(first_output(loaded), first_output(model), atol=1e-5, rtol=1e-4)

@@ -26,12 +26,14 @@ class Frame:
     """What a model's configuration says of its tables of tokens while no adapter changes them.
 
     Args:
-        tied: whether the head is the embedding.
+        tied: whether the configuration says that the head is an embedding.
+        one: whether it is the input embedding; the head of an encoder and decoder may be the decoder's.
         vocabulary: tokens; None where the model has no such number.
         rows: of the embedding, which may be padded.
     """
 
     tied: bool = False
+    one: bool = False
     vocabulary: int | None = None
     rows: int | None = None
 
@@ -43,7 +45,7 @@ class Frame:
             return
         rows, text = int(embedding.weight.shape[0]), config.get_text_config()  # type: ignore[union-attr, index, operator]
         text.vocab_size = self.vocabulary if rows == self.rows else rows
-        tied = self.tied and (head is None or head.weight is embedding.weight)
+        tied = self.tied and (head is None or not self.one or head.weight is embedding.weight)
         if config.tie_word_embeddings is not tied:
             config.tie_word_embeddings = text.tie_word_embeddings = tied
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)  # type: ignore[operator]
@@ -51,13 +53,14 @@ class Frame:
 
 def frame_of(model: nn.Module) -> Frame:
     """The frame of a model as it is now; an empty one for a module that is not transformers'."""
-    embedding, _ = tables(model)
+    embedding, head = tables(model)
     config = getattr(model, "config", None)
     if embedding is None or config is None:
         return Frame()
+    one = head is not None and head.weight is embedding.weight
     text = config.get_text_config()
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    return Frame(tied, getattr(text, "vocab_size", None), int(embedding.weight.shape[0]))  # type: ignore[union-attr, index, arg-type]
+    return Frame(tied, one, getattr(text, "vocab_size", None), int(embedding.weight.shape[0]))  # type: ignore[union-attr, index, arg-type]
 
 
 def tables(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
