@@ -43,6 +43,8 @@ from weft.verbs.evaluate import model_size
 __all__ = ["merge", "run"]
 
 Model = TypeVar("Model", bound=nn.Module)
+NOTABLE = 0.1
+"""Share of an update whose loss is worth a word."""
 
 
 @torch.no_grad()
@@ -126,6 +128,11 @@ def run(
         }
         if lost:
             metrics["update_lost"] = max(lost.values())
+            if metrics["update_lost"] > NOTABLE:
+                say(
+                    f"The cast to {source.dtype} loses {metrics['update_lost']:.0%} of the update in the worst layer: "
+                    "merge with --dtype float32, or keep the adapter apart."
+                )
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics), max_shard_size=max_shard_size)
     return {"output": str(out), **metrics}
 
