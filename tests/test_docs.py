@@ -138,6 +138,22 @@ assert any(isinstance(m, weft.terms.SumLinear) for m in model.modules())
 trained = weft.methods.METHODS["rms-svd"].freeze(model)
 assert 0 < sum(p.numel() for p in trained) < sum(p.numel() for p in model.parameters())
 
+# the other sorts
+records = {record["name"]: record["kind"] for record in json.loads(run("methods", "--json"))}
+sorts = {"capped": "adapt", "block-shift": "graft", "mean": "merge", "small-first": "allocate"}
+assert {name: records[name] for name in sorts} == sorts
+from weft.testing import check_term, example
+from weft.testing_adapters import check_adapter, tiny_llama
+from weft.testing_grafts import check_graft
+check_term(lambda: example("rank_one"))
+check_adapter("capped")
+check_graft("block-shift")
+weft.save_adapter(weft.adapt(tiny_llama(), "capped", 2), "a")
+weft.save_adapter(weft.adapt(tiny_llama(), "capped", 2, seed=1), "b")
+assert weft.combine(["a", "b"], "mean").rank == 4
+small = weft.compress(tiny_llama(), "svd", budget=0.5, allocate="small-first").allocation
+assert small.spent <= 0.5 * small.total
+
 # the invariants: full rank gives W back, and the dropped values are the error in the method's own metric
 generator = torch.Generator().manual_seed(0)
 W, x = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 5), (40, 5)))
@@ -149,6 +165,27 @@ torch.testing.assert_close(error.square().sum(), s[2:].square().sum())
 """
 
 
+GUIDE = (ROOT / "docs" / "add-a-method.md").read_text()
+# the page's file -> where its line goes in the list of its room: a pattern, and what stands there then
+LINES = {
+    "src/weft/methods/rms_svd.py": {r"^( +)svd,$": r"\1svd,\n\1rms_svd,"},
+    "src/weft/methods/capped.py": {r"^( +)svd,$": r"\1svd,\n\1capped,"},
+    "src/weft/terms/rank_one.py": {
+        r"^from weft.terms.removed": "from weft.terms.rank_one import RankOne\nfrom weft.terms.removed",
+        r"^( +)Removed,$": r"\1Removed,\n\1RankOne,",
+    },
+    "src/weft/grafts/block_shift.py": {
+        r"import lst": "import block_shift, lst",
+        r"^( +)lst,$": r"\1lst,\n\1block_shift,",
+    },
+    "src/weft/merging/mean.py": {r"import cmlora": "import mean, cmlora", r"^( +)lego.M": r"\1mean.MERGER,\n\1lego.M"},
+    "src/weft/allocate/small_first.py": {
+        r"import asvd": "import small_first, asvd",
+        r"\(uniform,": "(small_first, uniform,",
+    },
+}
+
+
 @pytest.mark.slow
 def test_a_method_is_one_file_and_one_line(desk: Path) -> None:
     """The page's own method, put into a copy of the sources, is found by the command line, saving and the docs."""
@@ -157,18 +194,29 @@ def test_a_method_is_one_file_and_one_line(desk: Path) -> None:
     for part in ("docs", "benchmarks/results"):
         shutil.copytree(ROOT / part, tree / part)
     shutil.copy(ROOT / "README.md", tree)
-    (method,) = blocks(ROOT / "docs" / "add-a-method.md", "python")
-    room = tree / "src" / "weft" / "methods"
-    (room / "rms_svd.py").write_text(method)
-    text, changes = re.subn(
-        r"^( +)svd,$", r"\1svd,\n\1rms_svd,", (room / "__init__.py").read_text(), flags=re.MULTILINE
-    )
-    assert changes == 2, "the import and the list"
-    (room / "__init__.py").write_text(text)
+    pages = re.findall(r"as `(src/weft/\S+\.py)`[^\n]*:\n\n```python\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
+    assert [file for file, _ in pages] == list(LINES)
+    for file, text in pages:
+        (tree / file).write_text(text)
+        room = (tree / file).parent / "__init__.py"
+        listed = room.read_text()
+        for place, line in LINES[file].items():
+            listed, changes = re.subn(place, line, listed, flags=re.MULTILINE)
+            assert changes, f"{file}: {place}"
+        room.write_text(listed)
+    rooms = {str(Path(file).parent / "__init__.py") for file in LINES}
+    assert _changed(tree) == {*LINES, *rooms}, "one file, and its line"
 
     environment = {"PYTHONPATH": str(tree / "src"), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     proof = [sys.executable, "-c", PROOF, tree]
     done = subprocess.run(proof, cwd=desk, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     subprocess.run([sys.executable, tree / "docs" / "generate.py"], cwd=desk, env=environment, check=True)
-    assert "### rms-svd" in (tree / "docs" / "methods.md").read_text()
+    page = (tree / "docs" / "methods.md").read_text()
+    assert all(f"### {name}\n" in page for name in ("rms-svd", "capped", "block-shift", "mean", "small-first"))
+
+
+def _changed(tree: Path) -> set[str]:
+    """The source files that are not as in the repository."""
+    found = {str(file.relative_to(tree)) for file in (tree / "src").rglob("*.py")}
+    return {f for f in found if not (ROOT / f).is_file() or (ROOT / f).read_text() != (tree / f).read_text()}

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from weft.terms import (
+    TERMS,
     BlockAffine,
     Bottleneck,
     CodedFactors,
@@ -204,8 +205,8 @@ EXAMPLES: Mapping[str, Callable[[Generator], Term]] = {
     RandomProducts.kind: _random_products,
     NormalFloat.kind: lambda generator: NormalFloat.from_matrix(_side(OUT, IN, generator)),
     Int8.kind: lambda generator: Int8.from_matrix(_side(OUT, IN, generator)),
-}
-"""A maker of one term for every kind in `weft.terms.TERMS`."""
+} | {kind: vars(term)["example"].__get__(None, term) for kind, term in TERMS.items() if "example" in vars(term)}
+"""A maker of one term for every kind in `weft.terms.TERMS`: here, or its own class method `example`."""
 
 
 def _side(*shape_and_generator: Any) -> Tensor:
