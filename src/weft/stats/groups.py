@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
-from weft.terms.adapters import base_terms, sum_dense
+from weft.terms.adapters import base_terms
+from weft.terms.dense import sum_dense
 from weft.terms.layers import shape_of
 
 __all__ = ["SHARE", "Collected", "WithWeights", "groups_that_fit", "moment_bytes"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError, nearest
 from weft.terms.base import Term
-from weft.terms.dense import Dense
+from weft.terms.dense import Dense, sum_dense
 from weft.terms.extras import Frame, exchange, frame_of
 from weft.terms.hooks import check_at_hand
 from weft.terms.layers import is_conv1d, replace
@@ -243,12 +243,6 @@ def merge(model: nn.Module, name: str | None = None) -> dict[str, float]:
     if others:
         activate(model, others)
     return lost
-
-
-def sum_dense(terms: Iterable[Term]) -> Tensor:
-    """The sum of the terms' matrices in fp32: (out, in)."""
-    first, *rest = (term.dense(torch.float32).detach() for term in terms)
-    return sum(rest, start=first)
 
 
 @contextmanager

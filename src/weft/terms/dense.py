@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from weft.kernels.lean_linear import Weight
 from weft.tensors import plain_values
 from weft.terms.base import Term
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "sum_dense"]
 
 
 class Dense(Term):
@@ -41,3 +42,9 @@ class Dense(Term):
 
     def lean_weight(self) -> Weight | None:
         return self.matrix
+
+
+def sum_dense(terms: Iterable[Term]) -> Tensor:
+    """The sum of the terms' matrices in fp32: (out, in)."""
+    first, *rest = (term.dense(torch.float32).detach() for term in terms)
+    return sum(rest, start=first)
