@@ -189,12 +189,12 @@ def adapter_tables() -> list[str]:
         "by seed, with its 95 % interval: of forty such intervals two miss zero by chance. Kept: bytes that a (lean) "
         "step keeps for its backward pass. So short runs on so small models favour methods that move fast.",
         "",
-        "Earlier rows of `increlora`, `lift` and `sora` were wrong. Their schedules were the published numbers of steps, "
-        "which runs as short as these never reach: `increlora` stayed at rank 1, `lift` never chose its entries anew, and "
-        "`sora` closed next to no gate. And `increlora` was given its rank by the room that its tensors have, four times "
-        "what it trains: a rank-1 adapter beside a LoRA of rank 4. Schedules now follow the run, and numbers are those "
-        "that are trained. The three were measured again on a busier machine, so that their times do not compare; "
-        "`increlora` on `ref`, shakespeare, is still to be measured, and left out.",
+        "Earlier rows of `increlora`, `lift` and `sora` were wrong. Their schedules were the published numbers of "
+        "steps, which runs as short as these never reach: `increlora` stayed at rank 1, `lift` never chose its entries "
+        "anew, and `sora` closed next to no gate. And `increlora` was given its rank by the room that its tensors "
+        "have, four times what it trains: a rank-1 adapter beside a LoRA of rank 4. Schedules now follow the run, and "
+        "numbers are those that are trained. The three were measured again on a busier machine, so that their times do "
+        "not compare; `increlora` on `ref`, shakespeare, is still to be measured, and left out.",
     ]
     for path in sorted(RESULTS.glob("adapters_*.json"), reverse=True):
         found = _results(path.name)
