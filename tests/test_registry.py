@@ -91,16 +91,20 @@ def test_every_room_of_the_registry_has_a_table() -> None:
 MAY_NAME: dict[str, set[str]] = {
     "io/peft.py": {"lora", "dora"},  # PEFT's own words
     "io/peft_config.py": {"pissa", "olora", "corda", "eva"},  # PEFT's own words
-    "io/save.py": {"lora"},  # a tag of the Hub
+    "io/cards.py": {"lora"},  # a tag of the Hub
     "kernels/normal_float.py": {"nf4"},  # a table of levels
     "methods/loldu.py": {"uniform"},  # a law of random numbers
     "methods/randlora.py": {"uniform"},  # a law of random numbers
     "methods/soka.py": {"energy"},  # a way to choose components
     "methods/svfit.py": {"energy"},  # a way to choose components
-    "optim/presets.py": {"svd"},  # a projection
+    "optim/inner.py": {"galore"},  # a form of Adam's correction
+    "optim/presets.py": {"svd", "sign", "adamw"},  # a projection, a residual and an inner rule
+    "testing_optim.py": {"full"},  # what optimizers are tried with
+    "testing_splitters.py": {"nf2"},  # what compensations are tried on
     "terms/random_store.py": {"uniform"},  # a law of random numbers
     "train/recipe.py": {"linear"},  # a schedule
     "verbs/demo.py": {"kfac-svd", "best", "welore", "svd", "uniform", "svd-llm"},  # what the demonstration shows
+    "verbs/pretrain.py": {"low-rank", "gradnormlorp", "adamw"},  # what --low-rank is; two comparisons that await fields
     "verbs/quantize.py": {"nf", "nf4"},  # the codes of a number of bits, and those of none given
 }
 
