@@ -87,9 +87,10 @@ def method_names(*kinds: str) -> Callable[[str], list[str]]:
     """Completes the names of methods of these kinds; of any where none is given."""
 
     def complete(incomplete: str) -> list[str]:
-        from weft.methods import METHODS
+        from weft.verbs.methods import run
 
-        return [name for name, m in METHODS.items() if name.startswith(incomplete) and (not kinds or m.kind in kinds)]
+        listed = [record["name"] for record in run() if not kinds or record["kind"] in kinds]
+        return [name for name in dict.fromkeys(listed) if name.startswith(incomplete)]
 
     return complete
 
