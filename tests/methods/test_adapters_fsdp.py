@@ -38,8 +38,9 @@ WORLD = 2
 def two_steps(model: nn.Module) -> list[float]:
     """Two steps of SGD (Adam would magnify rounding) with the method's rules, on the same batches in every process."""
     rule = Rules(rules(model))
-    rule.start(model, steps=100)
     optimizer = torch.optim.SGD(parameter_groups(model, 0.05))
+    rule.bind(optimizer)
+    rule.start(model, steps=100)
     losses = []
     for step in (1, 2):
         torch.manual_seed(step)
