@@ -117,6 +117,8 @@ def register_term(term: type[Term]) -> type[Term]:
     Raises:
         WeftError: it is no subclass of `Term`, has no `kind`, or the kind is another's.
     """
+    if term in TERMS.values():
+        return term
     if not (isinstance(term, type) and issubclass(term, Term) and isinstance(term.__dict__.get("kind"), str)):
         raise WeftError(f"{term!r} is no term: give a subclass of weft.terms.Term with a kind of its own.")
     if TERMS.setdefault(term.kind, term) is not term:

@@ -29,18 +29,11 @@ class BlockAffine(Wrapper):
     kind = "block_affine"
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        side: int,
-        inner: Mapping[str, Term] | None = None,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, side: int, inner: Mapping[str, Term] | None = None, **place: Any
     ) -> None:
         super().__init__(in_features, out_features, inner)
         self.side = side
-        self.D = nn.Parameter(torch.empty(out_features // side, side, side, device=device, dtype=dtype))
+        self.D = nn.Parameter(torch.empty(out_features // side, side, side, **place))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + F.linear(x, self.change(x.dtype))

@@ -22,13 +22,11 @@ class HyperLinear(nn.Module):
     s is (n, p / n, r) and t (n, r, q / n): p + q numbers for r = 1 instead of p q.
     """
 
-    def __init__(
-        self, p: int, q: int, n: int, rank: int, *, device: Any = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, p: int, q: int, n: int, rank: int, **place: Any) -> None:
         super().__init__()
-        self.s = nn.Parameter(torch.empty(n, p // n, rank, device=device, dtype=dtype))
-        self.t = nn.Parameter(torch.empty(n, rank, q // n, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(q, device=device, dtype=dtype))
+        self.s = nn.Parameter(torch.empty(n, p // n, rank, **place))
+        self.t = nn.Parameter(torch.empty(n, rank, q // n, **place))
+        self.bias = nn.Parameter(torch.empty(q, **place))
 
     def forward(self, x: Tensor, A: Tensor) -> Tensor:
         s, t, A = (tensor.to(x.dtype) for tensor in (self.s, self.t, A))
@@ -70,16 +68,14 @@ class Bottleneck(Wrapper):
         rank: int,
         offset: bool = False,
         inner: Mapping[str, Term] | None = None,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
         super().__init__(in_features, out_features, inner)
         self.width, self.n, self.rank = width, n, rank
-        self.A = nn.Parameter(torch.empty(n, n, n, device=device, dtype=dtype))
-        self.down = HyperLinear(out_features, width, n, rank, device=device, dtype=dtype)
-        self.up = HyperLinear(width, out_features, n, rank, device=device, dtype=dtype)
-        self.register_buffer("offset", torch.empty(out_features, device=device, dtype=dtype) if offset else None)
+        self.A = nn.Parameter(torch.empty(n, n, n, **place))
+        self.down = HyperLinear(out_features, width, n, rank, **place)
+        self.up = HyperLinear(width, out_features, n, rank, **place)
+        self.register_buffer("offset", torch.empty(out_features, **place) if offset else None)
         self.offset: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:

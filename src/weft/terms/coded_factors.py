@@ -39,13 +39,12 @@ class CodedFactors(Factored):
         *,
         scale: float = 1.0,
         dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
         super().__init__(in_features, out_features, rank, scale=scale, dropout=dropout)
         self.bits, self.levels = bits, code_levels(bits)
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(rank, in_features, **place))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **place))
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         B, A = (fake_quantise(w.to(dtype or w.dtype), self.levels) for w in (self.B, self.A))
@@ -84,17 +83,16 @@ class PackedFactors(Factored):
         *,
         scale: float = 1.0,
         dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
         super().__init__(in_features, out_features, rank, scale=scale, dropout=dropout)
         self.bits, self.levels = bits, code_levels(bits)
         for name, numbers in (("A", rank * in_features), ("B", out_features * rank)):
             size = -(-numbers * bits // 8)
-            self.register_buffer(f"codes_{name}", torch.zeros(size, dtype=torch.uint8, device=device))
+            self.register_buffer(f"codes_{name}", torch.zeros(size, dtype=torch.uint8, device=place.get("device")))
             # the bits of two fp32 numbers, which no cast of a model can round
-            self.register_buffer(f"moments_{name}", torch.zeros(2, dtype=torch.int32, device=device))
-        self.register_buffer("carrier", torch.empty(0, device=device, dtype=dtype))
+            self.register_buffer(f"moments_{name}", torch.zeros(2, dtype=torch.int32, device=place.get("device")))
+        self.register_buffer("carrier", torch.empty(0, **place))
         self.carrier: Tensor
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -23,20 +23,11 @@ class Columns(Term):
     kind = "columns"
     lean_alone = True
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        scale: float = 1.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, *, scale: float = 1.0, **place: Any) -> None:
         super().__init__(in_features, out_features)
         self.rank, self.scale = rank, scale
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.register_buffer("columns", torch.empty(rank, device=device, dtype=torch.int32))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **place))
+        self.register_buffer("columns", torch.empty(rank, device=place.get("device"), dtype=torch.int32))
         self.columns: Tensor
 
     @classmethod

@@ -20,21 +20,12 @@ class CoreLowRank(Term):
 
     kind = "core_low_rank"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        scale: float = 1.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, *, scale: float = 1.0, **place: Any) -> None:
         super().__init__(in_features, out_features)
         self.rank, self.scale = rank, scale
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.R = nn.Parameter(torch.empty(rank, rank, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(rank, in_features, **place))
+        self.R = nn.Parameter(torch.empty(rank, rank, **place))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **place))
 
     @classmethod
     def from_factors(cls, B: Tensor, R: Tensor, A: Tensor, *, scale: float = 1.0) -> CoreLowRank:

@@ -29,22 +29,13 @@ class GatedLowRank(Term):
     gate: Tensor
     draw: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        scale: float = 1.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, *, scale: float = 1.0, **place: Any) -> None:
         super().__init__(in_features, out_features)
         self.rank, self.scale = rank, scale
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.register_buffer("gate", torch.empty(rank, device=device, dtype=dtype))
-        self.register_buffer("draw", torch.empty(rank, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(rank, in_features, **place))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **place))
+        self.register_buffer("gate", torch.empty(rank, **place))
+        self.register_buffer("draw", torch.empty(rank, **place))
 
     @classmethod
     def from_factors(cls, B: Tensor, A: Tensor, gate: Tensor, *, scale: float = 1.0) -> GatedLowRank:

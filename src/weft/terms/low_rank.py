@@ -25,20 +25,12 @@ class LowRank(Term):
     kind = "low_rank"
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, rank: int, *, scale: float = 1.0, dropout: float = 0.0, **place: Any
     ) -> None:
         super().__init__(in_features, out_features)
         self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(rank, in_features, **place))
+        self.B = nn.Parameter(torch.empty(out_features, rank, **place))
 
     @classmethod
     def from_factors(cls, B: Tensor, A: Tensor, *, scale: float = 1.0, dropout: float = 0.0) -> LowRank:

@@ -33,20 +33,13 @@ class Magnitude(Wrapper):
     kind = "magnitude"
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        update: Term,
-        inner: Mapping[str, Term] | None = None,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, update: Term, inner: Mapping[str, Term] | None = None, **place: Any
     ) -> None:
         super().__init__(in_features, out_features, inner)
         assert isinstance(update, LowRank)
         self.update = update
-        self.magnitude = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        self.register_buffer("base_squares", torch.empty(out_features, device=device, dtype=torch.float32))
+        self.magnitude = nn.Parameter(torch.empty(out_features, **place))
+        self.register_buffer("base_squares", torch.empty(out_features, device=place.get("device"), dtype=torch.float32))
         self.base_squares: Tensor  # ||W_i||^2, constant while W is frozen
         self._measured: tuple[Term, ...] = ()
 

@@ -25,24 +25,15 @@ class MovingSparse(Term):
     kind = "moving_sparse"
     lean_alone = True
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        nonzeros: int,
-        *,
-        settled: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, nonzeros: int, *, settled: int = 0, **place: Any) -> None:
         super().__init__(in_features, out_features)
         self.nonzeros = nonzeros
         self.probe: Tensor | None = None
-        self.values = nn.Parameter(torch.empty(nonzeros, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(nonzeros, **place))
         places = torch.int32 if in_features * out_features < 2**31 else torch.int64
-        self.register_buffer("positions", torch.empty(nonzeros, device=device, dtype=places))
-        self.register_buffer("settled", torch.empty(settled, device=device, dtype=dtype))
-        self.register_buffer("settled_positions", torch.empty(settled, device=device, dtype=places))
+        self.register_buffer("positions", torch.empty(nonzeros, device=place.get("device"), dtype=places))
+        self.register_buffer("settled", torch.empty(settled, **place))
+        self.register_buffer("settled_positions", torch.empty(settled, device=place.get("device"), dtype=places))
         self.positions: Tensor
         self.settled: Tensor
         self.settled_positions: Tensor

@@ -41,15 +41,14 @@ class PooledLowRank(Factored):
         pool: str = "",
         scale: float = 1.0,
         dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
         super().__init__(in_features, out_features, rank, scale=scale, dropout=dropout)
         self.rows, self.shards, self.pool = rows, shards, pool
-        self.pool_A = nn.Parameter(torch.empty(rows, in_features // shards, device=device, dtype=dtype))
-        self.pool_B = nn.Parameter(torch.empty(rows, out_features // shards, device=device, dtype=dtype))
+        self.pool_A = nn.Parameter(torch.empty(rows, in_features // shards, **place))
+        self.pool_B = nn.Parameter(torch.empty(rows, out_features // shards, **place))
         for name in ("index_A", "index_B"):
-            self.register_buffer(name, torch.zeros(rank * shards, dtype=torch.int64, device=device))
+            self.register_buffer(name, torch.zeros(rank * shards, dtype=torch.int64, device=place.get("device")))
         self.index_A: Tensor
         self.index_B: Tensor
 

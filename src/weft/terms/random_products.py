@@ -38,16 +38,15 @@ class RandomProducts(Term):
         store: RandomStore | Mapping[str, Any],
         *,
         scale: float = 1.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
         super().__init__(in_features, out_features)
         self.store = store if isinstance(store, RandomStore) else RandomStore(**store)
         self.scale = scale
         self.short, self.long = sorted((in_features, out_features))
         self.products = -(-self.short // self.store.rank)
-        self.Lambda = nn.Parameter(torch.empty(self.store.rank, self.products, device=device, dtype=dtype))
-        self.Gamma = nn.Parameter(torch.empty(self.products, self.short, device=device, dtype=dtype))
+        self.Lambda = nn.Parameter(torch.empty(self.store.rank, self.products, **place))
+        self.Gamma = nn.Parameter(torch.empty(self.products, self.short, **place))
 
     def bases(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """B (long, N r) and A (r, short), views of the store's, fp32."""

@@ -32,9 +32,7 @@ class Replacement(Wrapper):
         code: Term,
         update: Term,
         inner: Mapping[str, Term] | None = None,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
         super().__init__(in_features, out_features)
         self.code, self.update = code, update

@@ -21,21 +21,13 @@ class Sparse(Term):
     kind = "sparse"
     lean_alone = True
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        nonzeros: int,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, nonzeros: int, **place: Any) -> None:
         super().__init__(in_features, out_features)
         self.nonzeros = nonzeros
-        self.values = nn.Parameter(torch.empty(nonzeros, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(nonzeros, **place))
         # half the index memory wherever the matrix is small enough for 32 bits
         narrow = torch.int32 if in_features * out_features < _INT32_LIMIT else torch.int64
-        self.register_buffer("positions", torch.empty(nonzeros, device=device, dtype=narrow))
+        self.register_buffer("positions", torch.empty(nonzeros, device=place.get("device"), dtype=narrow))
         self.positions: Tensor
 
     @classmethod

@@ -26,21 +26,13 @@ class Spectral(Term):
     kind = "spectral"
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, out_features: int, rank: int, *, scale: float = 1.0, dropout: float = 0.0, **place: Any
     ) -> None:
         super().__init__(in_features, out_features)
         self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.U = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.s = nn.Parameter(torch.empty(rank, device=device, dtype=dtype))
-        self.V = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.U = nn.Parameter(torch.empty(out_features, rank, **place))
+        self.s = nn.Parameter(torch.empty(rank, **place))
+        self.V = nn.Parameter(torch.empty(rank, in_features, **place))
 
     @classmethod
     def from_factors(cls, U: Tensor, s: Tensor, V: Tensor, *, scale: float = 1.0, dropout: float = 0.0) -> Spectral:
