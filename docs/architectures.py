@@ -103,7 +103,8 @@ def build(case: Case) -> hf.PreTrainedModel:
     """The tiny model, on the default device."""
     config = getattr(hf, case.config)(**case.arguments)
     model: hf.PreTrainedModel = getattr(hf, case.model)(config)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def architectures_page() -> str:

@@ -20,7 +20,7 @@ def test_every_row_is_the_combination_of_the_pivot_rows(extra: int, r: int, rank
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((r + extra, rank), (rank, r))
     )
     B = size * left @ right
-    B[::3] = B[:1]  # equal rows
+    B[::3] = B[:1].clone()  # equal rows
     order, C = pivot_rows(B)
     assert sorted(order.tolist()) == list(range(r + extra)) and C.shape == (extra, r)
     torch.testing.assert_close(C @ B[order[:r]], B[order[r:]], atol=1e-11 * size, rtol=1e-9)

@@ -44,7 +44,7 @@ def broken(model: torch.nn.Module, lr: float = 1e-1, **options: Any) -> Broken:
 
 @pytest.mark.parametrize("property_", ["resumes", "gradients", "frozen"])
 def test_the_suite_finds_what_is_wrong(property_: str) -> None:
-    record = Optimizer(name="broken", kind="optimizer", summary="", paper="", make=broken)
+    record = Optimizer(name=f"broken-{property_}", kind="optimizer", summary="", paper="", make=broken)
     check_optimizer(record, "descends")
-    with pytest.raises(AssertionError, match=f"broken fails '{property_}'"):
+    with pytest.raises(AssertionError, match=f"broken-{property_} fails '{property_}'"):
         check_optimizer(record, property_)

@@ -14,7 +14,7 @@ from weft.train.callback import RULES_FILE, RuleCallback, load_rule_state, save_
 class Decay(Rule):
     """Shrinks one weight after each step by a random factor, and remembers a tensor, a generator and numbers."""
 
-    def start(self, model):
+    def start(self, model, terms=None, steps=None):
         self.generator, self.seen, self.total = torch.Generator().manual_seed(7), [], 0.1
         self.trace = torch.zeros(3)
 

@@ -77,8 +77,7 @@ def _budget_chart(curves: Curves) -> str:
 
 
 def _kept(allocation: Mapping[str, Any]) -> dict[str, float]:
-    shares = {}
-    for name, entry in allocation["layers"].items():
-        (out, inn), rank = entry["shape"], entry["rank"]
-        shares[name] = 1.0 if rank == "dense" else rank * (out + inn) / (out * inn)
-    return shares
+    layers = allocation["layers"]
+    numbers = {name: entry["shape"][0] * entry["shape"][1] for name, entry in layers.items()}
+    width = allocation["bytes"]["dense"] / sum(numbers.values())  # bytes of a number
+    return {name: entry["bytes"] / (width * numbers[name]) for name, entry in layers.items()}
