@@ -32,16 +32,8 @@ _FILES = ("arguments.json", "inputs.json")
 _NAMED = 4
 """Differing arguments that an error lists."""
 _PLACES = (
-    "model",
-    "tokenizer",
-    "adapter",
-    "adapters",
-    "allocate",
-    "calibration",
-    "data",
-    "text",
-    "eval_text",
-    "eval_data",
+    *("model", "tokenizer", "adapter", "adapters", "allocate"),
+    *("calibration", "data", "text", "eval_text", "eval_data"),
 )
 """Arguments that name files and directories; the output itself is where the work lies, and is not compared."""
 
