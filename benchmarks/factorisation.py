@@ -65,10 +65,10 @@ def main() -> None:
 
 def contenders(out: int, inn: int, rank: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     """What is timed, by name, on one random matrix of a power-law spectrum."""
-    generator = torch.Generator().manual_seed(0)
-    W = power_law(out, inn, generator).to(device)
-    X, G = (moment(n, generator).to(device) for n in (inn, out))
-    start = cholesky_qr(torch.randn(inn, rank, generator=generator).to(device))
+    generator = torch.Generator(device).manual_seed(0)
+    W = power_law(out, inn, generator)
+    X, G = (moment(n, generator) for n in (inn, out))
+    start = cholesky_qr(normal(inn, rank, generator))
     return {
         "torch.linalg.svd (peer)": lambda: torch.linalg.svd(W, full_matrices=False),
         "torch.svd_lowrank (peer)": lambda: torch.svd_lowrank(W, rank, niter=2),
@@ -82,7 +82,7 @@ def contenders(out: int, inn: int, rank: int, device: torch.device) -> dict[str,
 
 def leading(text: str, out: int, inn: int, rank: int, repeats: int, device: str) -> dict[str, Any]:
     """Time and error of the leading factors of one matrix, beside the peer's."""
-    W = power_law(out, inn, torch.Generator().manual_seed(0)).to(device)
+    W = power_law(out, inn, torch.Generator(device).manual_seed(0))
     works: dict[str, Callable[[], Any]] = {
         "torch.linalg.svd (peer)": lambda: torch.linalg.svd(W, full_matrices=False),
         "torch.svd_lowrank (peer)": lambda: torch.svd_lowrank(W, rank, niter=2),
@@ -99,15 +99,20 @@ def leading(text: str, out: int, inn: int, rank: int, repeats: int, device: str)
     return row
 
 
+def normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Drawn on the generator's device."""
+    return torch.randn(rows, columns, generator=generator, device=generator.device)
+
+
 def power_law(out: int, inn: int, generator: torch.Generator) -> torch.Tensor:
     m = min(out, inn)
-    U, V = (torch.linalg.qr(torch.randn(n, m, generator=generator)).Q for n in (out, inn))
-    return (U * torch.arange(1, m + 1).float().rsqrt()) @ V.mT
+    U, V = (torch.linalg.qr(normal(n, m, generator)).Q for n in (out, inn))
+    return (U * torch.arange(1, m + 1, device=U.device).float().rsqrt()) @ V.mT
 
 
 def moment(n: int, generator: torch.Generator) -> torch.Tensor:
     """A full-rank second moment of 4 n samples."""
-    x = torch.randn(4 * n, n, generator=generator) * torch.arange(1, n + 1).float().rsqrt()
+    x = normal(4 * n, n, generator) * torch.arange(1, n + 1, device=generator.device).float().rsqrt()
     return (x.mT @ x / len(x)).double()
 
 

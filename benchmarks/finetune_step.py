@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,8 +45,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 8,
         "vocab_size": 8192,
     },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 512,
+    },
 }
-BATCHES = {"1.3b": (4, 1024), "small": (2, 256)}
+BATCHES = {"1.3b": (4, 1024), "small": (2, 256), "tiny": (2, 16)}
 RANK = 16
 
 
@@ -67,7 +73,7 @@ def main() -> None:
     output = given.output or Path(__file__).parent / "results" / f"finetune_step_{'gpu' if gpu else 'cpu'}.json"
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         "shape": shape | {"rank": RANK, "batch": list(BATCHES[given.shape])},
         "repeats": given.repeats,
         "runs": {},
@@ -88,6 +94,8 @@ def build(shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> nn
 
 
 def with_peft(model: nn.Module) -> nn.Module:
+    import peft
+
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, config)
 
@@ -115,18 +123,24 @@ VARIANTS: dict[str, Wrap] = {
 
 
 def measure(
-    size: str, shape: dict[str, int], dtype: torch.dtype, device: torch.device, warmup: int, repeats: int
+    size: str,
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    warmup: int,
+    repeats: int,
+    variants: Mapping[str, Wrap] = VARIANTS,
 ) -> dict[str, dict[str, float]]:
     ids = torch.randint(0, shape["vocab_size"], BATCHES[size], generator=torch.Generator().manual_seed(0)).to(device)
     rows: dict[str, dict[str, float]] = {}
-    for name, wrap in VARIANTS.items():
+    for name, wrap in variants.items():
         rows[name] = {"layer_bytes": layer_bytes(shape, dtype, device, wrap, ids)}
     if device.type == "cuda":
-        for name, wrap in VARIANTS.items():
+        for name, wrap in variants.items():
             rows[name] |= alone(shape, dtype, device, wrap, ids, warmup, repeats)
             gc.collect()
     else:
-        for name, value in by_turns(shape, dtype, device, ids, warmup, repeats).items():
+        for name, value in by_turns(shape, dtype, device, ids, warmup, repeats, variants).items():
             rows[name]["step_ms"] = value
     return rows
 
@@ -158,10 +172,16 @@ def alone(
 
 
 def by_turns(
-    shape: dict[str, int], dtype: torch.dtype, device: torch.device, ids: torch.Tensor, warmup: int, repeats: int
+    shape: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    ids: torch.Tensor,
+    warmup: int,
+    repeats: int,
+    variants: Mapping[str, Wrap],
 ) -> dict[str, float]:
     """Median step time of each variant, the variants in turn."""
-    steps = {name: stepper(shape, dtype, device, wrap, ids) for name, wrap in VARIANTS.items()}
+    steps = {name: stepper(shape, dtype, device, wrap, ids) for name, wrap in variants.items()}
     rounds = [{name: step() for name, step in steps.items()} for _ in range(warmup + repeats)][warmup:]
     return {name: statistics.median(times[name] for times in rounds) for name in steps}
 

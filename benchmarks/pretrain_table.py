@@ -113,7 +113,7 @@ def seeds_of(lr: float, seeds: int, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="9m")
     parser.add_argument("--steps", type=int, default=100)
@@ -131,8 +131,11 @@ def main() -> None:
     parser.add_argument("--eval-text", type=Path, nargs="*")
     parser.add_argument("--eval-windows", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    args = arguments().parse_args()
     rank = args.rank or SIZES[args.size][0] // 4
     table = optimizers(rank, rank / SIZES[args.size][0], args.refresh)
     names = [n for n in table if not args.only or any(part.lower() in n.lower() for part in args.only)]
