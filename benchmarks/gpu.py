@@ -74,7 +74,9 @@ def lora_step(item: Item, dry: bool, device: str) -> None:
     import finetune_step
 
     size, dtype, place = "tiny" if dry else "1.3b", torch.float32 if dry else torch.bfloat16, torch.device(device)
-    measure = functools.partial(finetune_step.measure, size, finetune_step.SHAPES[size], dtype, place, 1, 2 if dry else 20)
+    measure = functools.partial(
+        finetune_step.measure, size, finetune_step.SHAPES[size], dtype, place, 1, 2 if dry else 20
+    )
     for name, wrap in finetune_step.VARIANTS.items():
         item(name, lambda name=name, wrap=wrap: measure({name: wrap})[name])
 

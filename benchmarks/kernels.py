@@ -115,7 +115,7 @@ def compared(
     errors = {}
     for prefix, formula in (("", fast), ("plain_", plain)):
         errors[prefix] = [distance(a, b) for a, b in zip(outcome(formula, given), exact, strict=True)]
-        row[f"{prefix}error"] = max(errors[prefix])
+        row[f"{prefix}relative_error"] = max(errors[prefix])
     exact.clear()
     for prefix, formula in (("", fast), ("plain_", plain)):
         row |= {f"{prefix}{key}": value for key, value in cost(functools.partial(outcome, formula, given)).items()}
@@ -173,4 +173,8 @@ def codes(W: Tensor, bits: int) -> dict[str, Any]:
     differing = float((here.codes.cpu() != there.codes).double().mean())
     error = distance(decode(here, shape, format).cpu(), decode(type(here)(*(t.cpu() for t in here)), shape, format))
     assert differing < 1e-5 and error < 1e-6, f"{differing:.1e} of the bytes differ; decoded, by {error:.1e}"
-    return {"bytes_that_differ": differing, "error": error, **cost(lambda: decode(here, shape, format, torch.bfloat16))}
+    return {
+        "bytes_that_differ": differing,
+        "relative_error": error,
+        **cost(lambda: decode(here, shape, format, torch.bfloat16)),
+    }
