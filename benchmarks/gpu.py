@@ -125,7 +125,8 @@ STEPS: dict[str, tuple[float, Callable[[Item, bool, str], None]]] = {  # name ->
 
 def work(name: str, path: Path, dry: bool) -> None:
     """A step, in its process."""
-    torch.set_num_threads(1) if dry else None
+    if dry:
+        torch.set_num_threads(1)
     STEPS[name][1](functools.partial(record, path, name), dry, "cpu" if dry else "cuda")
 
 

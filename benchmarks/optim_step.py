@@ -114,7 +114,7 @@ def state_bytes(optimizer: Any) -> int:
 def measure(
     shape: Shape, rank: int, dtype: torch.dtype, device: str, rounds: int, names: list[str], refreshes: int = 2
 ) -> dict[str, Any]:
-    """Figures by optimizer. Without `refreshes` of its own, a refresh is what the first step takes beyond the others."""
+    """By optimizer. Without `refreshes` of its own, a refresh is what the first step takes beyond the others."""
     generator = torch.Generator(device).manual_seed(0)
     gradients = [
         torch.randn(p.shape, generator=generator, dtype=dtype, device=device)

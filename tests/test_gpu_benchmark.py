@@ -1,0 +1,29 @@
+"""The command for a GPU, on tiny shapes on a CPU: every step ends, every figure is on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMAND = [sys.executable, str(Path(__file__).parent.parent / "benchmarks" / "gpu.py"), "--dry-run"]
+
+
+def run(out: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
+    done = subprocess.run([*COMMAND, "--out", str(out), *options], capture_output=True, text=True)
+    return done.returncode, [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
+
+
+def test_every_check_runs(tmp_path: Path) -> None:
+    status, rows = run(tmp_path)
+    assert status == 0, [row for row in rows if row.get("status") == "failed"]
+    ended = [row["step"] for row in rows if row.get("status") == "done"]
+    assert ended == ["kernels", "optimizer steps", "LoRA step", "factorisation", "layers", "training"]
+    assert {row["step"] for row in rows if row.get("status") == "measured"} == set(ended)
+
+
+def test_time_that_ends_is_said(tmp_path: Path) -> None:
+    status, rows = run(tmp_path, "--minutes", "0")
+    assert status == 0 and {row["status"] for row in rows[1:]} == {"out of time"}
