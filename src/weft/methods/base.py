@@ -70,17 +70,15 @@ class Split:
         terms: by role; "" for the main one, "base" for one that takes the base's place where the others stand beside
             it. What shall be trained requires a gradient.
         bias: the layer's new bias (out,); None where it stays as it is.
-        parts: layer -> its own split, where the site is a group of layers.
     """
 
     terms: Mapping[str, Any] = field(default_factory=dict)
     bias: Tensor | None = None
-    parts: Mapping[str, Split] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer that is about to be split into terms, or a group of layers that are cut together.
+    """One layer that is about to be split into terms.
 
     Args:
         name: the layer's name in the model.
@@ -93,7 +91,6 @@ class Site:
         shared: what the method's `share` made for the whole model.
         bias: the layer's bias (out,), or None.
         original: the weight (out, in) before any method touched it; None where that is the sum of the terms.
-        parts: layer -> its own site, where the method cuts several layers together.
     """
 
     name: str
@@ -106,7 +103,6 @@ class Site:
     shared: Any = None
     bias: Tensor | None = None
     original: Tensor | None = None
-    parts: Mapping[str, Site] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -234,7 +230,6 @@ class Method(Record):
             `weft.verbs.placing.sequential`.
         split: (site, **options) -> Split.
         sizes: (shape, options) -> [(size, bytes), ...] by rising bytes: what an allocation may choose from.
-        groups: (layer names) -> lists of names that are cut together; None where each layer stands alone.
         replaces: whether an adapter's term "base" stands in the base's place while the adapter is on.
         count: (out, in, rank, options) -> numbers of one matrix that are trained, the paper's formula.
         held: the same for the numbers of its trainable tensors, where these have room for more than is ever trained.
@@ -262,7 +257,6 @@ class Method(Record):
     correction: float = 0.0
     split: Callable[..., Split] | None = None
     sizes: Callable[[Shape, Mapping[str, Any]], Sequence[tuple[Size, int]]] = low_rank_sizes
-    groups: Callable[[Sequence[str]], list[list[str]]] | None = None
     replaces: bool = False
     count: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
     held: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
