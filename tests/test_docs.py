@@ -16,7 +16,7 @@ import typer
 from weft.cli import app
 from weft.embedded.text import default_text
 from weft.merging import MERGERS
-from weft.methods import METHODS
+from weft.methods import _PAGES, METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -110,7 +110,8 @@ def test_generated_pages_are_current() -> None:
 
 def test_every_method_is_on_the_page_of_methods() -> None:
     text = (ROOT / "docs" / "methods.md").read_text()
-    assert all(f"### {name}\n" in text and method.paper in text for name, method in METHODS.items())
+    own = [method for page in _PAGES for method in vars(page).get("METHODS") or (page.METHOD,)]  # not those of tests
+    assert len(own) > 40 and not [m.name for m in own if f"### {m.name}\n" not in text or m.paper not in text]
 
 
 PROOF = """

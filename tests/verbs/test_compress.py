@@ -637,9 +637,13 @@ def test_a_signal_lets_the_block_under_way_finish(
         return work(*args, **kwargs)
 
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=name), signals.listening():
-        patch.setattr(module, where, sending)
-        run(out=out, **chosen)
+    before = signal.signal(signal.Signals[name], signal.SIG_DFL)  # under nohup it is ignored, and stays so
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=name), signals.listening():
+            patch.setattr(module, where, sending)
+            run(out=out, **chosen)
+    finally:
+        signal.signal(signal.Signals[name], before)
     assert not out.exists()
     assert len(calls) >= 2 and len(list((tmp_path / "out.partial" / "progress").glob(f"{kept}*"))) == 1
     run(out=out, **chosen)
