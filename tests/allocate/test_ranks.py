@@ -385,3 +385,11 @@ def test_losses_that_are_not_monotone_do_no_harm() -> None:
     bumpy = info(8, 8, torch.tensor([9.0, 4.0, 5.0, 1.0, 2.0, 0.5, 0.2, 0.1, 0.0]))
     assert best.allocate({"a": bumpy}, 2 * 16 + 3)["a"].size == 1
     assert best.allocate({"a": bumpy}, 3 * 16)["a"].size == 3
+
+
+def test_two_sizes_of_equal_bytes_are_no_division_by_zero() -> None:
+    """Of a method of others: the one that loses less is taken, whichever stands first."""
+    for first, second in ((4.0, 2.0), (2.0, 4.0)):
+        points = [Choice("a", 1, 9.0), Choice("b", 5, first), Choice("c", 5, second), Choice(None, 10)]
+        found = greedy.solve({"x": points, "y": points}, 12)
+        assert found is not None and [choice.loss for choice in found.values()] == [2.0, 2.0]

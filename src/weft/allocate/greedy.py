@@ -43,6 +43,10 @@ def _lower_hull(points: Sequence[Choice]) -> deque[Choice]:
     """The lower convex hull of (bytes, loss), from the first point on."""
     hull: deque[Choice] = deque()
     for point in points:
+        if hull and point.bytes == hull[-1].bytes:
+            if point.loss >= hull[-1].loss:
+                continue
+            hull.pop()
         while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], point):
             hull.pop()
         if not hull or point.loss < hull[-1].loss:
