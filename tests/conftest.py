@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,25 @@ from weft.embedded import model_path
 # no deadline: a busy machine is no fault of the code; tests that need more examples than 50 say so
 settings.register_profile("weft", deadline=None, max_examples=50)
 settings.load_profile("weft")
+
+
+@pytest.fixture(scope="session")
+def registries() -> list[dict]:
+    """The tables of every room, and the kinds of terms."""
+    from weft import records
+    from weft.terms import TERMS
+
+    return [TERMS, *records.tables()]
+
+
+@pytest.fixture(autouse=True)
+def as_registered(registries: list[dict]) -> Iterator[None]:
+    """What a test registers ends with it, so that no test meets the records of another, in whatever order they run."""
+    before = [dict(table) for table in registries]
+    yield
+    for table, records in zip(registries, before, strict=True):
+        table.clear()
+        table.update(records)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import doctest
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weft
 from weft.embedded.text import default_text
-from weft.methods import METHODS
 from weft.train.windows import calibration_batches
 
 NAMES = [name for name in weft.__all__ if name != "__version__"]
 
 
 @pytest.fixture
-def names(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def names(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What an example speaks of: a model, its tokenizer, text, batches of it, and a directory to write to."""
     monkeypatch.chdir(tmp_path)
     text = default_text("evaluation")[:20_000]
     tokenizer = AutoTokenizer.from_pretrained(tiny_directory)
-    known = dict(METHODS)
-    yield {
+    return {
         **{"weft": weft, "torch": torch, "copy": copy, "dataclasses": dataclasses},
         "model": AutoModelForCausalLM.from_pretrained(tiny_directory, dtype=torch.float32),
         "tokenizer": tokenizer,
         "text": text,
         "batches": calibration_batches(tokenizer, text, windows=4, window=32),
     }
-    for name in METHODS.keys() - known.keys():
-        METHODS.pop(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -144,17 +144,10 @@ def test_an_outside_package_needs_entry_points_alone(desk: Path) -> None:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for installed packages; what this process learns of them is forgotten afterwards."""
-    tables = [(table, dict(table)) for table in records.tables()]
-    from weft.terms import TERMS
-
-    terms = dict(TERMS)
     monkeypatch.setattr(records, "_asked", set(records._asked))
     monkeypatch.setattr(records, "_broken", {})
     monkeypatch.syspath_prepend(tmp_path / "site")
     yield tmp_path / "site"
-    for table, before in [*tables, (TERMS, terms)]:
-        for name in table.keys() - before.keys():
-            del table[name]  # type: ignore[attr-defined]
     sys.modules.pop("outside", None)
     importlib.invalidate_caches()
 
