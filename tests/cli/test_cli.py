@@ -121,12 +121,14 @@ def test_arguments_reach_a_run_that_takes_them() -> None:
     import inspect as signatures
 
     from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, pretrain, quantize
+    from weft.cli.common import COMMON, with_common
 
     for command in (combine, compress, demo, evaluate, finetune, inspect, merge, pretrain, quantize):
         name = command.__name__.rsplit(".", 1)[1]
         run = __import__(f"weft.verbs.{name}", fromlist=["run"]).run
         taken = signatures.signature(run).parameters
-        given = set(signatures.signature(command.command).parameters) - {"json", "option"}
+        given = set(with_common(command.command).parameters) - {"json", "option", *COMMON}
+        assert {"seed", "device"} <= given or name == "combine"
         if name in ("merge", "quantize"):
             given -= {"seed"}
         open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())

@@ -18,11 +18,12 @@ import typer
 
 import weft
 from weft.cli.common import COMMON, with_common
+from weft.cli.options import method_options, named_values
 from weft.errors import WeftError
 from weft.progress import first_process, say, tune_libraries
 from weft.signals import listening
 
-__all__ = ["answering", "number", "print_facts", "print_json", "print_table", "work"]
+__all__ = ["answer", "answering", "gathered", "number", "print_facts", "print_json", "print_table", "work"]
 
 R = TypeVar("R")
 
@@ -56,6 +57,32 @@ def answering(command: Callable[..., R], *, resumes: bool = False) -> Callable[.
 
     answered.__signature__ = with_common(command)  # type: ignore[attr-defined]
     return answered
+
+
+def answer(verb: str, arguments: Mapping[str, Any], *, unused: Sequence[str] = ()) -> None:
+    """Do the work of a verb and print what it found.
+
+    Args:
+        arguments: all that the command was given, its `locals()`.
+        unused: names of those that the verb takes no notice of.
+    """
+    given, json = gathered(arguments)
+    result = work(verb, **{name: value for name, value in given.items() if name not in unused})
+    print_json(result) if json else print_facts(result)
+
+
+def gathered(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The arguments of a verb, out of the `locals()` of its command, and whether JSON is wanted.
+
+    Raises WeftError for an --option that is no NAME=VALUE or has a flag of its own.
+    """
+    given = {**arguments, **arguments.get("common", {})}
+    given.pop("common", None)
+    json, option = given.pop("json"), given.pop("option", None)
+    if "optimizer_option" in given:
+        stepping = named_values(given.pop("optimizer_option"), "--optimizer-option", "rank=4")
+        given["optimizer_options"] = stepping or None
+    return given | method_options(option, given), json
 
 
 def work(verb: str, **arguments: Any) -> Any:

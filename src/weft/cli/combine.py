@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Json, MethodOptions, Out, Seed, method_options
+from weft.cli.answer import answer
+from weft.cli.common import Answering
+from weft.cli.options import MethodOptions, Out
 
 __all__ = ["command"]
 
@@ -29,12 +30,7 @@ def command(
         typer.Option("--weight", help="Of the first adapter; again for each further one; 1.", show_default=False),
     ] = None,
     option: MethodOptions = None,
-    seed: Seed = 0,
-    json: Json = False,
+    **common: Unpack[Answering],
 ) -> None:
     """Make one low-rank adapter of several, without the base model."""
-    arguments = locals()
-    for name in ("json", "option"):
-        del arguments[name]
-    result = work("combine", **arguments, **method_options(option, arguments))
-    print_json(result) if json else print_facts(result)
+    answer("combine", locals())

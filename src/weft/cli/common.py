@@ -1,4 +1,4 @@
-"""What every verb takes beside its own options: a file of arguments, and how much it says."""
+"""What verbs take beside their own options: the shared ones, a file of arguments, and how much is said."""
 
 from __future__ import annotations
 
@@ -6,21 +6,52 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 
 import typer
 import yaml
 
+from weft.cli.options import Device, Dtype, Json, Seed, TrustRemoteCode
 from weft.errors import WeftError, nearest
 from weft.progress import loud
 
-__all__ = ["COMMON", "with_common"]
+__all__ = ["COMMON", "Answering", "Computing", "Loading", "with_common"]
+
+
+class Answering(TypedDict):
+    """The options of every verb: a command that takes `**common: Unpack[Answering]` has them."""
+
+    seed: Seed
+    json: Json
+
+
+class Computing(Answering):
+    """Those of a verb that computes with a model."""
+
+    device: Device
+    dtype: Dtype
+
+
+class Loading(Computing):
+    """Those of a verb that loads one."""
+
+    trust_remote_code: TrustRemoteCode
 
 
 def with_common(command: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a command with the common options behind its own."""
-    own = inspect.signature(command, eval_str=True)
-    return own.replace(parameters=[*own.parameters.values(), *COMMON.values()])
+    """The signature of a command with its shared options, and those of every command, behind its own."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        (shared,) = get_args(own.pop().annotation)
+        own += [_parameter(name, hint) for name, hint in get_type_hints(shared, include_extras=True).items()]
+    return inspect.Signature([*own, *COMMON.values()])
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    """An option that may be left out: it is then what its type has for nothing, 0, False or None."""
+    kind = get_args(annotation)[0]
+    default = kind() if isinstance(kind, type) else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _read(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -97,9 +128,4 @@ _ANNOTATIONS: dict[str, Any] = {
     "quiet": Annotated[bool, typer.Option("--quiet", help="Say nothing while working.", callback=_quiet)],
     "verbose": Annotated[bool, typer.Option("--verbose", help="Say what the libraries say too.", callback=_verbose)],
 }
-COMMON = {
-    name: inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None if name == "config" else False, annotation=annotation
-    )
-    for name, annotation in _ANNOTATIONS.items()
-}
+COMMON = {name: _parameter(name, annotation) for name, annotation in _ANNOTATIONS.items()}

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import (
-    Device,
-    Dtype,
-    Json,
-    MethodOptions,
-    Model,
-    Out,
-    Seed,
-    TrustRemoteCode,
-    Window,
-    method_names,
-    method_options,
-)
+from weft.cli.answer import answer
+from weft.cli.common import Loading
+from weft.cli.options import MethodOptions, Model, Out, Window, method_names
 
 __all__ = ["command"]
 
@@ -81,15 +70,7 @@ def command(
         ),
     ] = None,
     option: MethodOptions = None,
-    seed: Seed = 0,
-    json: Json = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
+    **common: Unpack[Loading],
 ) -> None:
     """Compress a model into a directory that transformers opens after `import weft`."""
-    arguments = locals()
-    for name in ("json", "option"):
-        del arguments[name]
-    result = work("compress", **arguments, **method_options(option, arguments))
-    print_json(result) if json else print_facts(result)
+    answer("compress", locals())

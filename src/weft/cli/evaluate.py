@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, print_table, work
-from weft.cli.options import Bos, Device, Dtype, Json, Model, Seed, TrustRemoteCode, Window
+from weft.cli.answer import gathered, print_facts, print_json, print_table, work
+from weft.cli.common import Loading
+from weft.cli.options import Bos, Model, Window
 
 __all__ = ["command"]
 
@@ -33,15 +34,10 @@ def command(
         Path | None, typer.Option(help="An adapter's directory (weft's or PEFT's), put on first.", show_default=False)
     ] = None,
     bos: Bos = None,
-    seed: Seed = 0,
-    json: Json = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
+    **common: Unpack[Loading],
 ) -> None:
     """Measure perplexity, speed and size."""
-    arguments = locals()
-    del arguments["json"]
+    arguments, json = gathered(locals())
     arguments["tasks"] = None if tasks is None else [task for task in tasks.split(",") if task]
     result = work("evaluate", **arguments)
     if json or tasks is None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, work
+from weft.cli.answer import answer
+from weft.cli.common import Loading
 from weft.cli.options import (
     Bos,
-    Device,
     DryRun,
-    Dtype,
-    Json,
     LogEvery,
     MethodOptions,
     Model,
@@ -21,12 +19,8 @@ from weft.cli.options import (
     Out,
     ReportTo,
     SaveTotalLimit,
-    Seed,
-    TrustRemoteCode,
     Window,
     method_names,
-    method_options,
-    named_values,
 )
 
 __all__ = ["command"]
@@ -104,16 +98,7 @@ def command(
     option: MethodOptions = None,
     optimizer_option: OptimizerOptions = None,
     bos: Bos = None,
-    seed: Seed = 0,
-    json: Json = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
+    **common: Unpack[Loading],
 ) -> None:
     """Train what a method trains: low-rank components, adapters, or everything."""
-    arguments = locals()
-    for name in ("json", "option", "optimizer_option"):
-        del arguments[name]
-    stepping = named_values(optimizer_option, "--optimizer-option", "rank=4")
-    result = work("finetune", **arguments, optimizer_options=stepping or None, **method_options(option, arguments))
-    print_json(result) if json else print_facts(result)
+    answer("finetune", locals())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_json, print_table, work
-from weft.cli.options import Device, Dtype, Json, Model, Seed, TrustRemoteCode
+from weft.cli.answer import gathered, print_json, print_table, work
+from weft.cli.common import Loading
+from weft.cli.options import Model
 
 __all__ = ["command"]
 
@@ -22,15 +23,10 @@ def command(
         list[str] | None,
         typer.Option(help="Only layers whose name matches, such as '*mlp*'; again for more.", show_default=False),
     ] = None,
-    seed: Seed = 0,
-    json: Json = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
+    **common: Unpack[Loading],
 ) -> None:
     """Measure the spectrum of every weight matrix: ranks, norms, and how many singular values carry its energy."""
-    arguments = locals()
-    del arguments["json"]
+    arguments, json = gathered(locals())
     result = work("inspect", **arguments)
     if json:
         print_json(result)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Device, Dtype, Json, Model, Out, Seed, TrustRemoteCode
+from weft.cli.answer import answer
+from weft.cli.common import Loading
+from weft.cli.options import Model, Out
 
 __all__ = ["command"]
 
@@ -20,15 +21,7 @@ def command(
         Path | None, typer.Option(help="An adapter's directory (weft's or PEFT's), put on first.", show_default=False)
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this.")] = "5GB",
-    seed: Seed = 0,
-    json: Json = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
+    **common: Unpack[Loading],
 ) -> None:
     """Collapse every sum of terms to one matrix: a plain model that anything reads."""
-    arguments = locals()
-    for name in ("json", "seed"):  # the seed is accepted as by every verb; nothing here is random
-        del arguments[name]
-    result = work("merge", **arguments)
-    print_json(result) if json else print_facts(result)
+    answer("merge", locals(), unused=("seed",))  # taken as by every verb; nothing here is random

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, work
+from weft.cli.answer import answer
+from weft.cli.common import Computing
 from weft.cli.options import (
     Bos,
-    Device,
     DryRun,
-    Dtype,
-    Json,
     LogEvery,
     MethodOptions,
     OptimizerOptions,
     Out,
     ReportTo,
     SaveTotalLimit,
-    Seed,
     Window,
-    method_options,
-    named_values,
 )
 
 __all__ = ["command"]
@@ -91,15 +86,7 @@ def command(
     option: MethodOptions = None,
     optimizer_option: OptimizerOptions = None,
     bos: Bos = None,
-    seed: Seed = 0,
-    json: Json = False,
-    device: Device = None,
-    dtype: Dtype = None,
+    **common: Unpack[Computing],
 ) -> None:
     """Train a model from scratch, with any optimizer."""
-    arguments = locals()
-    for name in ("json", "option", "optimizer_option"):
-        del arguments[name]
-    stepping = named_values(optimizer_option, "--optimizer-option", "rank=4")
-    result = work("pretrain", **arguments, optimizer_options=stepping or None, **method_options(option, arguments))
-    print_json(result) if json else print_facts(result)
+    answer("pretrain", locals())

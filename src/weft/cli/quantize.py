@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import typer
 
-from weft.cli.answer import print_facts, print_json, work
-from weft.cli.options import Device, Dtype, Json, Model, Out, Seed, TrustRemoteCode
+from weft.cli.answer import answer
+from weft.cli.common import Loading
+from weft.cli.options import Model, Out
 
 __all__ = ["command"]
 
@@ -31,15 +32,7 @@ def command(
     ] = None,
     rank: Annotated[int, typer.Option(help="Of the low-rank term, for lq-lora.")] = 64,
     max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this.")] = "5GB",
-    seed: Seed = 0,
-    json: Json = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
+    **common: Unpack[Loading],
 ) -> None:
     """Put codes of few bits in the place of a model's weights."""
-    arguments = locals()
-    for name in ("json", "seed"):  # the seed is accepted as by every verb; nothing here is random
-        del arguments[name]
-    result = work("quantize", **arguments)
-    print_json(result) if json else print_facts(result)
+    answer("quantize", locals(), unused=("seed",))  # taken as by every verb; nothing here is random
