@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from weft.cli import app, compress, evaluate, merge
+from weft.cli import answer, app, evaluate
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         arguments.update(given, verb=verb)
         return {}
 
-    for module in (compress, evaluate, merge):
+    for module in (answer, evaluate):
         monkeypatch.setattr(module, "work", work)
     return arguments
 
