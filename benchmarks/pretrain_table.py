@@ -37,6 +37,7 @@ from weft.runs.loading import load_tokenizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import SIZES
 from weft.train.sources import read_texts, source_files
+from weft.verbs.fresh import Structure
 from weft.verbs.pretrain import build, pretrain
 
 Run = Callable[[str, float, int], dict[str, Any]]  # (name, learning rate, seed) -> loss, bytes, seconds
@@ -61,7 +62,7 @@ def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float
         "APOLLO": (1e-2, {"optimizer": "apollo", **subspace}),
         "DCT-AdamW": (1e-3, {"optimizer": "dct_adamw", "rank": rank}),
         "SinkGD": (2e-2, {"optimizer": "sinkgd"}),
-        "low-rank factors, AdamW": (1e-3, {"optimizer": "adamw", "low_rank": rank}),
+        "low-rank factors, AdamW": (1e-3, {"optimizer": "adamw", "structure": ("low-rank", rank)}),
     }
 
 
@@ -74,7 +75,8 @@ def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any
     @functools.cache
     def run(name: str, lr: float, seed: int) -> dict[str, Any]:
         options = dict(table[name][1])
-        model, _ = build(args.size, tokenizer, args.window, seed, low_rank=options.pop("low_rank", None))
+        structure = Structure.of(*options.pop("structure")) if "structure" in options else None
+        model, _ = build(args.size, tokenizer, args.window, seed, structure=structure)
         recipe = Recipe(
             steps=args.steps, lr=lr, window=args.window, batch=args.batch, warmup=args.steps // 10, clip=0.0,
             save_every=args.steps, log_every=args.steps, seed=seed,
@@ -84,7 +86,7 @@ def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any
             try:
                 found = pretrain(
                     model.to(args.device), tokenizer, files, recipe, Path(scratch), evaluation=held_out,
-                    eval_windows=args.eval_windows, **options,
+                    eval_windows=args.eval_windows, structure=structure, **options,
                 )  # fmt: skip
             except WeftError as error:
                 if "not finite" not in str(error):

@@ -128,6 +128,24 @@ def test_factors_with_restarts_resume_and_are_saved_as_factors(go, interrupted, 
     assert len(terms) == 14 and all(t.B.shape[1] == 4 for t in terms)
 
 
+def test_the_short_flag_is_the_method(go, tmp_path):
+    """Same bytes; with --method the rank is the method's, and its quarter of the width is the default."""
+    short = go("short", low_rank=8, steps=2)
+    asked = go("asked", method="low-rank", rank=8, steps=2)
+    found = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("short", "asked")]
+    assert found[0] == found[1] and short["perplexity"] == asked["perplexity"]
+    assert short["method"] == asked["method"] == "low-rank" and short["rank"] == asked["rank"] == 8
+    go("quarter", method="low-rank", steps=2)
+    assert (tmp_path / "quarter" / "model.safetensors").read_bytes() == found[0]
+
+
+def test_options_go_to_the_method_that_has_them_and_else_to_the_optimizer(go, tmp_path):
+    go(method="low-rank", rank=4, std=0.5, betas=[0.5, 0.6], steps=1)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["metrics"]["method_options"] == {"std": 0.5}
+    assert record["metrics"]["optimizer_options"] == {"betas": [0.5, 0.6]}
+
+
 def test_half_precision_weights_are_trained_as_they_are(go, tmp_path):
     result = go(optimizer="galore", rank=4, rounding="stochastic", dtype="bfloat16", steps=2)
     saved = load_file(tmp_path / "out" / "model.safetensors")
@@ -286,6 +304,13 @@ MISTAKES = [
     ({"reset_moments": 0}, "--reset-moments is 0"),
     ({"mup": 16, "optimizer": "galore", "rank": 4}, "--mup sets learning rates by width for AdamW"),
     ({"mup": 16, "low_rank": 4}, "give it without --low-rank"),
+    ({"mup": 16, "method": "low-rank"}, "give it without --low-rank or --method"),
+    ({"method": "low-rnk"}, "no method to pretrain called 'low-rnk'; the nearest are: low-rank"),
+    ({"method": "lora"}, "no method to pretrain called 'lora'"),
+    ({"method": "low-rank", "low_rank": 4}, "--low-rank R is short for --method low-rank --rank R: give one"),
+    ({"method": "low-rank", "rank": 0.25}, "--rank is 0.25: with --method low-rank give a whole number from 1"),
+    ({"method": "low-rank", "rank": 33}, "Rank 33 is not possible for low-rank: .*give 1 to 32"),
+    ({"method": "low-rank", "foo": 1}, "'adamw' has no option 'foo'"),
     ({"mup": 20}, "A base width of 20 does not fit nano: give a multiple of 16"),
     ({"mup": 16, "decay": "square"}, "width rule of weight decay called 'square'"),
     ({"text": "nowhere.txt"}, "no data at nowhere.txt"),

@@ -19,6 +19,7 @@ from weft.cli.options import (
     ReportTo,
     SaveTotalLimit,
     Window,
+    method_names,
 )
 
 __all__ = ["command"]
@@ -27,13 +28,23 @@ __all__ = ["command"]
 def command(
     out: Out,
     size: Annotated[str, typer.Option(help="9m, 35m, 60m, 130m, 350m or 1b, as in the published tables.")] = "9m",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="What stands in the place of the matrices: low-rank, sltrain ...; see weft methods.",
+            autocompletion=method_names("pretrain"),
+            show_default=False,
+        ),
+    ] = None,
     optimizer: Annotated[
         str, typer.Option(help="adamw, galore, fira, frugal, apollo, dct_adamw, sinkgd ...")
     ] = "adamw",
     rank: Annotated[
         float | None,
         typer.Option(
-            help="Rank of the optimizer's subspace, or its share of a side; the published one.", show_default=False
+            help="With --method, of its factors; a quarter of the width. Else of the optimizer's subspace, or its "
+            "share of a side; the published one.",
+            show_default=False,
         ),
     ] = None,
     text: Annotated[
@@ -56,7 +67,7 @@ def command(
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for no limit.")] = 0.0,
     lean: Annotated[bool, typer.Option(help="Keep fewer activations and no logits; the same gradients.")] = True,
     low_rank: Annotated[
-        int | None, typer.Option(help="Train factors of this rank in place of matrices.", show_default=False)
+        int | None, typer.Option(help="Short for --method low-rank of this rank.", show_default=False)
     ] = None,
     refactorise: Annotated[
         int | None, typer.Option(help="Re-balance those factors every so many steps.", show_default=False)
@@ -88,5 +99,5 @@ def command(
     bos: Bos = None,
     **common: Unpack[Computing],
 ) -> None:
-    """Train a model from scratch, with any optimizer."""
+    """Train a model from scratch, with any optimizer, its matrices as they are or in a structure."""
     answer("pretrain", locals())

@@ -235,6 +235,7 @@ class Method(Record):
         held: the same for the numbers of its trainable tensors, where these have room for more than is ever trained.
         count_shared: (shapes by layer, rank, options) -> trainable numbers that the layers share, counted once.
         limit: (out, in, options) -> the largest rank that makes sense.
+        ranked: whether its size is a rank that one may ask for; else what it makes follows from its options alone.
         share: (shapes by layer, rank, generator, options) -> what all layers share (a random store, a pool), handed to
             each `split` in its site.
         spread: (moments by layer, shapes by layer, rank, options) -> rank by layer; 0 leaves a layer out. Among a
@@ -262,6 +263,7 @@ class Method(Record):
     held: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
     count_shared: Callable[[Mapping[str, tuple[int, int]], int, Mapping[str, Any]], int] | None = None
     limit: Callable[[int, int, Mapping[str, Any]], int] = smaller_side
+    ranked: bool = True
     share: Callable[..., Any] | None = None
     spread: Callable[..., dict[str, int]] | None = None
     rates: Callable[[Mapping[str, Any]], dict[str, float]] | None = None

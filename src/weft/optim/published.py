@@ -69,6 +69,7 @@ OPTIMIZERS: Table[Optimizer] = Table(
         optimizer(
             gradnormlorp, "gradnormlorp", "GaLore on the directions of weight-normalised layers, or on factors.",
             "Huang et al., 2024, arXiv 2412.19616", by_size=_GRADNORM,
+            on_factors={"normalize": False},  # factors are projected as they are
         ),
         optimizer(
             sinkgd, "sinkgd", "Stateless steps whose rows and columns have equal norms; AdamW beside the matrices.",

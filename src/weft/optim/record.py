@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
@@ -29,6 +29,7 @@ class Optimizer(Record):
         loop: why it wants a loop of its own, a sentence; "" where the verbs offer it.
         by_size: (numbers in the matrices of the blocks, options) by rising numbers: from so many on, the published
             options of that size take the place of `defaults`. Below the first there is no published size.
+        on_factors: options whose published values are others where the matrices are trained as factors.
         periods: options that are steps between two events: `weft pretrain` and `weft finetune` take a twentieth of the
             run where that is less than the published number.
     """
@@ -40,6 +41,7 @@ class Optimizer(Record):
     backward: bool = True
     loop: str = ""
     by_size: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    on_factors: Mapping[str, Any] = field(default_factory=dict)
     periods: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -50,6 +52,11 @@ class Optimizer(Record):
     def rate(self) -> float:
         """The published peak learning rate."""
         return float(inspect.signature(self.make).parameters["lr"].default)
+
+    @property
+    def by_width(self) -> bool:
+        """Whether it scales rates and decay by width, from a narrow `base` model."""
+        return "base" in inspect.signature(self.make).parameters
 
     def for_run(self, steps: int) -> dict[str, Any]:
         """The periods for a run of so many steps."""

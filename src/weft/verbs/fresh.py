@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,41 +11,101 @@ from torch import nn
 
 from weft.errors import WeftError
 from weft.methods import METHODS, Method, Site
+from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.terms.adapters import base_terms
 from weft.terms.layers import bias_of, linear_layers, shape_of
 from weft.terms.put import KEEP, put
 
-__all__ = ["restructure"]
+__all__ = ["Structure", "restructure"]
+
+QUARTER = 4
+"""The published ranks of low-rank pre-training are about a quarter of the model's width."""
 
 
-def restructure(model: nn.Module, method: str | Method, size: Any, seed: int, **options: Any) -> nn.Module:
-    """Put a method's terms in the place of every linear layer of a fresh model, whose weights are not read; the same
-    model is returned.
+@dataclass(frozen=True)
+class Structure:
+    """What stands in the place of a fresh model's matrices.
 
     Args:
         method: of kind "pretrain".
-        size: of every layer: for most methods the rank.
+        rank: of every layer; None for a quarter of the smallest side among them, and for methods without a rank.
+        options: all of the method's own.
+    """
+
+    method: Method
+    rank: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: str | Method, rank: float | None = None, options: Mapping[str, Any] | None = None) -> Structure:
+        """By name, checked as far as can be without a model.
+
+        Raises WeftError for an unknown method or option, and a rank that is none or that the method does not take.
+        """
+        found = METHODS.find(method, "pretrain")
+        if rank is not None and not found.ranked:
+            raise WeftError(f"--rank has no meaning for --method {found.name}; its options are: {_listed(found)}.")
+        if rank is not None and rank != int(rank):
+            raise WeftError(f"--rank is {rank:g}: with --method {found.name} give a whole number from 1.")
+        return cls(found, None if rank is None else int(rank), found.options(options or {}))
+
+    def sized(self, shapes: Mapping[str, tuple[int, int]]) -> int | None:
+        """The rank for layers of these shapes. Raises WeftError where a layer cannot have it."""
+        if not self.method.ranked:
+            return None
+        rank = max(1, min(map(min, shapes.values())) // QUARTER) if self.rank is None else self.rank
+        for name, (out, inn) in shapes.items():
+            most = self.method.limit(out, inn, self.options)
+            if not 1 <= rank <= most:
+                raise WeftError(
+                    f"Rank {rank} is not possible for {self.method.name}: {name} is {out} x {inn}; give 1 to {most}."
+                )
+        return rank
+
+    def rules(self, model: nn.Module, seed: int) -> list[Rule]:
+        """What happens around the training steps of a model of this structure."""
+        shapes = {name: shape_of(layer) for name, layer in linear_layers(model).items()}
+        rank = self.sized(shapes)
+        settings = {**self.options, "seed": seed} | ({} if rank is None else {"rank": rank})
+        return make_rules(self.method.rules, settings | {"ranks": dict.fromkeys(shapes, rank)})
+
+    def described(self) -> dict[str, Any]:
+        """What a run's record says of it, JSON-able."""
+        return {"method": self.method.name, "rank": self.rank, "method_options": dict(self.options)}
+
+
+def restructure(
+    model: nn.Module, method: str | Method | Structure, size: Any = None, seed: int = 0, **options: Any
+) -> nn.Module:
+    """Put a method's terms in the place of every linear layer of a fresh model; the same model is returned.
+
+    Args:
+        method: of kind "pretrain", or a whole structure, which then says size and options.
+        size: of every layer: for most methods the rank; None for a quarter of the smallest side.
         seed: of every draw.
         options: the method's own.
 
     Raises:
         WeftError: an unknown method or option, or a size that a layer cannot have. The model is then as it was.
     """
-    found = METHODS.find(method, "pretrain")
+    chosen = method if isinstance(method, Structure) else Structure.of(method, size, options)
+    found = chosen.method
     assert found.split is not None
-    chosen = found.options(options)
     shapes = {name: shape_of(layer) for name, layer in linear_layers(model).items()}
-    for name, (out, inn) in shapes.items():
-        most = found.limit(out, inn, chosen)
-        if not 1 <= size <= most:
-            raise WeftError(f"Rank {size} is not possible for {found.name}: {name} is {out} x {inn}; give 1 to {most}.")
+    rank = chosen.sized(shapes)
     own = torch.Generator().manual_seed(seed)
-    shared = None if found.share is None else found.share(shapes, size, own, chosen)
+    shared = None if found.share is None else found.share(shapes, rank, own, chosen.options)
+    made = {}
     for name in shapes:
         layer = model.get_submodule(name)
         draw, dtype = generator(seed, found.name, name), layer.weight.dtype
-        site = Site(name, base_terms(model, name), size, size, {}, draw, dtype, shared, bias_of(layer))  # type: ignore[arg-type]
-        made = found.split(site, **chosen)
-        put(model, name, made.terms, KEEP if made.bias is None else made.bias)
+        site = Site(name, base_terms(model, name), rank, rank, {}, draw, dtype, shared, bias_of(layer))  # type: ignore[arg-type]
+        made[name] = found.split(site, **chosen.options)
+    for name, split in made.items():
+        put(model, name, split.terms, KEEP if split.bias is None else split.bias)
     return model
+
+
+def _listed(method: Method) -> str:
+    return ", ".join(method.defaults) or "none"

@@ -1,4 +1,4 @@
-"""Pre-train a model from scratch: a size, a text, an optimizer.
+"""Pre-train a model from scratch: a size, a text, an optimizer, and what stands in the place of its matrices.
 
 The text is tokenised in the background and packed (`weft.train.stream`), the loop is transformers' Trainer, and the
 optimizer one of `weft.optim.OPTIMIZERS`, or "adamw".
@@ -22,10 +22,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallb
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError, unknown
 from weft.io.save import save_model
+from weft.methods import Method
 from weft.optim import Refresh, fold_weights, schedules
 from weft.optim.mup import scale_init_
 from weft.optim.state import state_bytes
-from weft.rules import Rule
+from weft.rules import Rule, Rules
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
 from weft.rules.schedule import in_time
@@ -34,7 +35,14 @@ from weft.runs.loading import load_tokenizer, resolve_dtype
 from weft.runs.output import check_output, keep_logs, open_output
 from weft.runs.record import begin
 from weft.train.metrics import OneStep
-from weft.train.optimizers import check_options, chosen_options, default_options, default_rate, make_optimizer
+from weft.train.optimizers import (
+    check_options,
+    chosen_options,
+    default_options,
+    default_rate,
+    find_optimizer,
+    make_optimizer,
+)
 from weft.train.recipe import Recipe
 from weft.train.sizes import configuration, fresh_model
 from weft.train.sources import read_texts, source_files
@@ -44,7 +52,7 @@ from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_memory
 from weft.verbs.figures import first_and_last, rehearsed
 from weft.verbs.finetune import training_device
-from weft.verbs.fresh import restructure
+from weft.verbs.fresh import Structure, restructure
 
 __all__ = ["build", "pretrain", "run"]
 
@@ -55,14 +63,14 @@ def build(
     window: int,
     seed: int,
     *,
-    low_rank: int | None = None,
+    structure: Structure | None = None,
     mup: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[LlamaForCausalLM, nn.Module | None]:
     """A fresh model of a published size, and, for width scaling, its narrow base on the meta device.
 
     Args:
-        low_rank: train factors of this rank in place of the blocks' matrices.
+        structure: what stands in the place of the blocks' matrices.
         mup: the width of the base model on which lr and weight decay were tuned; initial weights are scaled
             accordingly.
     """
@@ -70,13 +78,13 @@ def build(
     model = fresh_model(config, seed, dtype=dtype)
     base: nn.Module | None = None
     if mup is not None:
-        if low_rank is not None:
-            raise WeftError("--mup scales dense matrices: give it without --low-rank.")
+        if structure is not None:
+            raise WeftError("--mup scales dense matrices: give it without --low-rank or --method.")
         with torch.device("meta"):
             base = LlamaForCausalLM(configuration(size, tokenizer, window, width=mup))
         scale_init_(model, base)
-    if low_rank is not None:
-        restructure(model, "low-rank", low_rank, seed, std=float(config.initializer_range))
+    if structure is not None:
+        restructure(model, structure, seed=seed)
     return model, base
 
 
@@ -87,6 +95,7 @@ def pretrain(
     recipe: Recipe,
     directory: Path,
     *,
+    structure: Structure | None = None,
     optimizer: str = "adamw",
     schedule: str = "cosine",
     restart: int = 0,
@@ -104,6 +113,7 @@ def pretrain(
     Args:
         files: text, JSONL or Parquet files; each document ends with the end-of-text token.
         directory: for the token stream, checkpoints and metrics; training goes on from the last checkpoint in it.
+        structure: that the model was built with (`build`); its method's rules run around the steps.
         optimizer: "adamw" or a name of `weft.optim.OPTIMIZERS`; its options (rank, refresh, scale, projection ...) as
             `options`.
         schedule: "cosine" (to a tenth), "wsd" or "constant", after `recipe.warmup` steps of warm-up.
@@ -139,7 +149,7 @@ def pretrain(
             optimizer=lambda: made,
             scheduler=lambda optim: LambdaLR(optim, plan),
             widen=False,
-            rules=_rules(refactorise, reset_moments),
+            rules=_rules(model, structure, recipe, refactorise, reset_moments),
             measure=measure if evaluation is not None else None,
             callbacks=callbacks,
         )
@@ -151,6 +161,7 @@ def pretrain(
         "parameters": model_size(model)[0],
         "tokens": count * recipe.window,
         "epochs": count / windows,
+        **({} if structure is None else structure.described()),
         "optimizer_options": options,
         "optimizer_bytes": state_bytes(made),
         **first_and_last(log),
@@ -164,6 +175,7 @@ def run(
     out: str | Path,
     *,
     size: str = "9m",
+    method: str | Method | None = None,
     optimizer: str = "adamw",
     optimizer_options: Mapping[str, Any] | None = None,
     rank: float | None = None,
@@ -189,8 +201,10 @@ def run(
     `metrics.jsonl`.
 
     Args:
-        rank: of the optimizer's subspace, or below 1 its share of a matrix's side; None for the published one at this
-            size.
+        method: of kind "pretrain": what stands in the place of the blocks' matrices; None for the matrices themselves.
+        rank: with a method, of what stands there (None for a quarter of the width). Without one, of the optimizer's
+            subspace, or below 1 its share of a matrix's side; None for the published one at this size.
+        low_rank: factors of this rank in the place of the matrices, and `rank` stays the optimizer's.
         optimizer_options: of the optimizer: refresh, scale ...; among `settings` they count as well. By default the
             published ones, which follow the size of the model and the length of the run.
         text: files or directories; None for Python's own sources.
@@ -198,17 +212,20 @@ def run(
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
-        **settings: fields of `Recipe` (steps, window, batch, seed ...), and options of the optimizer.
+        **settings: fields of `Recipe` (steps, window, batch, seed ...), and options of the method, or else of the
+            optimizer.
 
     Raises:
         WeftError: any argument that cannot work, before a model is made.
         KeyboardInterrupt: a signal came; the same call goes on from the last step to the same bits.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
+    structure, rank, settings = _structure(method, low_rank, rank, settings)
+    arguments["method"] = method.name if isinstance(method, Method) else method
     recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
-    if optimizer == "gradnormlorp" and low_rank is not None:
-        options.setdefault("normalize", False)  # factors are projected as they are
-    _check_rules(refactorise, reset_moments, low_rank, recipe.steps)
+    if structure is not None:
+        options = {**find_optimizer(optimizer).on_factors, **options}
+    _check_rules(refactorise, reset_moments, structure, recipe.steps)
     _check_width(optimizer, mup, decay)
     _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
     files = source_files(text) if text is not None else calibration_files()
@@ -217,15 +234,17 @@ def run(
     evaluation = read_texts(eval_text) if eval_text is not None else [default_text("evaluation")]
     target = training_device(device)
     words = load_tokenizer(tokenizer)
-    shape: dict[str, Any] = {"low_rank": low_rank, "mup": mup, "dtype": resolve_dtype(dtype, target) or torch.bfloat16}
-    _rehearse(size, words, recipe, optimizer, options, decay, shape)
+    shape: dict[str, Any] = {
+        "structure": structure, "mup": mup, "dtype": resolve_dtype(dtype, target) or torch.bfloat16
+    }  # fmt: skip
+    _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     record = begin("pretrain", arguments | asdict(recipe) | {"schedule": schedule}, seed=recipe.seed, device=target)
     evaluation_windows(len(token_stream(words, evaluation)), recipe.window, count=eval_windows)
     model, base = build(size, words, recipe.window, recipe.seed, **shape)
     model.to(target)  # type: ignore[arg-type]
     plan: dict[str, Any] = {
-        "optimizer": optimizer, "schedule": schedule, "restart": restart, "refactorise": refactorise,
-        "reset_moments": reset_moments, "base": base, "decay": decay, **options,
+        "structure": structure, "optimizer": optimizer, "schedule": schedule, "restart": restart,
+        "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, **options,
     }  # fmt: skip
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
@@ -239,6 +258,22 @@ def run(
             save_model(model, words, place.path, run=record.write(place.path, metrics))
             keep_logs(place)
     return {"output": str(out), **metrics}
+
+
+def _structure(
+    method: str | Method | None, low_rank: int | None, rank: float | None, settings: Mapping[str, Any]
+) -> tuple[Structure | None, float | None, dict[str, Any]]:
+    """What stands in the place of the matrices, the rank that is left for the optimizer, and the settings that are."""
+    if low_rank is not None and method is not None:
+        raise WeftError("--low-rank R is short for --method low-rank --rank R: give one of the two.")
+    if low_rank is not None:
+        return Structure.of("low-rank", low_rank), rank, dict(settings)
+    if method is None:
+        return None, rank, dict(settings)
+    found = Structure.of(method).method
+    own = {key: value for key, value in settings.items() if key in found.defaults}
+    left = {key: value for key, value in settings.items() if key not in own}
+    return Structure.of(found, rank, own), None, left
 
 
 def _settings(
@@ -268,23 +303,26 @@ def _rank(optimizer: str, rank: float) -> float:
     return int(rank) if rank >= 1 else rank
 
 
-def _rules(refactorise: int | None, reset_moments: int | None) -> list[Rule]:
-    found: list[Rule] = [Refactorise(refactorise)] if refactorise else []
+def _rules(
+    model: nn.Module, structure: Structure | None, recipe: Recipe, refactorise: int | None, reset_moments: int | None
+) -> list[Rule]:
+    found = [] if structure is None else structure.rules(model, recipe.seed)
+    found += [Refactorise(refactorise)] if refactorise else []
     return found + ([ResetMoments(reset_moments)] if reset_moments else [])
 
 
-def _check_rules(refactorise: int | None, reset_moments: int | None, low_rank: int | None, steps: int) -> None:
+def _check_rules(refactorise: int | None, reset_moments: int | None, structure: Structure | None, steps: int) -> None:
     for name, value in (("refactorise", refactorise), ("reset-moments", reset_moments)):
         if value is not None and value < 1:
             raise WeftError(f"--{name} is {value}: give the steps between two, at least 1.")
         if value is not None:
             in_time(value, steps, f"--{name}")
-    if refactorise is not None and low_rank is None:
+    if refactorise is not None and structure is None:
         raise WeftError("--refactorise re-balances low-rank factors: give --low-rank RANK too.")
 
 
 def _check_width(optimizer: str, mup: int | None, decay: str) -> None:
-    if mup is not None and optimizer != "adamw":
+    if mup is not None and not find_optimizer(optimizer).by_width:
         raise WeftError(f"--mup sets learning rates by width for AdamW; --optimizer {optimizer} has groups of its own.")
     if decay not in ("sqrt", "independent", "fixed"):
         raise unknown("width rule of weight decay", decay, ("sqrt", "independent", "fixed"))
@@ -298,12 +336,16 @@ def _rehearse(
     options: Mapping[str, Any],
     decay: str,
     shape: Mapping[str, Any],
+    every: tuple[int | None, int | None],
 ) -> None:
-    """Make the model and its optimizer without storage: raises what would be raised once they are large."""
+    """Make the model, its optimizer and its rules without storage: raises what would be raised once they are large."""
     with torch.device("meta"):
         model, base = build(size, tokenizer, recipe.window, recipe.seed, **shape)
-    chosen = chosen_options(optimizer, options, recipe.steps, model)
-    make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, chosen, base, decay)
+        chosen = chosen_options(optimizer, options, recipe.steps, model)
+        made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, chosen, base, decay)
+        rules = Rules(_rules(model, shape["structure"], recipe, *every))
+        rules.bind(made)
+        rules.start(model, steps=recipe.steps)
 
 
 def _period(optimizer: str, options: Mapping[str, Any]) -> int | None:
