@@ -93,6 +93,9 @@ def plain_linear(module: Any, x: Tensor) -> Any:
 
 def sum_linear(module: SumLinear, x: Tensor) -> Any:
     """A sum of terms: keeps x once for the base and all low-rank terms; further terms keep what they keep."""
+    fused = module.fused(x)  # keeps x, or what it is made from, once for all terms already
+    if fused is not None:
+        return fused
     first, *rest = module._terms()
     weight, own = first.lean_weight(), first.lean_factors() or []
     if weight is None and not own:

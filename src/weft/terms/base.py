@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.kernels.lean_linear import Factor, Weight
+from weft.kernels.transient_linear import Summand
 
 __all__ = ["Factors", "Lora", "Spec", "Term"]
 
@@ -51,6 +52,8 @@ class Term(nn.Module):
     alone: ClassVar[bool] = False
     lean_alone: ClassVar[bool] = False
     """Whether its own forward keeps little for backward already, so that a lean step leaves it as it is."""
+    builds: ClassVar[bool] = False
+    """Whether its forward builds the (out, in) matrix, so that further summands cost little beside it."""
     dropout: float = 0.0
     """Probability of zeroing an entry of x while training."""
 
@@ -108,6 +111,12 @@ class Term(nn.Module):
 
     def lean_factors(self) -> list[Factor] | None:
         """Its differentiable low-rank factors in the present mode, for a lean step; None where it has none."""
+        return None
+
+    def summand(self) -> Summand | None:
+        """Its differentiable form as one summand of a matrix that is built for the moment, in the present mode; None
+        where it has none.
+        """
         return None
 
     def own_state(self) -> dict[str, Tensor]:

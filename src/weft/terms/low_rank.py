@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.kernels.lean_linear import Factor
+from weft.kernels.transient_linear import Summand, low_rank_summand
 from weft.tensors import owned
 from weft.terms.base import Factors, Spec, Term
 
@@ -54,6 +55,9 @@ class LowRank(Term):
 
     def lean_factors(self) -> list[Factor] | None:
         return None if self.dropout and self.training else [Factor(self.B, self.A, self.scale)]
+
+    def summand(self) -> Summand | None:
+        return None if self.dropout and self.training else low_rank_summand(self.B, self.A, self.scale)
 
     def spec(self) -> Spec:
         return (

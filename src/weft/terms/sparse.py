@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.kernels.sparse_linear import scatter_dense, sparse_linear
+from weft.kernels.transient_linear import Summand, sparse_summand
 from weft.terms.base import Spec, Term
 
 __all__ = ["Sparse"]
@@ -20,6 +21,7 @@ class Sparse(Term):
 
     kind = "sparse"
     lean_alone = True
+    builds = True
 
     def __init__(self, in_features: int, out_features: int, nonzeros: int, **place: Any) -> None:
         super().__init__(in_features, out_features)
@@ -46,6 +48,9 @@ class Sparse(Term):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values = self.values.to(dtype or self.values.dtype)
         return scatter_dense(values, self.positions, self.out_features, self.in_features)
+
+    def summand(self) -> Summand | None:
+        return sparse_summand(self.values, self.positions)
 
     def spec(self) -> Spec:
         return super().spec() | {"nonzeros": self.nonzeros}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from weft.kernels.transient_linear import transient_linear, worthwhile
 from weft.terms.base import Spec, Term
 from weft.terms.hooks import at_hand
 
@@ -49,11 +50,29 @@ class SumLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        fused = self.fused(x)
+        if fused is not None:
+            return fused
         first, *rest = self.terms.values()
         y: Tensor = first(x)
         for term in rest:
             y = y + term(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The layer on many rows of x by one product with the sum of its terms, which nobody keeps; None where one
+        product a term is better: few rows, or no term that builds its matrix anyway.
+        """
+        terms = self._terms()
+        if len(terms) < 2 or not any(term.builds for term in terms):
+            return None
+        if not worthwhile(x.numel() // max(1, self.in_features), self.out_features, self.in_features):
+            return None
+        asked = [term.summand() for term in terms]
+        summands = [summand for summand in asked if summand is not None]
+        if len(summands) < len(terms):
+            return None
+        return transient_linear(x, summands, self.out_features, self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (out, in) sum of the terms' matrices, added in fp32 or wider; `dtype` None means the stored one."""
