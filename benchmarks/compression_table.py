@@ -31,6 +31,7 @@ from weft.allocate import ALLOCATIONS, Budget, greedy, lems
 from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.methods import METHODS
+from weft.methods.base import LowRankSplit
 from weft.runs.loading import load_model, load_tokenizer
 from weft.runs.pieces import Store
 from weft.stats.calibrate import calibrate
@@ -42,7 +43,7 @@ from weft.verbs.evaluate import evaluate
 from weft.verbs.placing import measure, one_shot
 from weft.verbs.survey import Plan, offered, survey
 
-COMPRESS = [method.name for method in METHODS.values() if method.kind == "compress"]
+COMPRESS = [m.name for m in METHODS.values() if m.kind == "compress" and isinstance(m.split, LowRankSplit)]
 OWN = {"asvd": "asvd", "lems": "kfac-svd", "lems-search": "kfac-svd"}
 """Allocations that cost a forward pass a layer and more, with the method that they are measured on."""
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from weft.errors import WeftError, unknown
 
-__all__ = ["Record", "Table", "find", "load_entry_points", "register", "tables"]
+__all__ = ["Record", "Table", "find", "load_entry_points", "parsed_value", "register", "tables"]
 
 ROOMS = ("weft.methods", "weft.optim", "weft.merging", "weft.grafts", "weft.allocate")
 """The rooms that have a table."""
@@ -95,7 +96,7 @@ class Table(dict[str, R], Generic[R]):
         """
         if isinstance(name, self.holds):
             return self.add(name)
-        load_entry_points()
+        self.known(str(name))  # which looks at installed packages for a name that is not here
         return _among([self], str(name), kinds)
 
     def known(self, name: str) -> R | None:
@@ -111,6 +112,14 @@ def find(name: str | Record, *kinds: str) -> Record:
     Raises WeftError with the nearest names.
     """
     return register(name) if isinstance(name, Record) else _among(tables(), name, kinds)
+
+
+def parsed_value(text: str) -> Any:
+    """The value of an option that is given as text: JSON where it is JSON, the text itself otherwise."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def tables() -> list[Table[Any]]:

@@ -14,7 +14,7 @@ from weft.methods import METHODS
 from weft.methods.base import Factors, LowRankSplit, Method, low_rank_terms
 from weft.terms.layers import set_low_rank
 
-COMPRESS = {name: method for name, method in METHODS.items() if method.kind == "compress"}
+COMPRESS = {n: m for n, m in METHODS.items() if m.kind == "compress" and isinstance(m.split, LowRankSplit)}
 SHAPES = [(6, 10), (10, 6), (8, 8)]
 TOKENS = 300
 

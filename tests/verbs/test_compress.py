@@ -23,6 +23,7 @@ from weft import signals
 from weft.allocate import ALLOCATIONS, Allocation, Choice, Shape
 from weft.errors import WeftError
 from weft.methods import METHODS
+from weft.methods.base import LowRankSplit
 from weft.runs.pieces import Piece, Store
 from weft.stats import calibrate as collection
 from weft.stats.calibrate import calibrate
@@ -34,7 +35,9 @@ from weft.verbs import survey as surveying
 from weft.verbs.compress import compress, needs, run
 from weft.verbs.merge import merge
 
-NAMES = [name for name, method in METHODS.items() if method.kind == "compress"]
+NAMES = [
+    name for name, method in METHODS.items() if method.kind == "compress" and isinstance(method.split, LowRankSplit)
+]
 
 
 def sums(model: nn.Module) -> dict[str, SumLinear]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from weft.errors import WeftError
+from weft.records import parsed_value
 
 __all__ = [
     "Bos",
@@ -121,8 +121,5 @@ def named_values(given: Sequence[str] | None, flag: str, example: str) -> dict[s
         name, equals, value = pair.partition("=")
         if not (name and equals):
             raise WeftError(f"{flag} {pair!r} is no NAME=VALUE, such as {flag} {example}.")
-        try:
-            options[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name.replace("-", "_")] = value
+        options[name.replace("-", "_")] = parsed_value(value)
     return options

@@ -15,6 +15,7 @@ from weft.methods import (
     afm,
     allora,
     asvd,
+    auto,
     bone,
     ce_ssl,
     compacter,
@@ -82,6 +83,8 @@ _PAGES: tuple[ModuleType, ...] = (
     normal_float,
     int8,
     eora,
+    # several of the above, chosen by layer
+    auto,
     # made for fresh layers
     low_rank,
     # training of what is there

@@ -13,8 +13,8 @@ A method is one file in this room that ends in `METHOD = Method(...)`, and one l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ __all__ = [
     "Site",
     "Size",
     "Split",
+    "Splitter",
     "low_rank_sizes",
     "low_rank_split",
     "low_rank_terms",
@@ -144,8 +145,21 @@ def low_rank_sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, 
     return [(rank, rank * unit * shape.itemsize) for rank in range(1, (shape.numel - 1) // unit + 1)]
 
 
+class Splitter:
+    """A `split` whose answers of several sizes share work: an object that is called for one of them, or gives many."""
+
+    def __call__(self, site: Site, **options: Any) -> Split:
+        """The terms of the site's size."""
+        ((_, split),) = self.each(site, [site.size], **options)
+        return split
+
+    def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:
+        """Every size with its terms, one after another; what they share is done once."""
+        raise NotImplementedError  # abstract
+
+
 @dataclass(frozen=True)
-class LowRankSplit:
+class LowRankSplit(Splitter):
     """A `split` whose terms are one LowRank, the first r components of the factors of a weight.
 
     Its answers of all ranks are nested, so that a survey factorises once and knows the loss of every rank.
@@ -164,8 +178,11 @@ class LowRankSplit:
     dtype: torch.dtype = torch.float64
     form: Callable[[Tensor, Tensor], Any] | None = None
 
-    def __call__(self, site: Site, **options: Any) -> Split:
-        return self.terms(site, self.factors(site, **options))
+    def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:
+        """The first components of one factorisation."""
+        factors = self.factors(site, **options)
+        for size in sizes:
+            yield size, self.terms(replace(site, size=size, nominal=size), factors)
 
     def factors(self, site: Site, **options: Any) -> Factors:
         """Those of the site's weight. Raises WeftError with the layer's name where it cannot be factorised."""
@@ -224,6 +241,7 @@ class Method(Record):
             "compensate" (adds terms that take up what a compression lost), "pretrain" (makes fresh layers),
             "train" (changes no weight, chooses what is trained), or "prune" (cuts rows and columns out of layers).
         needs: the statistics that `split` reads from its site's `moments`.
+        needs_with: (options) -> those that it reads with these options besides.
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
         sequential: whether each block is calibrated on the outputs of the blocks already changed.
         correction: share (0 to 1) of the drift of a layer's inputs that the sequential form corrects, see
@@ -253,6 +271,7 @@ class Method(Record):
     """
 
     needs: tuple[str, ...] = ()
+    needs_with: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
     allocate: str = "uniform"
     sequential: bool = False
     correction: float = 0.0
@@ -273,6 +292,22 @@ class Method(Record):
     rules: tuple[Callable[..., Any], ...] = ()
     optimizer: Callable[[list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer] | None = None
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
+
+    def reads(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The statistics that it needs with these options."""
+        more = () if self.needs_with is None else self.needs_with(options)
+        return tuple(dict.fromkeys([*self.needs, *more]))
+
+    def each(self, site: Site, sizes: Sequence[Size], options: Mapping[str, Any]) -> Iterator[tuple[Size, Split]]:
+        """The terms of each of these sizes, one after another."""
+        assert self.split is not None
+        if isinstance(self.split, Splitter):
+            yield from self.split.each(site, sizes, **options)
+            return
+        drawn = site.generator.get_state()
+        for size in sizes:
+            site.generator.set_state(drawn)  # a size's draw does not depend on which others are tried
+            yield size, self.split(replace(site, size=size, nominal=size), **options)
 
     def freeze(self, model: nn.Module) -> list[nn.Parameter]:
         """Make exactly the method's own parameters trainable, and return them.

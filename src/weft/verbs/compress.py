@@ -84,7 +84,7 @@ def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
     if first.split is None or first.kind == "adapt":
         return first.needs
     how = reads(allocate or last.allocate) if last is first else ()
-    return Plan(method=first, options={}, layers=(), reads=how, sequential=first.sequential).needs
+    return Plan(method=first, options=first.options({}), layers=(), reads=how, sequential=first.sequential).needs
 
 
 _walk = sequential  # an argument of `compress` bears its name
@@ -166,7 +166,7 @@ def compress(
             left = allowed - sum(map(spent, chosen))
             plan, sizes = _decide(model, plan, info, left, how, data, stats, store)
             surveying += time.perf_counter() - started
-            chosen.append(sizes)
+            chosen.append({name: plan.plain(choice) for name, choice in sizes.items()})
             wanted = {name: choice.size for name, choice in sizes.items()}
             _walk(model, plan, wanted, data, store) if plan.sequential else one_shot(model, plan, wanted, store)
     _mark(model, "+".join(plan.method.name for plan in plans))
@@ -208,7 +208,7 @@ def _place(model: nn.Module, plans: Sequence[Plan], progress: Path | None) -> Ab
     """
     if progress is not None:
         return nullcontext(progress)
-    large = any(plan.by_block for plan in plans) or sum(p.nbytes for p in model.parameters()) > _LARGE
+    large = any(plan.by_block or plan.carried for plan in plans) or sum(p.nbytes for p in model.parameters()) > _LARGE
     return tempfile.TemporaryDirectory() if large else nullcontext()
 
 

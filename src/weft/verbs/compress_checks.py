@@ -33,6 +33,8 @@ __all__ = [
     "reads",
 ]
 
+_TOLD = 24  # sizes that an error lists
+
 Stage = tuple[Method, dict[str, Any]]
 """A method of a chain and its options."""
 
@@ -125,9 +127,24 @@ def given_sizes(allocate: Any, infos: Mapping[str, LayerInfo], plan: Plan) -> di
         )
     # of a chain, the file lists the sizes of all its methods
     given = {n: size[plan.stage] if plan.stage and isinstance(size, list) else size for n, size in allocate.items()}
+    if plan.mixed:
+        said = allocate.choices if isinstance(allocate, Allocation) else {}
+        given = {n: _of_candidate(size, said[n].method if n in said else "") for n, size in given.items()}
     for name, size in given.items():
         _check_size(source, name, size, infos[name], plan)
     return given
+
+
+def _of_candidate(size: Any, method: str) -> Any:
+    """A size of a mixture: (candidate, size), hashable; None stays."""
+    if size is None:
+        return None
+    pair = (method, size) if method else size
+    return tuple(tuple(part) if isinstance(part, list) else part for part in pair) if _is_pair(pair) else size
+
+
+def _is_pair(size: Any) -> bool:
+    return isinstance(size, list | tuple) and len(size) == 2
 
 
 def _check_size(source: str, name: str, size: Any, info: LayerInfo, plan: Plan) -> None:
@@ -141,7 +158,7 @@ def _check_size(source: str, name: str, size: Any, info: LayerInfo, plan: Plan) 
                 f"{min(out, inn)}, or is left dense."
             )
     elif size not in [choice.size for choice in info.choices]:
-        known = ", ".join(str(choice.size) for choice in info.sizes)
+        known = ", ".join(str(choice.size) for choice in info.sizes[:_TOLD]) + ", ..." * (len(info.sizes) > _TOLD)
         raise WeftError(
             f"{source} gives {name} the size {size!r}, but {plan.method.name} offers {known} for a {out} x {inn} "
             "matrix, or leaves it dense."

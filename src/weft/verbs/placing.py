@@ -103,7 +103,7 @@ def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Bat
             place(model, plan, name, Split(terms, bias))
         return done is not None
 
-    needs = [need for need in INPUT_NEEDS if need in plan.method.needs or need == "input_moment"]
+    needs = [need for need in INPUT_NEEDS if need in plan.reads_of or need == "input_moment"]
     groups = walk(model, batches, plan.layers, needs, original=plan.correction > 0, done=restore, track=plan.track)
     for block, members in groupby(groups, key=lambda group: group.block):
         changed = Piece({"": torch.zeros(1)})  # a block that stays as it is is finished too

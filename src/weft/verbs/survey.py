@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from weft.io.precision import saved_dtype
 from weft.linalg.principal import tail_losses, weighted_loss
 from weft.linalg.svd import singular_values
 from weft.methods.base import Factors, LowRankSplit, Method, Moments, Site, Size, Split
+from weft.methods.combined import MixtureSplit
 from weft.runs.pieces import Piece, Store, packed, unpacked
 from weft.seeds import generator
 from weft.signals import finishing
@@ -66,6 +68,15 @@ class Plan:
         return self.method.split if isinstance(self.method.split, LowRankSplit) else None
 
     @property
+    def mixed(self) -> bool:
+        """Whether the method chooses among others, so that its sizes are pairs of a candidate and a size."""
+        return isinstance(self.method.split, MixtureSplit)
+
+    def plain(self, choice: Choice) -> Choice:
+        """The choice as an allocation tells it: of a mixture, the candidate's size under the candidate's name."""
+        return choice._replace(size=choice.size[1]) if self.mixed and choice.size is not None else choice
+
+    @property
     def reads_weights(self) -> bool:
         """Whether the survey has to split."""
         return not self.sequential or self.tries or any(name in self.reads for name in ("spectrum", "losses"))
@@ -78,13 +89,18 @@ class Plan:
     @property
     def carried(self) -> tuple[str, ...]:
         """Statistics that the sequential walk, which runs forward only, takes over from the survey."""
-        return tuple(need for need in self.method.needs if need not in INPUT_NEEDS) if self.sequential else ()
+        return tuple(need for need in self.reads_of if need not in INPUT_NEEDS) if self.sequential else ()
+
+    @property
+    def reads_of(self) -> tuple[str, ...]:
+        """The statistics that the method reads with its options."""
+        return self.method.reads(self.options)
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Statistics of the survey."""
         read = [need for name in self.reads for need in NEEDS.get(name, ())]
-        return tuple(dict.fromkeys([*(self.method.needs if self.reads_weights else self.carried), *read]))
+        return tuple(dict.fromkeys([*(self.reads_of if self.reads_weights else self.carried), *read]))
 
 
 def offered(model: nn.Module, plan: Plan) -> dict[str, LayerInfo]:
@@ -102,7 +118,7 @@ def offered(model: nn.Module, plan: Plan) -> dict[str, LayerInfo]:
 
 def _choices(plan: Plan, shape: Shape) -> list[Choice]:
     sizes = [
-        Choice(size, nbytes, method=plan.method.name)
+        Choice(size, nbytes, method=size[0] if plan.mixed else plan.method.name)
         for size, nbytes in plan.method.sizes(shape, plan.options)
         if nbytes < shape.nbytes and (plan.round == 1 or not isinstance(size, int) or size % plan.round == 0)
     ]
@@ -259,18 +275,20 @@ def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> d
 
 def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
     """The terms of every size that may be chosen, and what each choice loses."""
-    assert plan.method.split is not None
     beside = plan.method.kind == "compensate"
     W = site.weight() if site.original is None else site.original.float()
-    made, losses = Piece(), []
-    for size in [plan.fixed[site.name]] if plan.fixed else [choice.size for choice in info.choices]:
-        now = site.weight() if beside or size is None else torch.zeros_like(W)
-        if size is not None:
-            split = plan.method.split(replace(site, size=size, nominal=size), **plan.options)
+    sizes = [plan.fixed[site.name]] if plan.fixed else [choice.size for choice in info.choices]
+    terms = plan.method.each(site, [size for size in sizes if size is not None], plan.options)
+    made, found = Piece(), dict[str, Tensor]()
+    for size, split in chain([(None, Split())] if None in sizes else [], terms):
+        if size is not None and (not plan.sequential or plan.tries):
             made.add(packed(f"{site.name}@{size}", split.terms, split.bias))
-            now = sum((term.dense(torch.float32) for term in split.terms.values()), start=now)
         if "losses" in plan.reads:
-            losses.append(weighted_loss(now - W, site.moments["input_moment"], site.moments["output_grad_moment"]))
+            now = site.weight() if beside or size is None else torch.zeros_like(W)
+            now = sum((term.dense(torch.float32) for term in split.terms.values()), start=now)
+            moments = (site.moments["input_moment"], site.moments["output_grad_moment"])
+            found[str(size)] = weighted_loss(now - W, *moments)
+    losses = [found[str(size)] for size in sizes if str(size) in found]
     return made, torch.stack(losses) if losses else torch.zeros(0)
 
 
