@@ -56,6 +56,7 @@ from weft.methods import (
     said,
     salt,
     sft,
+    sltrain,
     soka,
     soma,
     sora,
@@ -87,6 +88,7 @@ _PAGES: tuple[ModuleType, ...] = (
     auto,
     # made for fresh layers
     low_rank,
+    sltrain,
     # training of what is there
     full,
     # starts of a low-rank product
