@@ -236,3 +236,16 @@ def test_tail_losses_are_the_losses_of_every_truncation(shape: tuple[int, int]) 
     B, A, values = principal_factors(W, C, M)
     own = tail_losses(B, A, C, M)[:-1]
     torch.testing.assert_close(own, values.square().flip(0).cumsum(0).flip(0), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+@pytest.mark.parametrize("metric", ["none", "diagonal", "full"])
+def test_the_first_components_alone_are_those_of_all(shape: tuple[int, int], metric: str) -> None:
+    draw = torch.Generator().manual_seed(5)
+    W, x = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in (shape, (40, shape[1])))
+    C = {"none": None, "diagonal": x.square().mean(0), "full": x.mT @ x / 40}[metric]
+    B, A, s = principal_factors(W, C=C)
+    few = principal_factors(W, C=C, rank=3)
+    assert few[0].shape == (shape[0], 3) and few[1].shape == (3, shape[1])
+    torch.testing.assert_close(few[0] @ few[1], B[:, :3] @ A[:3])
+    torch.testing.assert_close(few[2], s)

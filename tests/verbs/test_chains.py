@@ -64,6 +64,35 @@ def test_a_chain_is_the_two_verbs_after_each_other() -> None:
         torch.testing.assert_close(one(input_ids=ids).logits, other(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_the_first_of_a_chain_may_be_the_one_that_the_budget_is_spent_on() -> None:
+    model = llama()
+    done = weft.compress(
+        model, ["nf", ("eora", {"rank": 2})], budget="6.5 bits", allocate="best", batches=task(), block=32
+    )
+    widths = {size[0] for size in done.allocation.values()}
+    assert {size[1] for size in done.allocation.values()} == {2} and widths <= {2, 3, 4, 8} and len(widths) > 1
+    assert done.allocation.bits_per_weight <= 6.5
+    for name, layer in linear_layers(model).items():
+        assert sum(t.nbytes for t in layer.terms.values()) == done.allocation.choices[name].bytes  # type: ignore[misc, union-attr, operator]
+    again = llama()
+    weft.compress(again, ["nf", ("eora", {"rank": 2})], allocate=done.allocation, batches=task(), block=32)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_lorc_and_eora_each_win_in_their_own_norm() -> None:
+    original, errors = llama(), {}
+    stats = calibrate(original, task(), ("input_moment",))
+    for then in ("lorc", "eora"):
+        model = llama()
+        weft.compress(model, ["nf2", then], rank=3, batches=task(), sequential=False)
+        plain = sum(
+            float((weight_of(model.get_submodule(n)) - weight_of(original.get_submodule(n))).square().sum())
+            for n in linear_layers(original)
+        )
+        errors[then] = (plain, output_error(model, original, stats))
+    assert errors["lorc"][0] < errors["eora"][0] and errors["eora"][1] < errors["lorc"][1]
+
+
 def test_allocated_ranks_lose_less_than_equal_ones() -> None:
     original = llama()
     stats, errors = calibrate(original, task(), ("input_moment",)), []
@@ -108,7 +137,7 @@ def test_the_allocation_file_of_a_chain_serves_again(tmp_path: Path) -> None:
     ("method", "given", "sentence"),
     [
         (["eora"], {}, "There is no method to compress or quantize called 'eora'"),
-        (["svd", "eora"], {"budget": 0.5}, "svd offers several sizes, and only the last method of a chain may"),
+        (["svd", "eora"], {"budget": 0.5}, "eora offers several sizes and so does svd: give one of them a single size"),
         (["nf3", "svd"], {}, "svd would replace what nf3 made"),
         (["nf3", "eora"], {}, "eora offers several sizes: say what to keep"),
         (["nf3", "eora"], {"budget": "2 bits"}, r"The budget keeps 0\.06"),
@@ -119,6 +148,7 @@ def test_the_allocation_file_of_a_chain_serves_again(tmp_path: Path) -> None:
         ("nf", {"budget": "4 bits", "allocate": "energy"}, "This allocation reads singular values, and nf has none"),
         ("nf", {"allocate": {"x": 3}}, "allocate and the model differ in the layer"),
         ([], {}, "There is no method; give one"),
+        (["nf3", ("eora", {"ranc": 2})], {}, "The method 'eora' has no option 'ranc'"),
     ],
 )
 def test_mistakes(method: Any, given: dict[str, Any], sentence: str) -> None:
@@ -147,6 +177,10 @@ def test_from_directory_to_directory(tiny_directory: Path, tmp_path: Path) -> No
     done = run(str(tiny_directory), tmp_path / "out", method="nf3", then="eora", budget="8 bits", **small)
     assert done["bits_per_weight"] <= 8 and done["bytes"] < done["bytes_before"]
     assert json.loads((tmp_path / "out/run.json").read_text())["arguments"]["then"] == "eora"
+    other = run(str(tiny_directory), tmp_path / "b", method="nf3", then="eora", then_options={"rank": 1}, **small)
+    assert other["bits_per_weight"] != done["bits_per_weight"]
+    with pytest.raises(WeftError, match="--then-option is for the method of --then"):
+        run(str(tiny_directory), tmp_path / "c", method="nf3", then_options={"rank": 1}, **small)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {tuple(m.terms) for m in model.modules() if isinstance(m, SumLinear)} == {("base", "eora")}
 

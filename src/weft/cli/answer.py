@@ -79,9 +79,10 @@ def gathered(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     given = {**arguments, **arguments.get("common", {})}
     given.pop("common", None)
     json, option = given.pop("json"), given.pop("option", None)
-    if "optimizer_option" in given:
-        stepping = named_values(given.pop("optimizer_option"), "--optimizer-option", "rank=4")
-        given["optimizer_options"] = stepping or None
+    for name, example in {"optimizer_option": "rank=4", "then_option": "rank=32"}.items():
+        if name in given:
+            named = named_values(given.pop(name), f"--{name.replace('_', '-')}", example)
+            given[f"{name}s"] = named or None
     return given | method_options(option, given), json
 
 

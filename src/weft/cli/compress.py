@@ -28,6 +28,14 @@ def command(
         str | None,
         typer.Option(help="A method for what the first one lost, such as eora: --method nf3 --then eora."),
     ] = None,
+    then_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--then-option",
+            help="A hyperparameter of --then's method, as NAME=VALUE; again for more.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(

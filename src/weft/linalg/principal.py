@@ -22,7 +22,7 @@ __all__ = ["even_split", "principal_factors", "tail_losses", "weighted_loss"]
 
 
 def principal_factors(
-    W: Tensor, C: Tensor | None = None, M: Tensor | None = None, *, ridge: float = 0.0
+    W: Tensor, C: Tensor | None = None, M: Tensor | None = None, *, ridge: float = 0.0, rank: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """B (out, m), A (m, in), s (m,), m = min(out, in): W = B A, and B[:, :r] A[:r] is the best W' of rank r.
 
@@ -31,6 +31,7 @@ def principal_factors(
         C: input metric: (in, in) second moment, (in,) its diagonal, or None for the identity.
         M: output metric: (out, out), (out,) its diagonal, or None for the identity.
         ridge: added to the diagonals of C and M, relative to their mean.
+        rank: give only the first `rank` components; None for all m. s has all m values in either case.
 
     Returns:
         Factors in fp64, each component's size shared evenly between its column and its row, and s falling: the error of
@@ -41,7 +42,7 @@ def principal_factors(
         ValueError: C or M holds NaN or infinity.
     """
     H, left = _apply_output_metric(W.double(), M, ridge)
-    B, A, s = _components(H, C, ridge)
+    B, A, s = _components(H, C, ridge, rank)
     if isinstance(left, Root):
         B = left.solve_transposed(B)
     elif left is not None:
@@ -85,7 +86,7 @@ def _apply_output_metric(W: Tensor, M: Tensor | None, ridge: float) -> tuple[Ten
     return left.factor.mT @ W, left
 
 
-def _components(H: Tensor, C: Tensor | None, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def _components(H: Tensor, C: Tensor | None, ridge: float, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """B (out, m), A (m, in), s (m,) falling, for the metric C alone: H = B A, sum(s[r:]^2) the error of rank r.
 
     Through the eigenvectors of the smaller Gram matrix in fp64, which take a fraction of an SVD's time. The product is
@@ -97,13 +98,16 @@ def _components(H: Tensor, C: Tensor | None, ridge: float) -> tuple[Tensor, Tens
     H = H / size
     if C is not None and C.dim() == 2:
         U, s = _left_singular(H, C, ridge)
+        U = U[:, :rank]
         return U, (U.mT @ H) * size, s * size
     root = H.new_ones(inn) if C is None else _diagonal_root(C, ridge)
     X = H if C is None else H * root
     if out <= inn:
         U, s = _falling(X @ X.mT)
+        U = U[:, :rank]
         return U, (U.mT @ H) * size, s * size
     V, s = _falling(X.mT @ X)
+    V = V[:, :rank]
     return (X @ V) * size, V.mT / root, s * size
 
 

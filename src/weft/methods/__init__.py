@@ -41,6 +41,7 @@ from weft.methods import (
     lora_sb,
     lora_xs,
     loram,
+    lorc,
     low_rank,
     lq_lora,
     mos,
@@ -84,6 +85,7 @@ _PAGES: tuple[ModuleType, ...] = (
     normal_float,
     int8,
     eora,
+    lorc,
     # several of the above, chosen by layer
     auto,
     # made for fresh layers

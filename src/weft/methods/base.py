@@ -170,6 +170,7 @@ class LowRankSplit(Splitter):
         of: (site, dtype) -> the matrix to be factorised: the weight, or what is missing of the original.
         dtype: that the matrix is handed over in.
         form: (B (out, r), A (r, in)) -> the term of the product; None for LowRank.
+        partial: whether `factorise` has an option `rank`, beyond which it need not give components.
     """
 
     factorise: Callable[..., Factors]
@@ -177,10 +178,11 @@ class LowRankSplit(Splitter):
     of: Callable[[Site, torch.dtype], Tensor] = Site.weight
     dtype: torch.dtype = torch.float64
     form: Callable[[Tensor, Tensor], Any] | None = None
+    partial: bool = False
 
     def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:
         """The first components of one factorisation."""
-        factors = self.factors(site, **options)
+        factors = self.factors(site, **options | ({"rank": max(sizes)} if self.partial and sizes else {}))
         for size in sizes:
             yield size, self.terms(replace(site, size=size, nominal=size), factors)
 

@@ -29,7 +29,7 @@ __all__ = ["METHOD", "factorise", "sizes"]
 
 def factorise(dW: Tensor, moments: Moments, *, rank: int | None = None) -> Factors:
     """Factors of what is missing, in the metric of the inputs' second moment."""
-    return Factors(*principal_factors(dW, C=moments["input_moment"].to(dW.device)))
+    return Factors(*principal_factors(dW, C=moments["input_moment"].to(dW.device), rank=rank))
 
 
 def sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -54,7 +54,7 @@ METHOD = Method(
     needs=("input_moment",),
     allocate="equal",
     sequential=True,
-    split=LowRankSplit(factorise, role="eora", of=Site.missing, dtype=torch.float32),
+    split=LowRankSplit(factorise, role="eora", of=Site.missing, dtype=torch.float32, partial=True),
     sizes=sizes,
     trained=low_rank_terms,
     defaults={"rank": None},

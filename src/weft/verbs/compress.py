@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from weft.allocate import ALLOCATIONS, Allocation, Budget, Choice, LayerInfo
+from weft.allocate import Allocation, Budget, Choice
 from weft.allocate.base import spent
 from weft.errors import WeftError
 from weft.io.save import save_model
@@ -45,17 +45,14 @@ from weft.verbs.compress_checks import (
     is_sizes_file,
     reads,
 )
-from weft.verbs.divergence import divergence
 from weft.verbs.evaluate import check_context, model_size
-from weft.verbs.placing import measure, one_shot, sequential
-from weft.verbs.survey import Plan, offered, survey
+from weft.verbs.placing import one_shot, sequential
+from weft.verbs.spending import chooser, decide, joined, least
+from weft.verbs.survey import Plan, offered
 
 __all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
 
-Methods = str | Method | Sequence[str | Method]
-
-TRIES = {"measure": measure, "divergence": divergence}
-"""What allocations may try sizes on the model with, by the name that they read it under."""
+Methods = str | Method | Sequence[str | Method | tuple[str | Method, Mapping[str, Any]]]
 
 _LARGE = 2**28  # bytes of a model whose finished pieces lie on a disk
 
@@ -79,7 +76,8 @@ def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
     """
     from weft.methods import METHODS
 
-    stages = [METHODS.find(method)] if isinstance(method, str | Method) else [METHODS.find(m) for m in method]
+    given = [method] if isinstance(method, str | Method) else [m[0] if isinstance(m, tuple) else m for m in method]
+    stages = [METHODS.find(one) for one in given]
     first, last = stages[0], stages[-1]
     if first.split is None or first.kind == "adapt":
         return first.needs
@@ -113,8 +111,8 @@ def compress(
     Args:
         model: any transformers model with linear layers (`weft.terms.layers.linear_layers`).
         method: a name of `weft.methods()` of kind "compress" or "quantize", or a `Method`; or a list of them, each
-            applied to what the one before it made: those of kind "compensate" take up what it lost. Only the last of a
-            list may have sizes to choose from.
+            applied to what the one before it made: those of kind "compensate" take up what it lost. One of a list may
+            have sizes to choose from. In a list, (method, {option: value}) says which method an option is for.
         budget: what is **kept**: a share of the replaced matrices' bytes (0.6, "60%"), mean bits a weight ("3.5 bits"),
             or the size of the whole model ("500MB"). None: 0.6, or whatever a method of one size takes.
         allocate: a name of `weft.allocate.ALLOCATIONS` (None: the method's own), a saved allocation's path, or a
@@ -152,19 +150,21 @@ def compress(
     check_round(round)
     plans = _plans(model, chain(method, options), layers, sequential, correction, settings)
     infos = [offered(model, plan) for plan in plans]
-    given = given_sizes(allocate, infos[-1], plans[-1])
-    how = "given" if given else str(allocate or plans[-1].method.allocate)
-    plans[-1] = replace(plans[-1], fixed=given) if given else replace(plans[-1], reads=reads(how))
-    check(plans, infos, data, stats)
-    words, allowed = allowed_bytes(model, budget, plans, infos, given is not None)
+    at = chooser(infos)
+    given = given_sizes(allocate, infos[at], plans[at], len(plans) > 1)
+    how = "given" if given else str(allocate or plans[at].method.allocate)
+    plans[at] = replace(plans[at], fixed=given) if given else replace(plans[at], reads=reads(how))
+    check(plans, infos, data, stats, at)
+    words, allowed = allowed_bytes(model, budget, plans, infos, given is not None, at)
 
     began, surveying, chosen = time.perf_counter(), 0.0, list[Mapping[str, Choice]]()
     with _place(model, plans, progress) as place:
         store = Store() if place is None else Store(Path(place), _key(model, plans, data, stats))
         for plan, info in zip(plans, infos, strict=True):
             started = time.perf_counter()
-            left = allowed - sum(map(spent, chosen))
-            plan, sizes = _decide(model, plan, info, left, how, data, stats, store)
+            later = sum(least(layer).bytes for after in infos[plan.stage + 1 :] for layer in after.values())
+            left = allowed - sum(map(spent, chosen)) - later
+            plan, sizes = decide(model, plan, info, left, how, data, stats, store)
             surveying += time.perf_counter() - started
             chosen.append({name: plan.plain(choice) for name, choice in sizes.items()})
             wanted = {name: choice.size for name, choice in sizes.items()}
@@ -172,7 +172,7 @@ def compress(
     _mark(model, "+".join(plan.method.name for plan in plans))
     shapes = {name: info.shape for name, info in infos[-1].items()}
     details = {"round": round} if round > 1 else {}
-    allocation = Allocation(_joined(chosen), shapes, words, how, 0 if given else allowed, details)
+    allocation = Allocation(joined(chosen), shapes, words, how, 0 if given else allowed, details)
     return Compressed(allocation, {"survey": surveying, "replace": time.perf_counter() - began - surveying})
 
 
@@ -212,54 +212,6 @@ def _place(model: nn.Module, plans: Sequence[Plan], progress: Path | None) -> Ab
     return tempfile.TemporaryDirectory() if large else nullcontext()
 
 
-def _decide(
-    model: nn.Module,
-    plan: Plan,
-    infos: Mapping[str, LayerInfo],
-    budget: int,
-    how: str,
-    batches: Sequence[Batch],
-    stats: Stats | None,
-    store: Store,
-) -> tuple[Plan, Mapping[str, Choice]]:
-    """Survey the layers and spend the budget, in the order that saves work: sizes that nothing must be known for first.
-
-    Returns the plan, with its sizes where they were known before the survey, and every layer's choice.
-    """
-    chosen: Mapping[str, Choice] | None = None
-    if plan.fixed is not None:
-        chosen = {name: _at(info, plan.fixed[name]) for name, info in infos.items()}
-    elif all(len(info.sizes) <= 1 for info in infos.values()):
-        chosen = {name: [*info.sizes, info.choices[-1]][0] for name, info in infos.items()}
-    elif not plan.reads:
-        chosen = ALLOCATIONS[how].allocate(infos, budget)
-    if chosen is not None:
-        plan = replace(plan, fixed={name: choice.size for name, choice in chosen.items()}, reads=())
-    found = survey(model, plan, infos, batches, stats, store) if plan.reads_weights or plan.carried else infos
-    if chosen is None:
-        extra = {name: TRIES[name](model, plan, batches, store) for name in plan.reads if name in TRIES}
-        chosen = ALLOCATIONS[how].allocate(found, budget, **extra)
-    return plan, chosen
-
-
-def _at(info: LayerInfo, size: Any) -> Choice:
-    """The choice of a size that the user gave; a rank may be one that saves nothing."""
-    there = next((choice for choice in info.choices if choice.size == size), None)
-    return there or Choice(size, int(size) * sum(info.shape) * info.shape.itemsize, method=info.choices[0].method)
-
-
-def _joined(chosen: Sequence[Mapping[str, Choice]]) -> dict[str, Choice]:
-    """One choice a layer: of a chain, the list of sizes and all bytes."""
-    if len(chosen) == 1:
-        return dict(chosen[0])
-    joined = {}
-    for name in chosen[0]:
-        parts = [stage[name] for stage in chosen]
-        method = "+".join(part.method for part in parts if part.method)
-        joined[name] = Choice([part.size for part in parts], sum(p.bytes for p in parts), parts[-1].loss, method)
-    return joined
-
-
 def _key(model: nn.Module, plans: Sequence[Plan], batches: Sequence[Batch], stats: Stats | None) -> str:
     """A key of everything that decides a finished piece, the allocated sizes apart."""
     data = [*batches, *({f"{name}": t for name, t in moments.items()} for moments in (stats or {}).values())]
@@ -284,6 +236,7 @@ def run(
     *,
     method: str = "kfac-svd",
     then: str | None = None,
+    then_options: Mapping[str, Any] | None = None,
     budget: str | float | None = None,
     allocate: str | None = None,
     calibration: str | Path | None = None,
@@ -301,7 +254,7 @@ def run(
 ) -> dict[str, Any]:
     """`weft compress`: read a model, calibrate, compress, write a directory with `allocation.json` and `run.json`.
 
-    `then` is a method for what the first one made. Arguments are those of `compress` and of
+    `then` is a method for what the first one made, with `then_options`. Arguments are those of `compress` and of
     `weft.train.windows.calibration_batches`; the result is what `run.json` holds as metrics. An interrupted run keeps
     its finished blocks beside `out` and goes on from them.
 
@@ -309,7 +262,9 @@ def run(
         WeftError: any argument that cannot work, before the model is loaded where it can be told.
     """
     arguments = {key: value for key, value in locals().items() if key not in ("options", "device")} | options
-    methods = [method, *([then] if then else [])]
+    methods: list[Any] = [method, *([(then, then_options or {})] if then else [])]
+    if then_options and not then:
+        raise WeftError("--then-option is for the method of --then; give one, such as --then eora.")
     _check_arguments(methods, budget, allocate, round, windows, window, seed, options)
     check_output(out, arguments)
     texts, text = calibration_texts(calibration, model)
@@ -333,7 +288,7 @@ def run(
 
 
 def _check_arguments(
-    methods: Sequence[str],
+    methods: Sequence[Any],
     budget: Any,
     allocate: Any,
     round: int,

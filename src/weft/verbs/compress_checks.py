@@ -19,6 +19,7 @@ from weft.methods.base import LowRankSplit, Method
 from weft.stats.calibrate import Batch, Stats
 from weft.terms.adapters import adapters_of
 from weft.terms.layers import stored_weight
+from weft.verbs.spending import least
 from weft.verbs.survey import Plan
 
 __all__ = [
@@ -47,18 +48,28 @@ def chain(method: Any, options: Mapping[str, Any]) -> list[Stage]:
             or several of them have.
     """
     given = [method] if isinstance(method, str | Method) else list(method)
+    pairs = [one if isinstance(one, tuple) else (one, {}) for one in given]
     kinds = ("compress", "quantize", "compensate")
-    found = [METHODS.find(one, *(kinds if i else kinds[:2])) for i, one in enumerate(given)]
+    found = [METHODS.find(one, *(kinds if i else kinds[:2])) for i, (one, _) in enumerate(pairs)]
     if not found:
         raise WeftError("There is no method; give one, or a list of them.")
-    if len(found) == 1:
-        return [(found[0], found[0].options(options))]
     for first, second in pairwise(found):
         if second.kind != "compensate":
             raise WeftError(
                 f"{second.name} would replace what {first.name} made; let a method of kind compensate follow it, such "
                 "as eora."
             )
+    if len(found) > 1:
+        _check_owners(found, options)
+    alone = len(found) == 1
+    return [
+        (one, one.options({**{k: v for k, v in options.items() if alone or k in one.defaults}, **own}))
+        for one, (_, own) in zip(found, pairs, strict=True)
+    ]
+
+
+def _check_owners(found: Sequence[Method], options: Mapping[str, Any]) -> None:
+    """Every option belongs to one method of the chain."""
     for name in options:
         owners = [one.name for one in found if name in one.defaults]
         if len(owners) != 1:
@@ -67,7 +78,6 @@ def chain(method: Any, options: Mapping[str, Any]) -> list[Stage]:
                 f"The option {name!r} belongs to {' and '.join(owners) or 'none of the methods'}; their options are "
                 f"({known})."
             )
-    return [(one, one.options({k: v for k, v in options.items() if k in one.defaults})) for one in found]
 
 
 def check(
@@ -75,15 +85,17 @@ def check(
     infos: Sequence[Mapping[str, LayerInfo]],
     batches: Sequence[Batch],
     stats: Stats | None,
+    choosing: int,
 ) -> None:
-    """Everything that can be refused before work starts."""
+    """Everything that can be refused before work starts; `choosing` is the stage whose sizes are allocated."""
     for plan, info in zip(plans, infos, strict=True):
         check_options(plan.method, plan.options)
         _check_plan(plan, batches, stats if plan.stage == 0 else None)
-        if plan is not plans[-1] and any(len(layer.sizes) > 1 for layer in info.values()):
+        if plan is not plans[choosing] and any(len(layer.sizes) > 1 for layer in info.values()):
+            one = "+".join(plan.method.name for plan in plans)
             raise WeftError(
-                f"{plan.method.name} offers several sizes, and only the last method of a chain may: name one of a "
-                "single size, such as nf3."
+                f"{plan.method.name} offers several sizes and so does {plans[choosing].method.name}: give one of them "
+                f"a single size, such as nf3 or rank=32, or let auto choose both, with methods={one}."
             )
 
 
@@ -107,7 +119,9 @@ def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> No
             raise WeftError(f"The statistics lack {missing[0]} of layer {name}; calibrate with needs={plan.needs}.")
 
 
-def given_sizes(allocate: Any, infos: Mapping[str, LayerInfo], plan: Plan) -> dict[str, Any] | None:
+def given_sizes(
+    allocate: Any, infos: Mapping[str, LayerInfo], plan: Plan, chained: bool = False
+) -> dict[str, Any] | None:
     """Sizes that the user gives for exactly these layers, or None when an allocation is to find them."""
     source = "allocate"
     if isinstance(allocate, str | Path):
@@ -126,7 +140,7 @@ def given_sizes(allocate: Any, infos: Mapping[str, LayerInfo], plan: Plan) -> di
             "or name its layers by a pattern."
         )
     # of a chain, the file lists the sizes of all its methods
-    given = {n: size[plan.stage] if plan.stage and isinstance(size, list) else size for n, size in allocate.items()}
+    given = {n: size[plan.stage] if chained and isinstance(size, list) else size for n, size in allocate.items()}
     if plan.mixed:
         said = allocate.choices if isinstance(allocate, Allocation) else {}
         given = {n: _of_candidate(size, said[n].method if n in said else "") for n, size in given.items()}
@@ -176,6 +190,7 @@ def allowed_bytes(
     plans: Sequence[Plan],
     infos: Sequence[Mapping[str, LayerInfo]],
     given: bool,
+    choosing: int,
 ) -> tuple[str, int]:
     """The budget in words, and the bytes that it leaves to these layers.
 
@@ -186,14 +201,14 @@ def allowed_bytes(
         raise WeftError(
             f"There are adapters on this model ({', '.join(adapters)}); merge or remove them first, then compress."
         )
-    least = [{name: _least(info) for name, info in layers.items()} for layers in infos]
-    floor = sum(choice.bytes for stage in least for choice in stage.values())
+    smallest = [{name: least(info) for name, info in layers.items()} for layers in infos]
+    floor = sum(choice.bytes for stage in smallest for choice in stage.values())
     single = all(len(info.sizes) <= 1 for layers in infos for info in layers.values())
-    if budget is None and plans[-1].method.kind == "compress":
+    if budget is None and plans[choosing].method.kind == "compress":
         budget = 0.6
     if given or (budget is None and single):
         return "", floor
-    parsed = Budget.parse(_needed(budget, plans[-1]))
+    parsed = Budget.parse(_needed(budget, plans[choosing]))
     numbers = sum(stored_weight(model.get_submodule(name))[0] for name in infos[-1])
     nbytes = layer_bytes(model, infos[-1])
     shapes = [info.shape for info in infos[-1].values()]
@@ -207,13 +222,10 @@ def allowed_bytes(
     if len(plans) == 1 and not single:
         check_reach(infos[0], allowed)
     elif floor > allowed:
-        raise below_reach(infos[0], {f"{i}{n}": c for i, stage in enumerate(least) for n, c in stage.items()}, allowed)
+        raise below_reach(
+            infos[0], {f"{i}{n}": c for i, stage in enumerate(smallest) for n, c in stage.items()}, allowed
+        )
     return str(parsed), allowed
-
-
-def _least(info: LayerInfo) -> Any:
-    """The only size that there is, or the smallest choice."""
-    return info.sizes[0] if len(info.sizes) == 1 else info.choices[0]
 
 
 def _needed(budget: str | float | Budget | None, plan: Plan) -> str | float | Budget:

@@ -1,0 +1,80 @@
+"""How a chain of methods spends one budget: what is decided before a survey, what after it, and what all came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from weft.allocate import ALLOCATIONS, Choice, LayerInfo
+from weft.runs.pieces import Store
+from weft.stats.calibrate import Batch, Stats
+from weft.verbs.divergence import divergence
+from weft.verbs.placing import measure
+from weft.verbs.survey import Plan, survey
+
+__all__ = ["chooser", "decide", "joined", "least"]
+
+TRIES = {"measure": measure, "divergence": divergence}
+"""What allocations may try sizes on the model with, by the name that they read it under."""
+
+
+def chooser(infos: Sequence[Mapping[str, LayerInfo]]) -> int:
+    """The stage of a chain whose sizes the budget is spent on: the one that has several, or the last."""
+    several = [i for i, info in enumerate(infos) if any(len(layer.sizes) > 1 for layer in info.values())]
+    return several[0] if several else len(infos) - 1
+
+
+def least(info: LayerInfo) -> Choice:
+    """The only size that there is, or the smallest choice."""
+    return info.sizes[0] if len(info.sizes) == 1 else info.choices[0]
+
+
+def decide(
+    model: nn.Module,
+    plan: Plan,
+    infos: Mapping[str, LayerInfo],
+    budget: int,
+    how: str,
+    batches: Sequence[Batch],
+    stats: Stats | None,
+    store: Store,
+) -> tuple[Plan, Mapping[str, Choice]]:
+    """Survey the layers and spend the budget, in the order that saves work: sizes that nothing must be known for first.
+
+    Returns the plan, with its sizes where they were known before the survey, and every layer's choice.
+    """
+    chosen: Mapping[str, Choice] | None = None
+    if plan.fixed is not None:
+        chosen = {name: _at(info, plan.fixed[name]) for name, info in infos.items()}
+    elif all(len(info.sizes) <= 1 for info in infos.values()):
+        chosen = {name: [*info.sizes, info.choices[-1]][0] for name, info in infos.items()}
+    elif not plan.reads:
+        chosen = ALLOCATIONS[how].allocate(infos, budget)
+    if chosen is not None:
+        plan = replace(plan, fixed={name: choice.size for name, choice in chosen.items()}, reads=())
+    found = survey(model, plan, infos, batches, stats, store) if plan.reads_weights or plan.carried else infos
+    if chosen is None:
+        extra = {name: TRIES[name](model, plan, batches, store) for name in plan.reads if name in TRIES}
+        chosen = ALLOCATIONS[how].allocate(found, budget, **extra)
+    return plan, chosen
+
+
+def _at(info: LayerInfo, size: Any) -> Choice:
+    """The choice of a size that the user gave; a rank may be one that saves nothing."""
+    there = next((choice for choice in info.choices if choice.size == size), None)
+    return there or Choice(size, int(size) * sum(info.shape) * info.shape.itemsize, method=info.choices[0].method)
+
+
+def joined(chosen: Sequence[Mapping[str, Choice]]) -> dict[str, Choice]:
+    """One choice a layer: of a chain, the list of sizes and all bytes."""
+    if len(chosen) == 1:
+        return dict(chosen[0])
+    joined = {}
+    for name in chosen[0]:
+        parts = [stage[name] for stage in chosen]
+        method = "+".join(part.method for part in parts if part.method)
+        joined[name] = Choice([part.size for part in parts], sum(p.bytes for p in parts), parts[-1].loss, method)
+    return joined
