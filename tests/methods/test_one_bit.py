@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import weft
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
+from weft.kernels.bit_packing import pack as pack_codes
+from weft.kernels.bit_packing import unpack
 from weft.kernels.median_code import BITS, code_levels, fake_quantise, normalised, to_codes
-from weft.kernels.normal_float import pack as pack_codes
-from weft.kernels.normal_float import unpack
 from weft.methods import METHODS, one_bit_adapters
 from weft.terms import CodedFactors, PackedFactors
 from weft.terms.adapters import find_adapter

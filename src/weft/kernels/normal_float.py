@@ -4,8 +4,8 @@
     c = offset + code_c * step,   offset = the smallest c of the matrix, step one number for B1 blocks
 
 Bits a weight: b + b0 / B0 + b1 / (B0 B1) (Dettmers et al., 2023, arXiv 2305.14314; Guo et al., 2023, arXiv 2311.12023).
-Codes are packed most significant first, as bitsandbytes does; its kernel dequantises 4-bit codes on a GPU where it is
-installed, and the plain PyTorch below everywhere else.
+Codes are packed as bitsandbytes does (`weft.kernels.bit_packing`); its kernel dequantises 4-bit codes on a GPU where it
+is installed, and the plain PyTorch below everywhere else.
 
 Deviations: QLoRA subtracts the mean of the scales and codes them as 8-bit floats (bitsandbytes: a dynamic map). Here
 they count from the smallest in equal steps, LQ-LoRA's way, so that the extreme scales are exact, and coding a decoded
@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.kernels.bit_packing import pack, packed_size, unpack
 from weft.kernels.cells import Cells, bucketize, cells
 
-__all__ = ["NF4", "Code", "Format", "blank", "decode", "encode", "levels", "pack", "unpack"]
+__all__ = ["NF4", "Code", "Format", "blank", "decode", "encode", "levels"]
 
 _NF4_LEVELS = (
     -1.0,
@@ -49,7 +50,7 @@ _NF4_LEVELS = (
 # Dettmers et al., 2023, appendix E
 
 _OFFSET = 0.9677083  # the probability of the outermost quantile
-_WORD = {1: (8, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> codes a word, bytes a word
+_WIDTHS = (2, 3, 4, 8)
 
 
 class Format(NamedTuple):
@@ -92,7 +93,7 @@ def _quantiles(bits: int) -> tuple[float, ...]:
     return (-1.0, *(value(p) / largest for p in below[1:]), 0.0, *(value(p) / largest for p in above[:-1]), 1.0)
 
 
-_LEVELS = {bits: _NF4_LEVELS if bits == 4 else _quantiles(bits) for bits in _WORD if bits > 1}
+_LEVELS = {bits: _NF4_LEVELS if bits == 4 else _quantiles(bits) for bits in _WIDTHS}
 
 
 def levels(bits: int, device: torch.device | str | None = None) -> Tensor:
@@ -104,29 +105,6 @@ def levels(bits: int, device: torch.device | str | None = None) -> Tensor:
 def _edges(bits: int, device: torch.device) -> Cells:
     table = levels(bits, device)
     return cells((table[1:] + table[:-1]) / 2)
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below 2^bits (n,) uint8 -> bytes, 8 / bits codes each (3 bits: 8 codes in 3 bytes), zero-padded."""
-    count, width = _WORD[bits]
-    codes = F.pad(codes, (0, -codes.numel() % count)).view(-1, count)
-    shifts = torch.arange(count - 1, -1, -1, device=codes.device, dtype=torch.int32) * bits
-    words = (codes.int() << shifts).sum(1, dtype=torch.int32)
-    bytes_ = torch.arange(width - 1, -1, -1, device=codes.device, dtype=torch.int32) * 8
-    packed: Tensor = (words.unsqueeze(1) >> bytes_) & 255
-    return packed.to(torch.uint8).flatten()
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes (count,) of packed bytes."""
-    per_word, width = _WORD[bits]
-    if bits == 8:
-        return packed[:count]
-    bytes_ = torch.arange(width - 1, -1, -1, device=packed.device, dtype=torch.int32) * 8
-    words = (packed.view(-1, width).int() << bytes_).sum(1, dtype=torch.int32)
-    shifts = torch.arange(per_word - 1, -1, -1, device=packed.device, dtype=torch.int32) * bits
-    codes: Tensor = (words.unsqueeze(1) >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten()[:count]
 
 
 def encode(matrix: Tensor, format: Format = NF4) -> Code:
@@ -150,10 +128,10 @@ def blank(size: int, format: Format = NF4, device: torch.device | str | None = N
     if format.scale_bits is None:
         scales, steps = torch.empty(blocks, dtype=torch.int32, device=device), 0
     else:
-        scales = torch.empty(_packed_size(blocks, format.scale_bits), dtype=torch.uint8, device=device)
+        scales = torch.empty(packed_size(blocks, format.scale_bits), dtype=torch.uint8, device=device)
         steps = -(-blocks // format.scale_block)
     return Code(
-        torch.empty(_packed_size(blocks * format.block, format.bits), dtype=torch.uint8, device=device),
+        torch.empty(packed_size(blocks * format.block, format.bits), dtype=torch.uint8, device=device),
         scales,
         torch.empty(1, dtype=torch.int32, device=device),
         torch.empty(steps, dtype=torch.int32 if format.scale_bits is None else step_type, device=device),
@@ -185,11 +163,6 @@ def decode_bitsandbytes(
     )
     flat: Tensor = functional.dequantize_4bit(codes.view(-1, 1), state)
     return flat.view(shape)
-
-
-def _packed_size(count: int, bits: int) -> int:
-    per_word, width = _WORD[bits]
-    return -(-count // per_word) * width
 
 
 def _blocks(flat: Tensor, block: int) -> Tensor:

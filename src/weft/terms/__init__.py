@@ -17,6 +17,7 @@ from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.factored import Factored
 from weft.terms.gated_low_rank import GatedLowRank
+from weft.terms.integer_code import IntegerCode
 from weft.terms.kronecker import Kronecker
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
@@ -49,6 +50,7 @@ __all__ = [
     "Factored",
     "GatedLowRank",
     "Int8",
+    "IntegerCode",
     "Kronecker",
     "LowRank",
     "Magnitude",
@@ -83,6 +85,7 @@ TERMS: dict[str, type[Term]] = {
         Dense,
         NormalFloat,
         Int8,
+        IntegerCode,
         LowRank,
         PivotedLowRank,
         Spectral,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weft.kernels.bit_packing import pack, unpack
 from weft.kernels.median_code import code_levels, fake_quantise, normalised, to_codes
-from weft.kernels.normal_float import pack, unpack
 from weft.terms.base import Spec
 from weft.terms.factored import Factored
 

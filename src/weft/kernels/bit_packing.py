@@ -1,0 +1,70 @@
+"""Small integers without waste in bytes, most significant bit first: 8 / gcd(8, b) codes of b bits fill b / gcd(8, b)
+bytes, so that 3 bits are 8 codes in 3 bytes and 4 bits are 2 codes in one, bitsandbytes' order.
+
+All arithmetic is in uint8: a code lies in one byte or in two neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["pack", "packed_size", "unpack"]
+
+
+class _Place(NamedTuple):
+    """Where a code lies among the bytes of its word."""
+
+    first: int  # the byte of its highest bit
+    last: int  # the byte of its lowest bit
+    shift: int  # of its lowest bit within `last`
+
+
+def _places(bits: int) -> Iterator[_Place]:
+    for end in range(bits, 8 * _width(bits) + 1, bits):
+        yield _Place((end - bits) // 8, (end - 1) // 8, -end % 8)
+
+
+def _width(bits: int) -> int:
+    """Bytes a word."""
+    return bits // gcd(8, bits)
+
+
+def _count(bits: int) -> int:
+    """Codes a word."""
+    return 8 // gcd(8, bits)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of so many codes."""
+    return -(-count // _count(bits)) * _width(bits)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes below 2^bits (n,) uint8 of 1 to 8 bits -> bytes (packed_size(n, bits),), the last word zero-padded."""
+    words = F.pad(codes, (0, -codes.numel() % _count(bits))).view(-1, _count(bits))
+    packed = torch.zeros(len(words), _width(bits), dtype=torch.uint8, device=codes.device)
+    for k, place in enumerate(_places(bits)):
+        packed[:, place.last] |= words[:, k] << place.shift
+        if place.first != place.last:
+            packed[:, place.first] |= words[:, k] >> 8 - place.shift
+    return packed.flatten()
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes (count,) uint8 of packed bytes."""
+    if bits == 8:
+        return packed[:count]
+    words, mask = packed.view(-1, _width(bits)), 2**bits - 1
+    codes = torch.empty(len(words), _count(bits), dtype=torch.uint8, device=packed.device)
+    for k, place in enumerate(_places(bits)):
+        code = words[:, place.last] >> place.shift
+        if place.first != place.last:
+            code |= words[:, place.first] << 8 - place.shift
+        codes[:, k] = code.bitwise_and_(mask)
+    return codes.flatten()[:count]
