@@ -48,7 +48,7 @@ ANYWHERE = {"errors", "files", "progress", "seeds", "signals", "records", "tenso
 
 PUBLIC = [
     *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compensate", "compress", "disable"),
-    *("effective_rates", "evaluate"),
+    *("effective_rates", "evaluate", "export"),
     *("finetune", "inspect", "lean", "load_adapter", "merge", "merge_adapter", "methods", "mix", "needs", "optim"),
     *("parameter_groups", "quantize", "register", "remove_adapter", "save_adapter", "set_adapter", "trainable"),
 ]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weft.verbs.compress import compress as compress
     from weft.verbs.compress import needs as needs
     from weft.verbs.evaluate import evaluate as evaluate
+    from weft.verbs.export import export as export
     from weft.verbs.finetune import finetune as finetune
     from weft.verbs.inspect import inspect as inspect
     from weft.verbs.merge import merge as merge
@@ -55,6 +56,7 @@ _EXPORTS = {
     "disable": "weft.verbs.adapters",
     "effective_rates": "weft.verbs.adapt",
     "evaluate": "weft.verbs.evaluate",
+    "export": "weft.verbs.export",
     "finetune": "weft.verbs.finetune",
     "inspect": "weft.verbs.inspect",
     "lean": "weft.memory",

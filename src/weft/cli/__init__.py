@@ -10,7 +10,7 @@ from __future__ import annotations
 import typer
 
 import weft
-from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, methods, pretrain, quantize
+from weft.cli import combine, compress, demo, evaluate, export, finetune, inspect, merge, methods, pretrain, quantize
 from weft.cli.answer import answering
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ app.command("eval")(answering(evaluate.command))
 app.command("merge")(answering(merge.command))
 app.command("combine")(answering(combine.command))
 app.command("quantize")(answering(quantize.command))
+app.command("export")(answering(export.command))
 app.command("methods")(answering(methods.command))
 app.command("demo")(answering(demo.command, resumes=True))
 

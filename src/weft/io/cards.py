@@ -19,7 +19,7 @@ from weft.io.adapters import base_name, read_adapter
 from weft.io.peft_config import CONFIG as PEFT_CONFIG
 from weft.io.quantizer import sum_specs
 
-__all__ = ["Run", "adapter_card", "model_card", "source_directory"]
+__all__ = ["Run", "adapter_card", "export_card", "model_card", "source_directory"]
 
 Run = Mapping[str, Any]
 """The record of a run, as in `run.json`: command, arguments, versions, metrics ..."""
@@ -72,26 +72,36 @@ def _front(base: str, source: Path | None, own: Mapping[str, Any]) -> str:
 def model_card(model: PreTrainedModel, run: Run) -> str:
     """The README.md of a model directory, front matter included; only what the model and the record of the run tell."""
     config = getattr(model.config, "quantization_config", None)
+    method = getattr(config, "method", None)
+    own = {"library_name": "transformers", **_pipeline(model), "tags": ["weft", *([method] if method else [])]}
+    form = "a sum of terms" if config else "dense"
+    return _card(model, run, own, form, _summary(model), _usage(model))
+
+
+def export_card(model: PreTrainedModel, run: Run, format: str, library: str, usage: str) -> str:
+    """The same for a model in another format than weft's, which `library` reads, as `usage` shows."""
+    own = {"library_name": library, **_pipeline(model), "tags": ["weft", format]}
+    return _card(model, run, own, format, f"a {type(model).__name__} in the format {format}.", usage)
+
+
+def _card(model: PreTrainedModel, run: Run, own: Mapping[str, Any], form: str, summary: str, usage: str) -> str:
     base = str(run.get("arguments", {}).get("model", ""))
-    pipeline = next((tag for end, tag in _PIPELINES.items() if type(model).__name__.endswith(end)), None)
-    own = {
-        "library_name": "transformers",
-        **({"pipeline_tag": pipeline} if pipeline else {}),
-        "tags": ["weft", *([config.method] if config and config.method else [])],
-    }
-    front = _front(base, source_directory(model.name_or_path or base), own)
-    title = f"# {Path(base).name or type(model).__name__}, {'a sum of terms' if config else 'dense'}"
     made = f"Made by `weft {run['command']}`" if "command" in run else "Made by [weft](https://pypi.org/project/weft)"
     sections = [
-        front,
-        title,
-        f"{made}: {_summary(model)}",
-        _usage(model),
+        _front(base, source_directory(model.name_or_path or base), own),
+        f"# {Path(base).name or type(model).__name__}, {form}",
+        f"{made}: {summary}",
+        usage,
         _table("Measured", run.get("metrics", {})),
         _table("Arguments", _without_places(run.get("arguments", {}))),
         _table("Versions", run.get("versions", {})),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _pipeline(model: PreTrainedModel) -> dict[str, str]:
+    tag = next((tag for end, tag in _PIPELINES.items() if type(model).__name__.endswith(end)), None)
+    return {"pipeline_tag": tag} if tag else {}
 
 
 def adapter_card(directory: Path, run: Run) -> str:

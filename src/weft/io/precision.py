@@ -82,17 +82,25 @@ def layer_bytes(model: nn.Module, layers: Iterable[str]) -> int:
 
 
 @contextmanager
-def as_stored(model: nn.Module) -> Iterator[None]:
-    """Within the block, every tensor in the dtype that it is to be written in; afterwards as before."""
-    held = [*model.named_parameters(), *model.named_buffers()] if model in _STORED else []
-    wide = [(t, t.data) for name, t in held if saved_dtype(model, name, t) != t.dtype]
+def as_stored(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within the block, every tensor in the dtype that it is to be written in; afterwards as before.
+
+    Args:
+        dtype: for all floating-point tensors; None for that of the checkpoint, where the model was widened.
+    """
+    held = [*model.named_parameters(), *model.named_buffers()] if dtype or model in _STORED else []
+    wanted = {
+        id(t): saved_dtype(model, name, t) if dtype is None else dtype if t.is_floating_point() else t.dtype
+        for name, t in held
+    }
+    changed = [(t, t.data) for _, t in held if wanted[id(t)] != t.dtype]
     kept = getattr(getattr(model, "config", None), "dtype", None)
     try:
-        for name, tensor in held:
-            tensor.data = tensor.data.to(saved_dtype(model, name, tensor))
+        for tensor, data in changed:
+            tensor.data = data.to(wanted[id(tensor)])
         yield
     finally:
-        for tensor, data in wide:
+        for tensor, data in changed:
             tensor.data = data
-        if wide and hasattr(model, "config"):
+        if changed and hasattr(model, "config"):
             model.config.dtype = kept  # type: ignore[union-attr, assignment]

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -42,6 +43,7 @@ __all__ = [
     "WeftQuantizer",
     "check_alone",
     "mark",
+    "marked_as",
     "remark",
     "sum_specs",
     "tied_tensors",
@@ -168,6 +170,27 @@ def unmark(model: PreTrainedModel) -> None:
             for name in ("quantization_config", "_is_quantized"):
                 if hasattr(module.config, name):
                     delattr(module.config, name)
+
+
+@contextmanager
+def marked_as(model: PreTrainedModel, config: Mapping[str, Any] | None) -> Iterator[None]:
+    """Within the block, the model's config has this `quantization_config` (None: none), as another tool's; afterwards
+    its own again.
+    """
+    own = getattr(model.config, "quantization_config", None)
+    if own is not None:
+        del model.config.quantization_config
+    if config is not None:
+        model.config.quantization_config = dict(config)
+    try:
+        yield
+    finally:
+        if config is not None:
+            del model.config.quantization_config
+        if isinstance(own, WeftConfig):
+            _adopt(model, own)
+        elif own is not None:
+            model.config.quantization_config = own
 
 
 def remark(model: nn.Module) -> None:

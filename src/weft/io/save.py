@@ -15,7 +15,7 @@ from weft.io.cards import Run, adapter_card, model_card, source_directory
 from weft.io.precision import as_stored
 from weft.io.quantizer import remark
 
-__all__ = ["adapter_card", "model_card", "save_model"]
+__all__ = ["adapter_card", "model_card", "save_model", "write_companions"]
 
 _BESIDE = (
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
@@ -48,18 +48,22 @@ def save_model(
     remark(model)
     with as_stored(model):
         model.save_pretrained(directory, max_shard_size=max_shard_size)
+    write_companions(model, tokenizer, directory)
+    (directory / "README.md").write_text(model_card(model, run or {}), encoding="utf-8")
+
+
+def write_companions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    """What stands beside the weights: the tokenizer, processors, licences, the further modules (pooling, normalisation)
+    of a sentence-transformers model.
+    """
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     source = source_directory(model.name_or_path) if model.name_or_path else None
     if source is not None and source.resolve() != directory.resolve():
         _copy_companions(source, directory)
-    (directory / "README.md").write_text(model_card(model, run or {}), encoding="utf-8")
 
 
 def _copy_companions(source: Path, directory: Path) -> None:
-    """What lies beside the weights and makes them work: processors, licences, the further modules (pooling,
-    normalisation) of a sentence-transformers model.
-    """
     for file in (file for pattern in _BESIDE for file in source.glob(pattern) if file.is_file()):
         if not (directory / file.name).exists():
             shutil.copy(file, directory / file.name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weft.kernels.lean_linear import Factor, Weight
 from weft.kernels.transient_linear import Summand
 
-__all__ = ["Factors", "Lora", "Spec", "Term"]
+__all__ = ["Factors", "IntegerCodes", "Lora", "Spec", "Term"]
 
 Spec = dict[str, Any]
 """The JSON-able constructor arguments of a term, with its `kind`."""
@@ -32,6 +32,33 @@ class Lora(NamedTuple):
     A: Tensor  # (r, in)
     magnitude: Tensor | None = None  # (out,), of DoRA
     dropout: float = 0.0
+
+
+class IntegerCodes(NamedTuple):
+    """A term as servers' formats of integer codes hold one, g(j) = j // group being the group of the input j:
+
+    T[i, j] = scales[i, g(j)] (codes[i, j] - zeros[i, g(j)])
+    """
+
+    codes: Tensor  # (out, in) uint8, from 0 to 2^bits - 1
+    scales: Tensor  # (out, groups) fp32
+    zeros: Tensor  # (out, groups) uint8, in the codes' range
+    bits: int
+    group: int
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the range, which formats then leave out."""
+        return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    def signed(self) -> Tensor:
+        """The codes less their zero points: (out, in) int16."""
+        inn = self.codes.shape[1]
+        return self.codes.short() - self.zeros.short().repeat_interleave(self.group, 1)[:, :inn]
+
+    def dense(self) -> Tensor:
+        """T (out, in) in fp32."""
+        return self.signed() * self.scales.repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
 
 
 class Term(nn.Module):
@@ -96,6 +123,10 @@ class Term(nn.Module):
 
     def exact_factors(self) -> Factors | None:
         """B (out, r), A (r, in) in fp32 with B A = T, detached; None when T has no exact factors of low rank."""
+        return None
+
+    def integer_codes(self) -> IntegerCodes | None:
+        """Its exact form as integer codes with a scale a group, detached; None when there is none."""
         return None
 
     def lora(self) -> Lora | None:

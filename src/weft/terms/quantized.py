@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weft.kernels.lean_linear import Weight, frozen_linear
 from weft.kernels.normal_float import NF4, Code, Format, blank, decode, encode
-from weft.terms.base import Spec, Term
+from weft.terms.base import IntegerCodes, Spec, Term
 
 __all__ = ["Int8", "NormalFloat", "Quantized"]
 
@@ -124,3 +124,8 @@ class Int8(Quantized):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         scales = self.scales.view(torch.float32) / 127
         return (self.codes.float() * scales.unsqueeze(1)).to(dtype or self.carrier.dtype)
+
+    def integer_codes(self) -> IntegerCodes:
+        scales = self.scales.view(torch.float32).unsqueeze(1) / 127
+        codes = (self.codes.short() + 128).to(torch.uint8)
+        return IntegerCodes(codes, scales, torch.full_like(scales, 128, dtype=torch.uint8), 8, self.in_features)

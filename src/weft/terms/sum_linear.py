@@ -82,9 +82,12 @@ class SumLinear(nn.Module):
         assert isinstance(total, Tensor)
         return total.to(dtype or self.weight.dtype)
 
-    def collapse(self) -> nn.Module:
-        """The plain layer of the same function: `nn.Linear`, or `Conv1D` where that was replaced."""
-        weight, dtype = self.dense(), self.weight.dtype
+    def collapse(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The plain layer of the same function: `nn.Linear`, or `Conv1D` where that was replaced; the terms are added
+        in fp32 or wider and cast to `dtype` (None: the stored one) last.
+        """
+        dtype = dtype or self.weight.dtype
+        weight = self.dense(dtype)
         if self.transposed:
             from transformers.pytorch_utils import Conv1D
 
@@ -95,7 +98,7 @@ class SumLinear(nn.Module):
             plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight.detach().contiguous())
         if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone())
+            plain.bias = nn.Parameter(self.bias.detach().clone().to(dtype))
         elif self.transposed:
             plain.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=weight.device))
         return plain

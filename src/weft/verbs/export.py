@@ -1,0 +1,260 @@
+"""Export: write a model in a format that servers and tools read, exactly, or say why it cannot be.
+
+    weft.export(model, "served/", "compressed-tensors", tokenizer=tokenizer)
+
+A layer in integer codes stays in them; low-rank terms beside the codes become a PEFT adapter, in `peft/` inside the
+output; every other sum of terms becomes one dense matrix. All layers are looked at before anything is written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weft.errors import WeftError
+from weft.files import write_json
+from weft.io.adapters import LooseAdapter
+from weft.io.base import base_of
+from weft.io.cards import export_card
+from weft.io.formats import Coded, Export, Format, Stored, coded_layers, find_format
+from weft.io.precision import as_stored
+from weft.io.quantizer import marked_as
+from weft.io.save import write_companions
+from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
+from weft.runs.output import check_output, open_output
+from weft.runs.progress import say
+from weft.runs.record import Result, Run, begin
+from weft.terms import SumLinear
+from weft.terms.adapters import Adapter
+from weft.terms.hooks import check_at_hand
+from weft.verbs.adapters import check_ungrafted
+
+__all__ = ["export", "run"]
+
+ADAPTER = "peft"
+"""The directory of the adapter inside the output."""
+_WEIGHTS = (".safetensors", ".gguf")
+
+
+@torch.no_grad()
+def export(
+    model: PreTrainedModel,
+    directory: str | Path,
+    format: str = "hf",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Write the model into a new directory; the model itself stays as it is.
+
+    Args:
+        format: "compressed-tensors", "gptq", "gguf" or "hf" (a plain dense model).
+        dtype: of the floating-point tensors; None for the stored one, or fp16 or fp32 where that does not hold the
+            scales of the codes exactly.
+
+    Returns: JSON-able: format, dtype, coded (layers in codes), dense (sums written as one matrix), adapter (layers of
+    the PEFT adapter beside them), bytes (of all files of weights).
+
+    Raises:
+        WeftError: the format cannot hold a layer exactly, with its name and the reason, before anything is written; or
+            the directory is not empty.
+
+    Example:
+        >>> done = weft.compress(model, "svd", budget=0.6)
+        >>> weft.export(model, "plain/", "hf")["coded"]
+        0
+    """
+    out = Path(directory)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise WeftError(f"The directory {out} is not empty; choose another one, or remove it first.")
+    arguments = {"model": model.name_or_path, "format": format}
+    check_ungrafted(model)
+    plan = _plan(model, find_format(format), tokenizer, dtype)
+    with open_output(out, arguments) as place:
+        return Result(_write(model, plan, place.path, out, tokenizer, begin("export", arguments)))
+
+
+def run(
+    model: str,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """`weft export`: read a model, write it in another format, with `run.json` and a model card.
+
+    Raises:
+        WeftError: as `export` does, and for any other argument that cannot work, before the model is loaded where it
+            can be told.
+    """
+    arguments = {key: value for key, value in locals().items() if key != "device"}
+    wanted = find_format(format)
+    check_output(out, arguments)
+    _check_package(wanted)
+    target = resolve_device(device)
+    given = resolve_dtype(dtype or "auto", target)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    wanted.check(next(iter(config.architectures or []), "AutoModelForCausalLM"), config)
+    record = begin("export", arguments, device=target)
+    tokenizer = _tokenizer(model, trust_remote_code)
+    source = load_model(model, device=target, dtype="auto", trust_remote_code=trust_remote_code)
+    check_ungrafted(source)
+    with torch.no_grad():
+        plan = _plan(source, wanted, tokenizer, given)
+        with open_output(out, arguments) as place:
+            done = _write(source, plan, place.path, Path(out), tokenizer, record)
+    return {"output": str(out), **done}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will be written, checked: the layers in codes, the sums that become one matrix, and the dtype."""
+
+    format: Format
+    layers: Mapping[str, Coded]
+    dense: list[str]
+    dtype: torch.dtype
+
+
+def _plan(
+    model: PreTrainedModel, format: Format, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype | None
+) -> _Plan:
+    """Raises WeftError where anything of the model has no exact place in the format."""
+    _check_package(format)
+    format.check(type(model).__name__, model.config)
+    if tokenizer is not None:
+        format.check_tokenizer(tokenizer)
+    sums = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]
+    check_at_hand(model, sums)
+    layers = {} if format.unfit is None else coded_layers(model)
+    if format.codes_only and not layers:
+        raise WeftError(
+            f"No layer of this model is in integer codes{_kinds(model, sums)}; --format hf writes it dense."
+        )
+    chosen = _dtype(model, format, layers, dtype)
+    return _Plan(format, layers, [name for name in sums if name not in layers], chosen)
+
+
+def _kinds(model: nn.Module, sums: list[str]) -> str:
+    if not sums:
+        return ""
+    layer = model.get_submodule(sums[0])
+    assert isinstance(layer, SumLinear)
+    return f" ({sums[0]} is a sum of {', '.join(term.kind for term in layer._terms())})"
+
+
+def _dtype(
+    model: PreTrainedModel, format: Format, layers: Mapping[str, Coded], given: torch.dtype | None
+) -> torch.dtype:
+    """The dtype asked for, or the first in which every layer's codes are exact."""
+    if given is not None and format.dtypes and given not in format.dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in format.dtypes)
+        raise WeftError(f"A {format.name} model is stored in {names}, not in {str(given).removeprefix('torch.')}.")
+    with as_stored(model):
+        stored = model.dtype
+    usual = [stored, *(format.dtypes or (torch.float16, torch.float32))]
+    tried = [given] if given is not None else [d for d in usual if d in (format.dtypes or usual)]
+    reasons = [_misfit(format, layers, dtype) for dtype in tried]
+    fit = next((dtype for dtype, reason in zip(tried, reasons, strict=True) if reason is None), None)
+    if fit is None:
+        raise WeftError(f"{reasons[0]}, so that {format.name} cannot hold it exactly; --format hf writes it dense.")
+    if fit != stored and given is None:
+        say(f"The dense tensors are written in {fit}: {format.name} does not hold the scales of the codes in {stored}.")
+    return fit
+
+
+def _misfit(format: Format, layers: Mapping[str, Coded], dtype: torch.dtype) -> str | None:
+    """The first layer that has no exact form, with the reason."""
+    for name, layer in layers.items():
+        assert format.unfit is not None
+        reason = "it stands for a Conv1D" if layer.transposed else format.unfit(layer.codes, dtype)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _write(
+    model: PreTrainedModel,
+    plan: _Plan,
+    path: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    record: Run,
+) -> dict[str, Any]:
+    """Write the files into `path`, which will be `out`."""
+    format = plan.format
+    metrics: dict[str, Any] = {
+        "format": format.name,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "coded": len(plan.layers),
+        "dense": len(plan.dense),
+        "adapter": _write_adapter(model, plan, path, out),
+    }
+    with _standing_in(model, plan), as_stored(model, plan.dtype):
+        made = Export(model, plan.layers, plan.dtype, tokenizer)
+        config = format.config(made)
+        with marked_as(model, config):
+            if format.write is None:
+                model.save_pretrained(path)
+                write_companions(model, tokenizer, path)
+            else:
+                format.write(made, path)
+    for name, value in format.files(config or {}).items():
+        write_json(path / name, value)
+    metrics["bytes"] = sum(file.stat().st_size for file in path.iterdir() if file.suffix in _WEIGHTS)
+    card = export_card(model, record.write(path, metrics), format.name, format.library, format.usage)
+    (path / "README.md").write_text(card, encoding="utf-8")
+    return metrics
+
+
+def _write_adapter(model: PreTrainedModel, plan: _Plan, path: Path, out: Path) -> int:
+    """The low-rank terms beside codes, as PEFT's files; returns how many layers have some."""
+    terms = {
+        name: {"default" if i == 0 else f"default_{i}": term for i, term in enumerate(layer.beside.values())}
+        for name, layer in plan.layers.items()
+        if layer.beside
+    }
+    if terms:
+        base = replace(base_of(model, terms), name=str(out))
+        LooseAdapter(Adapter("default", "lora", terms), base).save(path / ADAPTER, format="peft")
+    return len(terms)
+
+
+@contextmanager
+def _standing_in(model: PreTrainedModel, plan: _Plan) -> Iterator[None]:
+    """Within the block, what the format stores of each sum of terms in its place; afterwards the sums again."""
+    found = plan.format.tensors(plan.layers, plan.dtype)
+    kept = {name: model.get_submodule(name) for name in (*plan.layers, *plan.dense)}
+    try:
+        for name, layer in plan.layers.items():
+            bias = None if layer.bias is None else layer.bias.to(plan.dtype)
+            model.set_submodule(name, Stored(found[name], bias))
+        for name in plan.dense:
+            model.set_submodule(name, kept[name].collapse(plan.dtype))  # type: ignore[operator]
+        yield
+    finally:
+        for name, module in kept.items():
+            model.set_submodule(name, module)
+
+
+def _check_package(format: Format) -> None:
+    if format.package is not None and importlib.util.find_spec(format.package) is None:
+        raise WeftError(f"--format {format.name} needs the package {format.package}: pip install {format.package}.")
+
+
+def _tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(model, trust_remote_code=trust_remote_code)
+    except WeftError as error:  # a vision model has none
+        say(f"The model is written without a tokenizer: {error}")
+        return None

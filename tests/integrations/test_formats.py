@@ -1,0 +1,150 @@
+"""Exports, each opened by the format's own library where it is installed: `pip install 'weft[integrations]'`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import weft
+from tests.verbs.test_export import LAYER, coded, logits, tiny
+from weft.errors import WeftError
+from weft.verbs.export import run
+
+QWENS = ("qwen2", "qwen3")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@pytest.mark.parametrize("bits, group, symmetric", [(4, 32, True), (4, 32, False), (8, 32, True), (3, 32, False)])
+def test_compressed_tensors_opens_its_format(bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
+    """The tensors are those that the library's own compressor makes of the same numbers, bit for bit.
+
+    Zero points are opened by `dequantize=True`: as they are, transformers 5.23 with compressed-tensors 0.20 expects
+    them unpacked, and finds another shape in the library's own files too.
+    """
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from transformers import CompressedTensorsConfig
+
+    model = coded(tiny(), bits, group, symmetric)
+    weft.export(model, tmp_path / "out", "compressed-tensors")
+    how = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **how)
+    torch.testing.assert_close(logits(again), logits(model), **TOLERANCE)
+
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    (scheme,) = QuantizationConfig.model_validate(said).config_groups.values()
+    stored, codes = (
+        load_file(tmp_path / "out/model.safetensors"),
+        model.get_submodule(LAYER).terms["code"].integer_codes(),
+    )
+    zeros = codes.zeros.to(torch.int8) - 2 ** (bits - 1)
+    given = {"weight": codes.dense(), "weight_scale": codes.scales, "weight_zero_point": zeros}
+    made = PackedQuantizationCompressor.compress(given, scheme)
+    assert made.keys() == {key.removeprefix(f"{LAYER}.") for key in stored if key.startswith(LAYER)}
+    assert all(torch.equal(tensor, stored[f"{LAYER}.{name}"]) for name, tensor in made.items())
+
+
+def test_compressed_tensors_of_several_widths_and_a_scale_a_row(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    model = weft.quantize(coded(tiny(), 4, only="*self_attn*"), "int8", targets=["up_proj", "gate_proj"])
+    weft.export(model, tmp_path / "out", "compressed-tensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    QuantizationConfig.model_validate(again.config.quantization_config.to_dict())
+    torch.testing.assert_close(logits(again), logits(model), **TOLERANCE)
+
+
+def test_compensation_beside_codes_is_added_by_peft(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    peft = pytest.importorskip("peft")
+    model = coded(tiny(), rank=3)
+    weft.export(model, tmp_path / "out", "compressed-tensors")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    alone = logits(base)
+    both = logits(peft.PeftModel.from_pretrained(base, tmp_path / "out/peft"))
+    assert (both - alone).abs().max() > 0.01
+    torch.testing.assert_close(both, logits(model), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "bits, group, symmetric, block",
+    [
+        (4, 32, True, "Q4_0"),
+        (3, 64, False, "Q4_0"),
+        (4, 32, False, "Q5_0"),
+        (6, 32, True, "Q8_0"),
+        (8, 32, True, "Q8_0"),
+    ],
+)
+def test_gguf_is_read_by_its_own_reader_and_by_transformers(
+    bits: int, group: int, symmetric: bool, block: str, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = coded(tiny(intermediate_size=128), bits, group, symmetric)
+    weft.export(model, tmp_path / "out", "gguf")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
+    down = found["blk.0.ffn_down.weight"]
+    assert down.tensor_type.name == block and found["output_norm.weight"].tensor_type.name == "F32"
+    W = torch.from_numpy(gguf.dequantize(down.data, down.tensor_type))
+    assert torch.equal(W, model.get_submodule(LAYER).dense(torch.float32))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    torch.testing.assert_close(logits(again), logits(model), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("llama", torch.float32),
+        ("llama", torch.float16),
+        ("llama", torch.bfloat16),
+        *((k, torch.float16) for k in QWENS),
+    ],
+)
+def test_gguf_of_a_dense_model(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    sizes = {key: value for key, value in tiny().config.to_dict().items() if key in SIZES}
+    config = AutoConfig.for_model(kind, **sizes, head_dim=128 if kind == "qwen3" else 16, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    weft.compress(model, "svd", budget=0.8)
+    done = weft.export(model, tmp_path / "out", "gguf")
+    assert done["dtype"] == str(dtype).removeprefix("torch.") and done["dense"] == 7
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
+    assert type(again) is type(model)
+    torch.testing.assert_close(logits(again), logits(weft.merge(model).float()), **TOLERANCE)
+
+
+def test_gguf_brings_its_tokenizer(tiny_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    run(str(tiny_directory), tmp_path / "out", format="gguf", device="cpu")
+    ours = AutoTokenizer.from_pretrained(tiny_directory)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    text = "def f(x):\n    return [x, 12345, 'ä'] # <|endoftext|> and more"
+    assert theirs(text).input_ids == ours(text).input_ids and theirs.eos_token == ours.eos_token
+    assert (tmp_path / "out/README.md").read_text().count("library_name: gguf") == 1
+
+
+def test_gguf_refuses_what_it_has_no_words_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    scaled = tiny(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    cases = [(scaled, r"rotary embedding \(linear\)"), (coded(tiny(), 4, 16), "has groups of 16 along 64 inputs")]
+    int8 = weft.quantize(tiny(), "int8")
+    cases.append((int8, "its scales are no numbers of float16"))
+    for model, words in cases:
+        with pytest.raises(WeftError, match=words):
+            weft.export(model, tmp_path / "out", "gguf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(WeftError, match="needs the package gguf: pip install"):
+        run("pico", tmp_path / "out", format="gguf")
+    assert not list(tmp_path.iterdir())
