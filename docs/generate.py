@@ -1,5 +1,5 @@
 """Writes what comes from the code and from committed results: docs/methods.md, docs/cli.md, docs/results.md,
-docs/deviations.md, docs/architectures.md, docs/negative-results.md, and the table in README.md.
+docs/deviations.md, docs/exports.md, docs/architectures.md, docs/negative-results.md, and the table in README.md.
 
     python docs/generate.py           # write them
     python docs/generate.py --check   # exit with 1 where a page is not what the code says
@@ -19,6 +19,7 @@ from pathlib import Path
 import typer
 from architectures import architectures_page
 from deviations import deviations_page
+from exports import exports_page
 from negative_results import negative_results_page
 from results import compression_table, results_page
 
@@ -118,6 +119,7 @@ PAGES = {
     "cli.md": cli_page,
     "results.md": results_page,
     "deviations.md": deviations_page,
+    "exports.md": exports_page,
     "architectures.md": architectures_page,
     "negative-results.md": negative_results_page,
     "../README.md": readme,
