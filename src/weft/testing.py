@@ -184,9 +184,9 @@ def check_answers(term: Term) -> None:
             B, A = factors
             assert B.dtype == A.dtype == torch.float32 and not (B.requires_grad or A.requires_grad)
             _close(B @ A, term.dense(torch.float32), "the exact factors are another matrix", atol=1e-5, rtol=1e-4)
-    codes = term.integer_codes()
+    codes = term.exact_codes()
     if codes is not None:
-        assert codes.codes.max() < 2**codes.bits and torch.equal(codes.dense(), term.dense(torch.float32))
+        assert int(codes.codes.max()) < 2**codes.bits and torch.equal(codes.dense(), term.dense(torch.float32))
     for training in (False, True):
         term.train(training)
         lean = term.lean_weight()

@@ -45,7 +45,7 @@ def test_compressed_tensors_opens_its_format(bits: int, group: int, symmetric: b
     (scheme,) = QuantizationConfig.model_validate(said).config_groups.values()
     stored, codes = (
         load_file(tmp_path / "out/model.safetensors"),
-        model.get_submodule(LAYER).terms["code"].integer_codes(),
+        model.get_submodule(LAYER).terms["code"].exact_codes(),
     )
     zeros = codes.zeros.to(torch.int8) - 2 ** (bits - 1)
     given = {"weight": codes.dense(), "weight_scale": codes.scales, "weight_zero_point": zeros}

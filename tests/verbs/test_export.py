@@ -16,13 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import weft
-from tests.io.affine import Affine
 from weft.cli import app
 from weft.errors import WeftError
 from weft.io.formats import FORMATS
 from weft.io.formats.packing import pack, unpack
 from weft.io.quantizer import mark
-from weft.terms import LowRank, Sparse, SumLinear, Term, register_term
+from weft.terms import IntegerCode, LowRank, Sparse, SumLinear, Term
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.put import put
 from weft.verbs.export import run
@@ -40,13 +39,21 @@ def tiny(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes))).to(dtype).eval()
 
 
-def coded(model: Any, bits: int = 4, group: int = 32, symmetric: bool = True, rank: int = 0, only: str = "*") -> Any:
+def coded(
+    model: Any,
+    bits: int = 4,
+    group: int = 32,
+    symmetric: bool = True,
+    rank: int = 0,
+    only: str = "*",
+    scales: torch.dtype = torch.float16,
+) -> Any:
     """The model with its layers in codes, and factors beside them where there is a rank."""
-    register_term(Affine)
     generator = torch.Generator().manual_seed(1)
     for name, module in linear_layers(model, only).items():
         weight = weight_of(module)
-        terms: dict[str, Term] = {"code": Affine.nearest(weight, bits, group, symmetric)}
+        code = IntegerCode.from_matrix(weight, bits, group, symmetric=symmetric, scale_dtype=scales)
+        terms: dict[str, Term] = {"code": code}
         if rank:
             B, A = (torch.randn(s, generator=generator) * 0.1 for s in ((len(weight), rank), (rank, weight.shape[1])))
             terms["low_rank"] = LowRank.from_factors(B.to(weight.dtype), A.to(weight.dtype))
@@ -179,14 +186,11 @@ def test_factors_beside_codes_are_an_adapter(tmp_path: Path) -> None:
 def test_scales_decide_the_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scales that bf16 does not hold: fp16 where it does, fp32 where not; asked for, it is refused with the layer."""
     model = coded(tiny(torch.bfloat16))
-    for layer in linear_layers(model).values():
-        code = layer.terms["code"]  # type: ignore[union-attr]
-        code.scales = (code.scales.view(torch.float32).log2().round().exp2() * (1 + 2.0**-10)).view(torch.int32)
     assert weft.export(model, tmp_path / "half", "compressed-tensors")["dtype"] == "float16"
+    assert "does not hold the scales of the codes in torch.bfloat16" in capsys.readouterr().err
     with pytest.raises(WeftError, match=r"self_attn.q_proj: its scales are no numbers of bfloat16"):
         weft.export(model, tmp_path / "refused", "compressed-tensors", dtype=torch.bfloat16)
-    for layer in linear_layers(model).values():
-        layer.terms["code"].scales += 1  # type: ignore[union-attr, operator]  the last bit of fp32
+    model = coded(tiny(torch.bfloat16), scales=torch.float32)
     assert weft.export(model, tmp_path / "single", "compressed-tensors")["dtype"] == "float32"
     with pytest.raises(WeftError, match=r"no numbers of float16, so that gptq cannot hold it exactly"):
         weft.export(model, tmp_path / "refused", "gptq")

@@ -125,7 +125,7 @@ class Term(nn.Module):
         """B (out, r), A (r, in) in fp32 with B A = T, detached; None when T has no exact factors of low rank."""
         return None
 
-    def integer_codes(self) -> IntegerCodes | None:
+    def exact_codes(self) -> IntegerCodes | None:
         """Its exact form as integer codes with a scale a group, detached; None when there is none."""
         return None
 

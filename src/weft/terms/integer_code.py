@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
 from weft.kernels.integer_grid import Grid, fit, grouped, to_codes, ungrouped
-from weft.terms.base import Spec
+from weft.terms.base import IntegerCodes, Spec
 from weft.terms.quantized import Quantized
 
 __all__ = ["IntegerCode"]
@@ -155,6 +155,12 @@ class IntegerCode(Quantized):
         scale, zero = (t.to(work).unsqueeze(-1) for t in (self.scale_matrix(), self.zero_points()))
         values = Grid(scale, zero, self.bits).values(grouped(self.integer_codes().to(work), self.width))
         return ungrouped(values, self.in_features).to(wanted)
+
+    def exact_codes(self) -> IntegerCodes:
+        scales = self.scale_matrix().float()
+        return IntegerCodes(
+            self.integer_codes(), scales, self.zero_points(), self.bits, min(self.width, self.in_features)
+        )
 
     def spec(self) -> Spec:
         own = {"bits": self.bits, "group": self.group, "symmetric": self.symmetric, "scale_dtype": self.scale_dtype}

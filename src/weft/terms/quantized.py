@@ -125,7 +125,7 @@ class Int8(Quantized):
         scales = self.scales.view(torch.float32) / 127
         return (self.codes.float() * scales.unsqueeze(1)).to(dtype or self.carrier.dtype)
 
-    def integer_codes(self) -> IntegerCodes:
+    def exact_codes(self) -> IntegerCodes:
         scales = self.scales.view(torch.float32).unsqueeze(1) / 127
         codes = (self.codes.short() + 128).to(torch.uint8)
         return IntegerCodes(codes, scales, torch.full_like(scales, 128, dtype=torch.uint8), 8, self.in_features)

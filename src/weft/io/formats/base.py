@@ -147,7 +147,7 @@ def coded_layers(model: nn.Module) -> dict[str, Coded]:
     for name, layer in model.named_modules():
         if not isinstance(layer, SumLinear):
             continue
-        codes = {key: made for key, term in layer._named_terms() if (made := term.integer_codes()) is not None}
+        codes = {key: made for key, term in layer._named_terms() if (made := term.exact_codes()) is not None}
         if len(codes) == 1:
             beside = {key: term for key, term in layer._named_terms() if key not in codes}
             odd = next((term for term in beside.values() if term.lora() is None), None)
