@@ -115,6 +115,7 @@ MACHINERY = {
     *("rules/replicated.py", "rules/sharded.py", "rules/schedule.py", "rules/scope.py"),
     *("optim/batch.py", "optim/closure.py", "optim/published.py", "optim/record.py"),
     *("optim/distributed.py", "optim/lowrank.py", "optim/parameters.py", "optim/seeds.py", "optim/state.py"),
+    "optim/several.py",
     *("allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),
     *("allocate/base.py", "allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),
 }

@@ -13,6 +13,7 @@ from weft.optim.base import Refresh
 from weft.optim.entries import Entries, EntryAdamW
 from weft.optim.lowrank import LowRank
 from weft.optim.mfac import MFAC, mfac
+from weft.optim.muon import muon
 from weft.optim.noise import add_gradient_noise
 from weft.optim.parameters import split_parameters
 from weft.optim.per_layer import PerLayer
@@ -28,6 +29,7 @@ from weft.optim.presets import (
 )
 from weft.optim.published import OPTIMIZERS
 from weft.optim.record import Optimizer
+from weft.optim.scale import scale
 from weft.optim.seed_log import SeedLog
 from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.weightnorm import fold_weights, normalize_weights
@@ -62,8 +64,10 @@ __all__ = [
     "gradnormlorp",
     "mezo",
     "mfac",
+    "muon",
     "normalize_weights",
     "replay",
+    "scale",
     "sign",
     "sinkgd",
     "split_parameters",

@@ -6,8 +6,10 @@ from typing import Any
 
 from weft.optim.adaptive_batch import AdaptiveBatch
 from weft.optim.mfac import mfac
+from weft.optim.muon import muon
 from weft.optim.presets import apollo, apollo_mini, dct_adamw, fira, frugal, galore, galore_8bit, gradnormlorp
 from weft.optim.record import Optimizer, optimizer
+from weft.optim.scale import scale
 from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.sm3 import SM3
 from weft.optim.whole import adagrad, adagrad_norm, adamw
@@ -70,6 +72,14 @@ OPTIMIZERS: Table[Optimizer] = Table(
             gradnormlorp, "gradnormlorp", "GaLore on the directions of weight-normalised layers, or on factors.",
             "Huang et al., 2024, arXiv 2412.19616", by_size=_GRADNORM,
             on_factors={"normalize": False},  # factors are projected as they are
+        ),
+        optimizer(
+            muon, "muon", "Orthogonal steps along the momentum of the blocks' matrices; AdamW beside them.",
+            "Jordan et al., 2024; Liu et al., 2025, arXiv 2502.16982",
+        ),
+        optimizer(
+            scale, "scale", "Normalised gradients without state, momentum for the head alone; AdamW for vectors.",
+            "Glentis et al., 2025, arXiv 2506.16659",
         ),
         optimizer(
             sinkgd, "sinkgd", "Stateless steps whose rows and columns have equal norms; AdamW beside the matrices.",
