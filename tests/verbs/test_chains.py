@@ -17,6 +17,7 @@ from weft.allocate import Allocation, greedy, integer_program
 from weft.errors import WeftError
 from weft.methods import METHODS
 from weft.runs.pieces import Store
+from weft.runs.report.frontier import frontier
 from weft.stats.calibrate import calibrate
 from weft.terms import LowRank, NormalFloat, SumLinear
 from weft.terms.layers import linear_layers, weight_of
@@ -228,3 +229,31 @@ def test_peak_memory_is_bounded() -> None:
     with Live():
         weft.compress(model, "svd-llm", budget=0.6, batches=task())
     assert own / 2 < peak <= 3 * own + block, f"{peak / own:.2f} times the model"
+
+
+def test_the_report_says_what_was_chosen_and_why(tiny_directory: Path, tmp_path: Path) -> None:
+    text, page = tmp_path / "text.txt", tmp_path / "frontier.html"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    small: dict[str, Any] = {"calibration": text, "windows": 4, "window": 32, "budget": "5 bits"}
+    with pytest.raises(WeftError, match=r"must end in \.html"):
+        run(str(tiny_directory), tmp_path / "out", method="auto", report=tmp_path / "a.pdf", **small)
+    done = run(str(tiny_directory), tmp_path / "out", method="auto", report=page, **small)
+    words, allocation = page.read_text(), Allocation.load(tmp_path / "out/allocation.json")
+    assert done["report"] == str(page) and f"{allocation.bits_per_weight:.3f} bits a weight" in words
+    for name, choice in allocation.choices.items():
+        assert name in words and (choice.method or "dense") in words
+    assert all(said in words for said in ("measured rise", "predicted rise", "all together", "nats a token"))
+    run(str(tiny_directory), tmp_path / "b", method="nf3", report=page, **{**small, "budget": None})
+    assert "measured rise" in page.read_text()
+
+
+def test_a_frontier_of_all_methods_lies_under_each(tmp_path: Path) -> None:
+    done = weft.compress(llama(1), "auto", budget="5 bits", batches=task(), methods="nf,kfac-svd")
+    together = frontier(done.layers)
+    for name in ("nf", "kfac-svd"):
+        alone = frontier(done.layers, name)
+        assert len(alone) > 4
+        for bits, loss in alone:
+            reached = [theirs for there, theirs in together if there <= bits]
+            assert not reached or min(reached) <= 1.3 * loss + 1e-9  # budgets lie between steps
+    assert min(loss for _, loss in together) < max(loss for _, loss in together)

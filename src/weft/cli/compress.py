@@ -77,6 +77,10 @@ def command(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="A page (.html) of what was chosen, and why.", show_default=False),
+    ] = None,
     option: MethodOptions = None,
     **common: Unpack[Loading],
 ) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 
 from torch import nn
 
-from weft.allocate import Allocation, Budget, Choice
+from weft.allocate import Allocation, Budget, Choice, LayerInfo
 from weft.allocate.base import spent
 from weft.errors import WeftError
+from weft.files import write_text
 from weft.io.save import save_model
 from weft.methods import Method
 from weft.runs.calibration import calibration_texts, check_enough
@@ -29,6 +30,8 @@ from weft.runs.output import check_output, open_output
 from weft.runs.pieces import Store
 from weft.runs.progress import track
 from weft.runs.record import begin
+from weft.runs.report.frontier import frontier_page
+from weft.runs.report.pages import report_path
 from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate
@@ -46,7 +49,7 @@ from weft.verbs.compress_checks import (
     reads,
 )
 from weft.verbs.evaluate import check_context, model_size
-from weft.verbs.placing import one_shot, sequential
+from weft.verbs.placing import mean_loss, one_shot, sequential
 from weft.verbs.spending import chooser, decide, joined, least
 from weft.verbs.survey import Plan, offered
 
@@ -54,6 +57,7 @@ __all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
 
 Methods = str | Method | Sequence[str | Method | tuple[str | Method, Mapping[str, Any]]]
 
+_PAGE = {".html": "a page with plots"}
 _LARGE = 2**28  # bytes of a model whose finished pieces lie on a disk
 
 
@@ -63,6 +67,8 @@ class Compressed:
 
     allocation: Allocation
     seconds: Mapping[str, float] = field(default_factory=dict)
+    layers: Mapping[str, LayerInfo] = field(default_factory=dict)
+    """The curves that the choices were taken from, of the method that the budget was spent on."""
 
 
 def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
@@ -157,14 +163,14 @@ def compress(
     check(plans, infos, data, stats, at)
     words, allowed = allowed_bytes(model, budget, plans, infos, given is not None, at)
 
-    began, surveying, chosen = time.perf_counter(), 0.0, list[Mapping[str, Choice]]()
+    began, surveying, chosen, found = time.perf_counter(), 0.0, list[Mapping[str, Choice]](), {}
     with _place(model, plans, progress) as place:
         store = Store() if place is None else Store(Path(place), _key(model, plans, data, stats))
         for plan, info in zip(plans, infos, strict=True):
             started = time.perf_counter()
             later = sum(least(layer).bytes for after in infos[plan.stage + 1 :] for layer in after.values())
             left = allowed - sum(map(spent, chosen)) - later
-            plan, sizes = decide(model, plan, info, left, how, data, stats, store)
+            plan, found[plan.stage], sizes = decide(model, plan, info, left, how, data, stats, store)
             surveying += time.perf_counter() - started
             chosen.append({name: plan.plain(choice) for name, choice in sizes.items()})
             wanted = {name: choice.size for name, choice in sizes.items()}
@@ -173,7 +179,8 @@ def compress(
     shapes = {name: info.shape for name, info in infos[-1].items()}
     details = {"round": round} if round > 1 else {}
     allocation = Allocation(joined(chosen), shapes, words, how, 0 if given else allowed, details)
-    return Compressed(allocation, {"survey": surveying, "replace": time.perf_counter() - began - surveying})
+    seconds = {"survey": surveying, "replace": time.perf_counter() - began - surveying}
+    return Compressed(allocation, seconds, found[at])
 
 
 def _plans(
@@ -247,6 +254,7 @@ def run(
     sequential: bool | None = None,
     by_block: bool | None = None,
     seed: int = 0,
+    report: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
@@ -254,9 +262,9 @@ def run(
 ) -> dict[str, Any]:
     """`weft compress`: read a model, calibrate, compress, write a directory with `allocation.json` and `run.json`.
 
-    `then` is a method for what the first one made, with `then_options`. Arguments are those of `compress` and of
-    `weft.train.windows.calibration_batches`; the result is what `run.json` holds as metrics. An interrupted run keeps
-    its finished blocks beside `out` and goes on from them.
+    `then` is a method for what the first one made, with `then_options`; `report` a page (.html) of what was chosen,
+    and why. Arguments are those of `compress` and of `weft.train.windows.calibration_batches`; the result is what
+    `run.json` holds as metrics. An interrupted run keeps its finished blocks beside `out` and goes on from them.
 
     Raises:
         WeftError: any argument that cannot work, before the model is loaded where it can be told.
@@ -265,6 +273,8 @@ def run(
     methods: list[Any] = [method, *([(then, then_options or {})] if then else [])]
     if then_options and not then:
         raise WeftError("--then-option is for the method of --then; give one, such as --then eora.")
+    if report is not None:
+        report_path(report, _PAGE)
     _check_arguments(methods, budget, allocate, round, windows, window, seed, options)
     check_output(out, arguments)
     texts, text = calibration_texts(calibration, model)
@@ -276,15 +286,19 @@ def run(
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     tokens = check_enough(source, data, layers)
     with open_output(out, arguments) as place:
-        before = _size(source)
+        before, loss = _size(source), mean_loss(source, data) if report else 0.0
         done = compress(
             source, methods, budget=budget, allocate=allocate, batches=data, layers=layers, round=round,
             sequential=sequential, by_block=by_block, seed=seed, progress=place.progress, track=track, **options,
         )  # fmt: skip
         metrics = {**_metrics(before, _size(source), done), "calibration": text, "calibration_tokens": tokens}
+        if report:
+            measured = {"before": loss, "after": mean_loss(source, data)}
+            page = frontier_page(Path(model).name, done.allocation, done.layers, measured)
+            write_text(report_path(report, _PAGE), page)
         done.allocation.save(place.path / "allocation.json")
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
-    return {"output": str(out), **metrics}
+    return {"output": str(out), **({"report": str(report)} if report else {}), **metrics}
 
 
 def _check_arguments(

@@ -26,12 +26,15 @@ from weft.linalg import spectrum
 from weft.runs import record
 from weft.runs.loading import load_model, resolve_device, resolve_dtype
 from weft.runs.progress import say, track
+from weft.runs.report.pages import report_path
 from weft.runs.report.spectra import spectra_page
 from weft.seeds import check_seed
 from weft.terms import SumLinear
 from weft.terms.layers import is_linear, linear_layers, weight_of
 
 __all__ = ["Matrix", "Report", "inspect", "run"]
+
+_FORMS = {".html": "a page with plots", ".json": "the measures"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class Report:
         Raises:
             WeftError: the name ends in neither, or its directory does not exist.
         """
-        path = _report_path(path)
+        path = report_path(path, _FORMS)
         if path.suffix == ".json":
             write_json(path, self.to_dict())
         else:
@@ -128,7 +131,7 @@ def run(
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     if report is not None:
-        _report_path(report)
+        report_path(report, _FORMS)
     arguments = {"model": model, "report": report, "layers": layers, "dtype": dtype}
     started = record.begin("inspect", arguments, seed=seed, device=target)
     loaded = load_model(model, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
@@ -211,12 +214,3 @@ def _measure(name: str, weight: Tensor, stored: int, tied: bool, s: Tensor) -> M
         frobenius_norm=float(s.double().square().sum().sqrt()),
         nuclear_norm=spectrum.nuclear_norm(s),
     )
-
-
-def _report_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path).expanduser()
-    if path.suffix not in (".html", ".json"):
-        raise WeftError(f"The report {path} must end in .html (a page with plots) or .json (the measures).")
-    if not path.absolute().parent.is_dir():
-        raise WeftError(f"There is no directory {path.parent} to write the report to.")
-    return path

@@ -31,7 +31,7 @@ from weft.terms.layers import replace as replace_layer
 from weft.terms.put import KEEP, put
 from weft.verbs.survey import Plan, carried_moments, check_finite, piece_name, site_of, surveyed_split
 
-__all__ = ["measure", "one_shot", "place", "sequential"]
+__all__ = ["mean_loss", "measure", "one_shot", "place", "sequential"]
 
 Sizes = Mapping[str, Size]
 
@@ -65,15 +65,16 @@ def measure(
         with frozen(model):
             for size in sizes:
                 place(model, plan, name, now[block_of[name]][name](size))
-                found.append(_loss(model, batches))
+                found.append(mean_loss(model, batches))
                 replace_layer(model, name, layer)
         return found
 
     return losses
 
 
-def _loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The mean loss of a prediction over all batches."""
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean loss of a prediction over all batches, in nats."""
     total, predictions = 0.0, 0
     for batch in batches:
         loss, count = token_loss(model, to_device(batch, model))

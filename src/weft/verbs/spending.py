@@ -41,10 +41,10 @@ def decide(
     batches: Sequence[Batch],
     stats: Stats | None,
     store: Store,
-) -> tuple[Plan, Mapping[str, Choice]]:
+) -> tuple[Plan, Mapping[str, LayerInfo], Mapping[str, Choice]]:
     """Survey the layers and spend the budget, in the order that saves work: sizes that nothing must be known for first.
 
-    Returns the plan, with its sizes where they were known before the survey, and every layer's choice.
+    Returns the plan, with its sizes where they were known before the survey, what was found, and every layer's choice.
     """
     chosen: Mapping[str, Choice] | None = None
     if plan.fixed is not None:
@@ -59,7 +59,7 @@ def decide(
     if chosen is None:
         extra = {name: TRIES[name](model, plan, batches, store) for name in plan.reads if name in TRIES}
         chosen = ALLOCATIONS[how].allocate(found, budget, **extra)
-    return plan, chosen
+    return plan, found, chosen
 
 
 def _at(info: LayerInfo, size: Any) -> Choice:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-__all__ = ["figures", "page", "section", "table"]
+from weft.errors import WeftError
+
+__all__ = ["figures", "page", "report_path", "section", "table"]
 
 _STYLE = """
 :root { color-scheme: light; --ink: #12263f; --soft: #5b6b80; --line: #dfe5ec; --panel: #f6f8fb; }
@@ -38,6 +42,21 @@ document.querySelectorAll("th[data-sorts]").forEach(th => th.addEventListener("c
   [...body.rows].sort((a, b) => sign * by(key(a), key(b))).forEach(row => body.append(row));
 }));
 """
+
+
+def report_path(path: str | os.PathLike[str], forms: Mapping[str, str]) -> Path:
+    """Where a report goes; `forms` are the endings that it may have, and what each stands for.
+
+    Raises:
+        WeftError: another ending, or a directory that does not exist.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in forms:
+        known = " or ".join(f"{ending} ({what})" for ending, what in forms.items())
+        raise WeftError(f"The report {path} must end in {known}.")
+    if not path.absolute().parent.is_dir():
+        raise WeftError(f"There is no directory {path.parent} to write the report to.")
+    return path
 
 
 def page(title: str, subtitle: str, sections: Sequence[str]) -> str:

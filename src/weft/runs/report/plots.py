@@ -61,19 +61,27 @@ def line_chart(
 
 
 def heat_map(
-    title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], unit: str
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    unit: str,
+    words: Sequence[Sequence[str | None]] = (),
 ) -> str:
-    """An SVG heat map of shares between 0 and 1, darker for more; None leaves a cell empty."""
-    cell, tall, left, top = 62, 22, 12 + 7 * max((len(r) for r in rows), default=1), 56
+    """An SVG heat map of shares between 0 and 1, darker for more; None leaves a cell empty. `words` stand in the cells
+    in place of the shares.
+    """
+    longest = max((len(text or "") for row in words for text in row), default=0)
+    cell, tall, left, top = max(62, 12 + 6 * longest), 22, 12 + 7 * max((len(r) for r in rows), default=1), 56
     body = [_text(left + cell * (j + 0.5), top - 8, name, "middle", 10) for j, name in enumerate(columns)]
     for i, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = top + tall * i
         body.append(_text(left - 6, y + 15, name, "end", 10))
         for j, value in enumerate(row):
             if value is not None:
-                body.append(
-                    _cell(left + cell * j, y, cell - 2, tall - 2, value, f"{name} {columns[j]}: {value:.1%} {unit}")
-                )
+                text = (words[i][j] if words else None) or f"{value:.0%}"
+                said = f"{name} {columns[j]}: {value:.1%} {unit}"
+                body.append(_cell((left + cell * j, y), (cell - 2, tall - 2), value, text, said))
     return _svg(left + cell * len(columns) + 10, top + tall * len(rows) + 10, title, body)
 
 
@@ -154,12 +162,13 @@ def _dash(series: Series) -> str:
     return ' stroke-dasharray="5 3"' if series.dashed else ""
 
 
-def _cell(x: float, y: float, width: float, height: float, value: float, words: str) -> str:
+def _cell(at: tuple[float, float], size: tuple[float, float], value: float, text: str, said: str) -> str:
+    (x, y), (width, height) = at, size
     ink = "#fff" if value > 0.45 else "#12263f"
     return (
-        f'<g><title>{escape(words)}</title><rect x="{x:.0f}" y="{y:.0f}" width="{width}" height="{height}" rx="3" '
+        f'<g><title>{escape(said)}</title><rect x="{x:.0f}" y="{y:.0f}" width="{width}" height="{height}" rx="3" '
         f'fill="{ramp(value)}"/><text x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" '
-        f'font-size="10" style="fill:{ink}">{value:.0%}</text></g>'
+        f'font-size="10" style="fill:{ink}">{escape(text)}</text></g>'
     )
 
 

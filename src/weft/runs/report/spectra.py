@@ -63,14 +63,16 @@ def spectra_page(report: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> st
     )
 
 
-def block_grid(title: str, shares: Mapping[str, float], unit: str) -> str:
+def block_grid(title: str, shares: Mapping[str, float], unit: str, words: Mapping[str, str] | None = None) -> str:
     """A heat map of one share a matrix: blocks down, kinds of matrix across; matrices outside any block are left
-    out.
+    out. `words` by matrix stand in the cells, instead of the shares.
     """
     cells = {(block, kind): share for name, share in shares.items() for block, kind in [_place(name)] if block}
     blocks, kinds = list(dict.fromkeys(b for b, _ in cells)), list(dict.fromkeys(k for _, k in cells))
     values = [[cells.get((block, kind)) for kind in kinds] for block in blocks]
-    return heat_map(title, blocks, [_short(kind) for kind in kinds], values, unit) if cells else ""
+    said = {_place(name): text for name, text in (words or {}).items()}
+    texts = [[said.get((block, kind)) for kind in kinds] for block in blocks]
+    return heat_map(title, blocks, [_short(kind) for kind in kinds], values, unit, texts) if cells else ""
 
 
 def spectra_charts(spectra: Mapping[str, Tensor]) -> list[str]:
