@@ -26,6 +26,7 @@ SOURCE = ROOT / "src" / "weft"
 ARROWS = {
     "linalg": set(),
     "merging": {"linalg"},
+    "scaling": set(),
     "kernels": set(),
     "embedded": set(),
     "terms": {"linalg", "kernels"},
@@ -41,7 +42,7 @@ ARROWS = {
 ARROWS["runs"] = {"io", "train", "embedded", "terms", "stats", "allocate", "linalg"}
 ARROWS["grafts"] = {"runs", "io", "stats", "terms", "linalg", "kernels", "methods", "rules", "optim"}
 ARROWS["verbs"] = set(ARROWS)
-ARROWS["cli"] = {"verbs"}
+ARROWS["cli"] = {"verbs", "scaling"}  # its commands are made from the records of laws
 ARROWS["testing"] = {*ARROWS["verbs"], "verbs"}
 
 ANYWHERE = {"errors", "files", "progress", "seeds", "signals", "records", "tensors", "__version__"}
@@ -50,7 +51,16 @@ PUBLIC = [
     *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compensate", "compress", "disable"),
     *("effective_rates", "evaluate", "export"),
     *("finetune", "inspect", "lean", "load_adapter", "merge", "merge_adapter", "methods", "mix", "needs", "optim"),
-    *("parameter_groups", "quantize", "register", "remove_adapter", "save_adapter", "set_adapter", "trainable"),
+    *(
+        "parameter_groups",
+        "quantize",
+        "register",
+        "remove_adapter",
+        "save_adapter",
+        "scaling",
+        "set_adapter",
+        "trainable",
+    ),
 ]
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "scipy", "typer", "rich", "numpy", "peft")

@@ -30,6 +30,7 @@ SHARED = {
     "methods": {"base", "adapter", "combined"},
     "grafts": {"base", "lst_start"},
     "merging": {"base"},
+    "scaling": {"base", "fit"},
     "allocate": {"allocation", "base", "greedy", "integer_program"},
 }
 

@@ -15,6 +15,7 @@ from weft.io import hook
 
 if TYPE_CHECKING:
     from weft import optim as optim
+    from weft import scaling as scaling
     from weft.allocate import Budget as Budget
     from weft.memory import lean as lean
     from weft.records import register as register
@@ -72,6 +73,7 @@ _EXPORTS = {
     "register": "weft.records",
     "remove_adapter": "weft.verbs.adapters",
     "save_adapter": "weft.verbs.adapters",
+    "scaling": "weft",
     "set_adapter": "weft.verbs.adapters",
     "trainable": "weft.verbs.adapt",
 }

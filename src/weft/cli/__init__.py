@@ -10,7 +10,20 @@ from __future__ import annotations
 import typer
 
 import weft
-from weft.cli import combine, compress, demo, evaluate, export, finetune, inspect, merge, methods, pretrain, quantize
+from weft.cli import (
+    combine,
+    compress,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    merge,
+    methods,
+    pretrain,
+    quantize,
+    scale,
+)
 from weft.cli.answer import answering
 
 __all__ = ["app", "main"]
@@ -33,6 +46,7 @@ app.command("combine")(answering(combine.command))
 app.command("quantize")(answering(quantize.command))
 app.command("export")(answering(export.command))
 app.command("methods")(answering(methods.command))
+app.add_typer(scale.app, name="scale")
 app.command("demo")(answering(demo.command, resumes=True))
 
 

@@ -86,13 +86,13 @@ def gathered(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return given | method_options(option, given), json
 
 
-def work(verb: str, **arguments: Any) -> Any:
-    """What `weft.verbs.<verb>.run` returns. Libraries print to stdout while they work; here that goes to stderr."""
+def work(verb: str, *, run: str = "run", **arguments: Any) -> Any:
+    """What `weft.verbs.<verb>.<run>` returns. Libraries print to stdout while they work; here that goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        run = importlib.import_module(f"weft.verbs.{verb}").run
+        function = getattr(importlib.import_module(f"weft.verbs.{verb}"), run)
         tune_libraries()
         warnings.showwarning = _show_warning
-        return run(**arguments)
+        return function(**arguments)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
