@@ -40,7 +40,7 @@ from weft.seeds import check_seed
 from weft.stats.calibrate import Batch
 from weft.terms import SumLinear
 from weft.terms.adapters import adapters_of, base_terms, unwrapped
-from weft.terms.layers import linear_layers
+from weft.terms.layers import eligible
 from weft.terms.put import is_one_matrix, unput
 from weft.terms.put import put as put_terms
 
@@ -89,9 +89,7 @@ class Graft(Record):
     def reconnect(self, model: nn.Module) -> None:
         """Connect what `rebuild` put in place, now that its tensors are there; the rest is frozen."""
         grafted = _need(model)
-        grafted.opened = next(
-            (name for name, module in linear_layers(model, "*").items() if is_one_matrix(module)), None
-        )
+        grafted.opened = next((name for name, module in eligible(model).items() if is_one_matrix(module)), None)
         names = [name for name, _ in model.named_parameters() if not name.startswith(grafted.places())]
         grafted.trained = [name.replace(".terms.base.matrix", ".weight") for name in names]
         _freeze(model, grafted)
@@ -210,7 +208,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with open_output(directory, {}) as place:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in grafted.tensors().items()}
         save_file(state, place.path / TENSORS)
-        base = base_of(model, linear_layers(model, "*"))
+        base = base_of(model, eligible(model))
         write_json(place.path / CONFIG, {"format": FORMAT, "weft": __version__, **grafted.json(), "base": base.json()})
 
 
@@ -255,7 +253,7 @@ def _read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _warn_of_other_weights(model: nn.Module, base: Base, directory: str | os.PathLike[str]) -> None:
-    there = [layer for layer in linear_layers(model, "*") if layer in base.samples]
+    there = [layer for layer in eligible(model) if layer in base.samples]
     changed = other_weights(sample(model, there), base.samples)
     if changed is not None:
         warnings.warn(
@@ -298,7 +296,7 @@ def _freeze(model: nn.Module, grafted: Grafted) -> None:
 
 def _open(model: nn.Module) -> str | None:
     """Make one plain linear layer a sum of one term, of the same memory, and return its name; None where one is."""
-    layers = linear_layers(model, "*")
+    layers = eligible(model)
     if any(isinstance(layer, SumLinear) for layer in layers.values()):
         return None
     name = next(iter(layers))

@@ -30,6 +30,7 @@ from weft.io import peft
 from weft.io.adapter_files import CONFIG, FORMAT, paths, read_files, whole, write_files
 from weft.io.base import Base, base_of, other_weights, sample
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
+from weft.terms.experts import open_experts, within_experts
 from weft.terms.extras import places, tables
 from weft.terms.layers import is_linear
 
@@ -122,6 +123,7 @@ def write_adapter(
         write_files(Path(directory), base, adapter, state, format, reason)
 
 
+@within_experts
 def load_adapter(
     model: nn.Module, directory: str | os.PathLike[str] | LooseAdapter, name: str | None = None
 ) -> nn.Module:
@@ -339,6 +341,7 @@ def _gathered(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _check_layers(model: nn.Module, adapter: Adapter, path: str) -> None:
+    open_experts(model, lambda name: name in adapter.terms)
     modules = dict(model.named_modules())
     for layer in adapter.terms:
         if not is_linear(modules.get(layer, model)):

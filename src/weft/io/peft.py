@@ -30,6 +30,7 @@ from weft.tensors import read_tensors
 from weft.terms import LowRank, Magnitude, Term
 from weft.terms.adapters import Adapter
 from weft.terms.base import Lora
+from weft.terms.experts import names_an_expert
 
 __all__ = ["CONFIG", "TENSORS", "plain_state", "read", "why_not_peft", "write"]
 
@@ -42,6 +43,9 @@ def why_not_peft(adapter: Adapter) -> str | None:
     alone = next((key for key in adapter.extras if key.rpartition(".")[0] not in modules), None)
     if alone is not None:
         return f"it trains parameters of the model itself too ({alone})"
+    expert = next(filter(names_an_expert, adapter.terms), None)
+    if expert is not None:
+        return f"{expert} is a layer to weft, and in a plain model a part of one tensor of all experts"
     rescaled = set()
     for layer, terms in adapter.terms.items():
         # each for itself and not their sum, which cannot be taken of sharded and plain tensors

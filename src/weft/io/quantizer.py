@@ -30,6 +30,7 @@ from weft.io.headers import check_tensors, keep_mixed_precision
 from weft.records import find
 from weft.tensors import own_memory
 from weft.terms import Spec, SumLinear, build_sum
+from weft.terms.experts import fuse, open_experts
 from weft.terms.layers import is_linear, replace, weight_of
 from weft.terms.random_products import share_stores
 
@@ -199,6 +200,7 @@ def remark(model: nn.Module) -> None:
     """
     from transformers import PreTrainedModel
 
+    fuse(model)
     if isinstance(model, PreTrainedModel) and _marks_of_another(model) is None:
         if sum_specs(model) or getattr(model, GRAFT, None) is not None:
             mark(model)
@@ -260,11 +262,12 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
 def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
     """The layers that this class of model has, by its own names: with or without the base prefix."""
     prefix = model.base_model_prefix + "."
+    listed = {form for name in layers for form in _forms(name, prefix)}
+    open_experts(model, lambda name: name in listed)
     present = {name for name, module in model.named_modules() if is_linear(module)}
     found, absent = {}, []
     for name, spec in layers.items():
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        match = next((candidate for candidate in candidates if candidate in present), None)
+        match = next((form for form in _forms(name, prefix) if form in present), None)
         if match is None:
             absent.append(name)
         else:
@@ -279,6 +282,10 @@ def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Sp
             "load it as the class that its config.json names."
         )
     return found
+
+
+def _forms(name: str, prefix: str) -> tuple[str, str, str]:
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def _tied_here(model: PreTrainedModel, tied: Mapping[str, str]) -> dict[str, str]:

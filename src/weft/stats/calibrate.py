@@ -21,6 +21,7 @@ from weft.signals import requested, stop_here
 from weft.stats.cache import Snapshots, fingerprint
 from weft.stats.collect import GRADIENT_NEEDS, Collector, check_needs
 from weft.stats.streams import is_encoder_decoder
+from weft.terms.experts import expert_layers, within_experts
 from weft.terms.layers import block_stacks, linear_layers
 
 __all__ = ["Batch", "Stats", "calibrate", "forward_inputs", "frozen", "layers_by_block", "to_device"]
@@ -31,6 +32,7 @@ Stats = dict[str, dict[str, Tensor]]
 """layer -> {statistic: tensor}; see `weft.stats.collect` for names and shapes."""
 
 
+@within_experts
 def calibrate(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -40,7 +42,8 @@ def calibrate(
     cache: str | Path | None = None,
     track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> Stats:
-    """The statistics of every linear layer over the batches, in fp64 (mean_grad: fp32).
+    """The statistics of every linear layer over the batches, in fp64 (mean_grad: fp32). An expert's are those of the
+    tokens that were routed to it; one that none was routed to is left out.
 
     All of them are in memory together: 8 in^2 bytes a layer for an input moment (once for layers that share their
     input), 8 out^2 for that of output gradients, 4 out in for mean_grad. Where that does not fit, give `layers` of one
@@ -92,11 +95,10 @@ def _collect(
     snapshots: Snapshots | None,
     track: Callable[[Iterable[Any], str], Iterable[Any]],
 ) -> Stats:
-    collector = Collector(layers, needs)
+    collector = Collector(layers, needs, expert_layers(model, layers))
     start = snapshots.restore(collector) if snapshots else 0
     backward = any(need in GRADIENT_NEEDS for need in needs)
-    gradients = _differentiable_inputs(model) if backward else torch.no_grad()
-    with frozen(model), collector, collector.streams.following(model), gradients:
+    with frozen(model), collector, collector.streams.following(model), differentiable_inputs(model, backward):
         for i, batch in enumerate(track(batches[start:], "calibrating"), start):
             run_batch(model, batch, collector, backward)
             if i == start:
@@ -169,8 +171,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _differentiable_inputs(model: nn.Module) -> Iterator[None]:
-    """Make the embeddings' output the leaf of the backward pass, so that no weight gradient is ever computed."""
+def differentiable_inputs(model: nn.Module, backward: bool = True) -> Iterator[None]:
+    """Make the embeddings' output the leaf of the backward pass, so that no weight gradient is ever computed; where
+    there is none, compute no gradient at all.
+    """
+    if not backward:
+        with torch.no_grad():
+            yield
+        return
     # an encoder-decoder model has its own embedding module in each half, sharing one weight
     halves = [m for m in model.modules() if callable(getattr(m, "get_input_embeddings", None))]
     embeddings: set[nn.Module] = {half.get_input_embeddings() for half in halves}  # type: ignore[operator]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError, unknown
 from weft.stats.streams import Stream, Streams
+from weft.terms.experts import Routed, routed
 
 __all__ = ["GRADIENT_NEEDS", "INPUT_NEEDS", "NEEDS", "Collector", "check_needs", "kept_rows"]
 
@@ -54,12 +55,13 @@ class Collector:
     Args:
         layers: name -> linear layer.
         needs: statistics from the table above.
+        optional: names of layers that may see nothing, and are then left out: an expert gets what is routed to it.
 
     Call `begin` before each pass. `sums`, `tokens`, `sequences` and `leader` are its whole state.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], needs: Iterable[str]) -> None:
-        self.layers, self.needs = dict(layers), check_needs(needs)
+    def __init__(self, layers: Mapping[str, nn.Module], needs: Iterable[str], optional: Iterable[str] = ()) -> None:
+        self.layers, self.needs, self.optional = dict(layers), check_needs(needs), frozenset(optional)
         self.streams = Streams()
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.tokens: dict[str, int] = defaultdict(int)
@@ -101,12 +103,13 @@ class Collector:
         for name, by_need in self.sums.items():
             for need, total in by_need.items():
                 total /= self.sequences if need.startswith("fisher") else self.tokens[name]
-        return {name: {need: self._sum(name, need) for need in self.needs} for name in self.layers}  # type: ignore[misc]
+        there = [name for name in self.layers if name not in self.optional or self._complete(name)]
+        return {name: {need: self._sum(name, need) for need in self.needs} for name in there}  # type: ignore[misc]
 
     def check(self, *, complete: bool) -> None:
         """Raises WeftError naming a layer that saw only zeros or NaN; or nothing, once the passes are complete."""
         for name in self.layers:
-            for need in self.needs:
+            for need in self.needs if name not in self.optional or self._complete(name) else ():
                 total = self._sum(name, need)
                 if total is not None:
                     _check(name, need, total)
@@ -115,6 +118,10 @@ class Collector:
                     raise WeftError(
                         f"The layer {name} {cause} on the calibration batches; leave it out with a layer pattern."
                     )
+
+    def _complete(self, name: str) -> bool:
+        totals = [self._sum(name, need) for need in self.needs]
+        return all(total is not None and bool(total.any()) for total in totals)
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +135,7 @@ class Collector:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x = args[0].detach()
-            keep = self.streams.now.keep(x)
+            keep, tokens = self.streams.now.keep(args[0]), routed(args[0])
             self.tokens[name] += x[..., 0].numel() if keep is None else int(keep.sum())
             if self._leads(name, args[0]):
                 self._add_input(name, x, keep)
@@ -137,7 +144,7 @@ class Collector:
             if output.requires_grad and any(need in self.needs for need in GRADIENT_NEEDS):
                 self._uses[name] += 1
                 held = x if _READS_INPUT_AND_GRADIENT & set(self.needs) else None
-                output.register_hook(lambda grad: self._add_gradient(name, held, grad, keep))  # type: ignore[no-untyped-call]
+                output.register_hook(lambda grad: self._add_gradient(name, held, grad, keep, tokens))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -168,7 +175,9 @@ class Collector:
         if "output_moment" in self.needs:
             self._add(name, "output_moment", rows.mT @ rows)
 
-    def _add_gradient(self, name: str, x: Tensor | None, grad: Tensor, keep: Tensor | None) -> None:
+    def _add_gradient(
+        self, name: str, x: Tensor | None, grad: Tensor, keep: Tensor | None, tokens: Routed | None
+    ) -> None:
         if "output_grad_moment" in self.needs:
             rows = _rows(grad, keep)
             self._add(name, "output_grad_moment", rows.mT @ rows)
@@ -177,11 +186,11 @@ class Collector:
         if "mean_grad" in self.needs:
             self._add(name, "mean_grad", _rows(grad).mT @ _rows(x))
         if "fisher_rows" in self.needs or "fisher_columns" in self.needs:
-            self._add_fisher(name, x, grad)
+            self._add_fisher(name, self._sequences_of(x, tokens), self._sequences_of(grad, tokens))
 
     def _add_fisher(self, name: str, x: Tensor, grad: Tensor) -> None:
         """Squares of whole-sequence gradients: sums over tokens and the layer's uses come before the square."""
-        pairs = zip(self._sequences_of(grad), self._sequences_of(x), strict=True)
+        pairs = zip(grad, x, strict=True)
         gradients: Iterable[Tensor] = (g.mT @ inputs for g, inputs in pairs)
         self._uses[name] -= 1
         if self._uses[name] or name in self._partial:
@@ -197,8 +206,10 @@ class Collector:
             if "fisher_columns" in self.needs:
                 self._add(name, "fisher_columns", squared.sum(0))
 
-    def _sequences_of(self, x: Tensor) -> Tensor:
-        """x as (batch, tokens, features): some models flatten their tokens."""
+    def _sequences_of(self, x: Tensor, tokens: Routed | None) -> Tensor:
+        """x as (batch, tokens, features): some models flatten their tokens, and an expert sees some of them."""
+        if tokens is not None:
+            x = x.new_zeros(tokens.total, x.shape[-1]).index_copy_(0, tokens.rows, x)
         return _wide(x).reshape(self._batch, -1, x.shape[-1])
 
     def _add(self, name: str, need: str, value: Tensor) -> None:

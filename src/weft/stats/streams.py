@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from weft.terms.experts import routed
+
 __all__ = ["Stream", "Streams", "is_encoder_decoder"]
 
 
@@ -25,7 +27,9 @@ class Stream(NamedTuple):
 
     def keep(self, x: Tensor) -> Tensor | None:
         """The mask of the tokens of x (..., features); None keeps all, as for a vector a sequence (a pooler's)."""
-        mask = self.encoder_mask if _same(x, self.encoded) else self.mask
+        mask, tokens = self.encoder_mask if _same(x, self.encoded) else self.mask, routed(x)
+        if mask is not None and tokens is not None:
+            return mask.flatten()[tokens.rows] if mask.numel() == tokens.total else None
         covers = mask is not None and (x.shape[:-1] == mask.shape or (x.dim() == 2 and len(x) == mask.numel()))
         return mask if covers else None
 

@@ -11,6 +11,7 @@ E[x_o x^T]: what is needed to correct for the drift between the two.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from weft.errors import WeftError
 from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device
 from weft.stats.collect import Collector, kept_rows
 from weft.stats.streams import Stream, Streams
+from weft.terms.experts import expert_layers
 from weft.terms.layers import block_stacks, eligible
 
 __all__ = ["Group", "walk"]
@@ -35,7 +37,8 @@ class Group:
 
     block: str  # the block's name, "" for layers outside every block
     names: list[str]
-    moments: dict[str, Tensor]  # of their input; with `original`, also "cross_moment" E[x_o x^T] (in, in)
+    moments: dict[str, Tensor]  # of their input; with `original`, also "cross_moment" E[x_o x^T] (in, in), but for
+    # experts, to which the two models route different tokens
 
 
 @dataclass
@@ -107,7 +110,12 @@ def _walk_block(
 ) -> Iterator[Group]:
     inner = {layer.removeprefix(name + "."): layer for layer in layers}
     for group in _groups(name, block, calls[0], list(inner)):
-        moments = _input_moments(block, before, calls, reference, group[0], inner[group[0]], needs)
+        expert = bool(expert_layers(block, group))
+        twin = None if expert else before
+        moments = _input_moments(block, twin, calls, reference, group[0], inner[group[0]], needs, expert)
+        if moments is None:
+            warnings.warn(f"No token reaches {inner[group[0]]} any more: it stays as it is.", stacklevel=2)
+            continue
         yield Group(name, [inner[member] for member in group], moments)
         del moments  # before those of the next group are made
 
@@ -120,25 +128,29 @@ def _input_moments(
     leader: str,
     full_name: str,
     needs: Sequence[str],
-) -> dict[str, Tensor]:
-    collector = Collector({full_name: block.get_submodule(leader)}, needs)
+    optional: bool,
+) -> dict[str, Tensor] | None:
+    """Those of a layer; None for one that is optional and sees nothing."""
+    collector = Collector({full_name: block.get_submodule(leader)}, needs, [full_name] if optional else ())
     cross: Tensor | None = None
     count = 0
     for i, call in enumerate(calls):
         collector.streams.now = call.stream
         with collector:
             x = _input_of(block, call, leader)
-        if before is not None and reference is not None:
-            x_o = kept_rows(_input_of(before, reference[i], leader), reference[i].stream)
+        if before is not None and reference is not None and x is not None:
+            x_o = _input_of(before, reference[i], leader)
+            assert x_o is not None
+            x_o = kept_rows(x_o, reference[i].stream)
             product = x_o.mT @ kept_rows(x, call.stream)
             cross = product.double() if cross is None else cross + product
             count += len(x_o)
-    moments = collector.moments()[full_name]
-    return moments if cross is None else {**moments, "cross_moment": cross / count}
+    moments = collector.moments().get(full_name)
+    return moments if cross is None or moments is None else {**moments, "cross_moment": cross / count}
 
 
-def _input_of(block: nn.Module, call: _Call, layer: str) -> Tensor:
-    """The input of one layer when the block runs; the pass ends there."""
+def _input_of(block: nn.Module, call: _Call, layer: str) -> Tensor | None:
+    """The input of one layer when the block runs; the pass ends there. None where it is not called."""
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -152,7 +164,7 @@ def _input_of(block: nn.Module, call: _Call, layer: str) -> Tensor:
         pass
     finally:
         handle.remove()
-    return seen[0]
+    return seen[0] if seen else None
 
 
 def _groups(name: str, block: nn.Module, call: _Call, layers: list[str]) -> list[list[str]]:
@@ -169,9 +181,9 @@ def _groups(name: str, block: nn.Module, call: _Call, layers: list[str]) -> list
     finally:
         for handle in handles:
             handle.remove()
-    called = Counter(layer for layer, _ in order)
+    called, experts = Counter(layer for layer, _ in order), expert_layers(block, layers)
     for layer in layers:
-        if called[layer] != 1:
+        if called[layer] != 1 and layer not in experts:
             raise WeftError(
                 f"The block {name} applies its layer {layer} {called[layer]} times in a pass: compress without the "
                 "sequential form, or leave the layer out with a layer pattern."
@@ -184,7 +196,7 @@ def _groups(name: str, block: nn.Module, call: _Call, layers: list[str]) -> list
         else:
             groups.append([layer])
         previous = x
-    return groups
+    return groups + [[layer] for layer in layers if layer in experts and not called[layer]]  # by later batches
 
 
 def _block_calls(model: nn.Module, path: str, batches: Sequence[Batch]) -> list[list[_Call]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from weft.errors import WeftError, nearest
 from weft.terms.base import Term
 from weft.terms.dense import Dense, sum_dense
+from weft.terms.experts import fuse
 from weft.terms.extras import Frame, exchange, frame_of
 from weft.terms.hooks import check_at_hand
 from weft.terms.layers import is_conv1d, replace
@@ -179,6 +180,7 @@ def detach(model: nn.Module, name: str | None = None) -> Adapter:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key in was_trained)
         delattr(model, _BOOK)
+    fuse(model)
     return adapter
 
 
@@ -232,10 +234,8 @@ def merge(model: nn.Module, name: str | None = None) -> dict[str, float]:
         before = sum_dense(book.base[layer].values())
         merged = whole.to(module.weight.dtype)
         lost[layer] = float((merged.float() - whole).norm() / (whole - before).norm().clamp(min=torch.finfo().tiny))
-        base = Dense.from_matrix(merged)
-        base.requires_grad_(False)
         _unwrap(adapter.terms[layer])
-        book.base[layer] = {"base": base}
+        book.base[layer] = {"base": Dense.from_matrix(merged).requires_grad_(False)}
         book.plain.add(layer)
     adapter.extras.clear()  # the model keeps the trained values
     book.frame = frame_of(model)

@@ -1,7 +1,8 @@
 """The linear layers of a model: found by name, read, replaced; and the blocks they lie in.
 
 A *linear layer* is an `nn.Linear`, a GPT-2 `Conv1D` or a `SumLinear`, inside the model's base (so not the output head),
-whose weight is shared with no other module and is used by calling the layer.
+whose weight is shared with no other module and is used by calling the layer. A mixture's experts are opened when layers
+of theirs are asked for (`weft.terms.experts`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from weft.errors import WeftError, nearest
 from weft.tensors import plain_values
 from weft.terms.direct import read_directly
+from weft.terms.experts import open_experts
 from weft.terms.hooks import carry_hooks, check_at_hand
 from weft.terms.low_rank import LowRank
 from weft.terms.sum_linear import SumLinear
@@ -122,12 +124,13 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
     """
     from weft.terms.coverage import require_coverage
 
+    patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    open_experts(model, lambda name: patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns))
     found = eligible(model)
-    if layers is None:
+    if patterns is None:
         require_coverage(model, found)
         check_at_hand(model, found)
         return found
-    patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not fnmatch.filter(found, pattern):
             near = ", ".join(nearest(pattern, found))

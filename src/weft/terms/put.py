@@ -12,6 +12,7 @@ from weft.errors import WeftError
 from weft.terms.adapters import adapters_of, plain_layer, unwrapped
 from weft.terms.base import Term
 from weft.terms.dense import Dense
+from weft.terms.experts import open_experts
 from weft.terms.layers import is_conv1d, is_linear, replace, shape_of
 from weft.terms.sum_linear import SumLinear
 
@@ -48,6 +49,7 @@ def put(
         WeftError: there is no linear layer of that name, the terms have another shape, or the layer has adapters on.
     """
     model = unwrapped(model)
+    open_experts(model, lambda name: name == layer)
     old = dict(model.named_modules()).get(layer)
     if old is None or not is_linear(old):
         raise WeftError(f"There is no linear layer {layer!r} in this {type(model).__name__}, so no terms can go there.")

@@ -29,6 +29,7 @@ from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.stats.calibrate import Batch
 from weft.stats.groups import Collected, WithWeights
+from weft.stats.reached import reached
 from weft.terms import Replacement, Term
 from weft.terms.adapters import (
     Adapter,
@@ -37,6 +38,7 @@ from weft.terms.adapters import (
     base_terms,
     unwrapped,
 )
+from weft.terms.experts import open_experts, within_experts
 from weft.terms.extras import new_head
 from weft.terms.hooks import check_at_hand
 from weft.terms.layers import bias_of, eligible, linear_layers, shape_of
@@ -76,6 +78,7 @@ class Trainable:
         return self.count / max(self.total, 1)
 
 
+@within_experts
 def adapt(
     model: nn.Module,
     method: str | Method | Graft,
@@ -136,6 +139,8 @@ def adapt(
             "another name=."
         )
     check_readable(model, layers)
+    batches = None if batches is None else list(batches)
+    layers = {layer: layers[layer] for layer in reached(model, list(layers), chosen.needs, batches or [], stats)}
     moments = _moments(model, chosen, layers, stats, batches)
     if chosen.spread is not None and ranks is None:
         shapes = {layer: shape_of(model.get_submodule(layer)) for layer in layers}
@@ -276,12 +281,12 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str,
     """
     if targets == "all-linear":
         return linear_layers(model)
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    open_experts(model, lambda name: any(_meant(name, target) for target in targets))
     layers = eligible(model)
     chosen: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        matched = [
-            name for name in layers if fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}")
-        ]
+    for target in targets:
+        matched = [name for name in layers if _meant(name, target)]
         if not matched:
             suffixes = dict.fromkeys(name.rpartition(".")[2] for name in layers)
             near = nearest(target, [*suffixes, *layers] if "." in target else suffixes)
@@ -289,6 +294,10 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str,
         chosen.update(matched)
     check_at_hand(model, chosen)
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _meant(name: str, target: str) -> bool:
+    return fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}")
 
 
 def _check_whole(graft: Graft, **given: Any) -> None:
@@ -337,7 +346,7 @@ def _ranks(
 
 
 def _moments(
-    model: nn.Module, method: Method, layers: Iterable[str], stats: Stats | None, batches: Iterable[Batch] | None
+    model: nn.Module, method: Method, layers: Iterable[str], stats: Stats | None, batches: Sequence[Batch] | None
 ) -> Stats:
     layers = list(layers)
     if not method.needs:
@@ -349,7 +358,7 @@ def _moments(
                 f"batches=[{{'input_ids': ...}}, ...], or "
                 "stats= from weft.calibrate."
             )
-        return Collected(model, list(batches), method.needs, layers)
+        return Collected(model, batches, method.needs, layers)
     for layer in layers:
         missing = [need for need in method.needs if need not in stats.get(layer, {})]
         if missing:

@@ -35,6 +35,7 @@ from weft.runs.report.pages import report_path
 from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate
+from weft.terms.experts import within_experts
 from weft.terms.layers import linear_layers, weight_of
 from weft.train.windows import calibration_batches
 from weft.verbs.compress_checks import (
@@ -50,7 +51,7 @@ from weft.verbs.compress_checks import (
 )
 from weft.verbs.evaluate import check_context, model_size
 from weft.verbs.placing import mean_loss, one_shot, sequential
-from weft.verbs.spending import chooser, decide, joined, least
+from weft.verbs.spending import chooser, decide, joined, least, leave_unreached
 from weft.verbs.survey import Plan, offered
 
 __all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
@@ -94,6 +95,7 @@ def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
 _walk = sequential  # an argument of `compress` bears its name
 
 
+@within_experts
 def compress(
     model: nn.Module,
     method: Methods = "kfac-svd",
@@ -162,6 +164,9 @@ def compress(
     plans[at] = replace(plans[at], fixed=given) if given else replace(plans[at], reads=reads(how))
     check(plans, infos, data, stats, at)
     words, allowed = allowed_bytes(model, budget, plans, infos, given is not None, at)
+    shapes = {name: info.shape for name, info in infos[-1].items()}
+    plans, infos, whole = leave_unreached(model, plans, infos, data, stats)
+    allowed -= spent(whole)
 
     began, surveying, chosen, found = time.perf_counter(), 0.0, list[Mapping[str, Choice]](), {}
     with _place(model, plans, progress) as place:
@@ -176,9 +181,9 @@ def compress(
             wanted = {name: choice.size for name, choice in sizes.items()}
             _walk(model, plan, wanted, data, store) if plan.sequential else one_shot(model, plan, wanted, store)
     _mark(model, "+".join(plan.method.name for plan in plans))
-    shapes = {name: info.shape for name, info in infos[-1].items()}
-    details = {"round": round} if round > 1 else {}
-    allocation = Allocation(joined(chosen), shapes, words, how, 0 if given else allowed, details)
+    details, choices = {"round": round} if round > 1 else {}, {**joined(chosen), **whole}
+    choices = {name: choices[name] for name in shapes}
+    allocation = Allocation(choices, shapes, words, how, 0 if given else allowed + spent(whole), details)
     seconds = {"survey": surveying, "replace": time.perf_counter() - began - surveying}
     return Compressed(allocation, seconds, found[at])
 

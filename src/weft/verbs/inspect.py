@@ -30,6 +30,7 @@ from weft.runs.report.pages import report_path
 from weft.runs.report.spectra import spectra_page
 from weft.seeds import check_seed
 from weft.terms import SumLinear
+from weft.terms.experts import within_experts
 from weft.terms.layers import is_linear, linear_layers, weight_of
 
 __all__ = ["Matrix", "Report", "inspect", "run"]
@@ -87,6 +88,7 @@ class Report:
             write_text(path, spectra_page(self.to_dict(), self.spectra))
 
 
+@within_experts
 def inspect(model: nn.Module, layers: str | Sequence[str] | None = None, *, name: str | None = None) -> Report:
     """Measure every matrix of `model`: linear layers, embeddings, the output head, and each expert of a stack.
 

@@ -34,6 +34,7 @@ from weft.runs.record import begin
 from weft.terms import SumLinear
 from weft.terms.adapters import forget
 from weft.terms.adapters import merge as fold
+from weft.terms.experts import fuse
 from weft.terms.extras import tables
 from weft.terms.hooks import check_at_hand
 from weft.terms.layers import replace
@@ -67,6 +68,7 @@ def merge(model: Model) -> Model:
         layer = model.get_submodule(name)
         assert isinstance(layer, SumLinear)
         replace(model, name, layer.collapse())
+    fuse(model)
     if isinstance(model, PreTrainedModel):
         unmark(model)
     forget(model)

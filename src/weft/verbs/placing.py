@@ -89,7 +89,7 @@ def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Bat
     X = E[x x^T] of the inputs x now and C = E[x_o x^T] with the inputs x_o of the original model: the least-squares
     map from x to the mix (1 - a) W x + a W x_o. It is the objective of SAES-SVD (Hu et al., 2026, arXiv 2602.03051),
     ||(W' - W) x||^2 + alpha ||W' x - W x_o||^2 with alpha = a / (1 - a), in the method's own metric.
-    Deviations: one share for all layers, where the paper chooses alpha for each.
+    Deviations: one share for all layers, where the paper chooses alpha for each; a mixture's experts are not corrected.
     """
     piece_of = {name: i for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
     chosen = hashlib.sha256(json.dumps(dict(sizes), sort_keys=True).encode()).hexdigest()[:12]
@@ -126,7 +126,7 @@ def _split(model: nn.Module, plan: Plan, name: str, size: Size, moments: Moments
     site = site_of(model, plan, name, {}, size)
     site = replace(site, moments={need: tensor.to(site.device) for need, tensor in moments.items()})
     check_finite(site)
-    if plan.correction:
+    if plan.correction and "cross_moment" in site.moments:
         W, X = site.weight(torch.float64), site.moments["input_moment"]
         target = Dense.from_matrix(_corrected(W, X, site.moments["cross_moment"], plan.correction))
         site = replace(site, terms={"base": target})

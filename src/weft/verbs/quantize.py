@@ -28,6 +28,7 @@ from weft.runs.record import begin
 from weft.seeds import generator
 from weft.terms import Dense, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
+from weft.terms.experts import within_experts
 from weft.terms.layers import is_conv1d
 from weft.terms.put import put
 from weft.terms.quantized import Quantized
@@ -42,6 +43,7 @@ def schemes() -> dict[str, Method]:
     return {name: method for name, method in METHODS.items() if method.kind == "quantize" or method.replaces}
 
 
+@within_experts
 def quantize(
     model: nn.Module,
     scheme: str | Method = "nf4",

@@ -11,11 +11,12 @@ from torch import nn
 from weft.allocate import ALLOCATIONS, Choice, LayerInfo
 from weft.runs.pieces import Store
 from weft.stats.calibrate import Batch, Stats
+from weft.stats.reached import reached
 from weft.verbs.divergence import divergence
 from weft.verbs.placing import measure
 from weft.verbs.survey import Plan, survey
 
-__all__ = ["chooser", "decide", "joined", "least"]
+__all__ = ["chooser", "decide", "joined", "least", "leave_unreached"]
 
 TRIES = {"measure": measure, "divergence": divergence}
 """What allocations may try sizes on the model with, by the name that they read it under."""
@@ -30,6 +31,29 @@ def chooser(infos: Sequence[Mapping[str, LayerInfo]]) -> int:
 def least(info: LayerInfo) -> Choice:
     """The only size that there is, or the smallest choice."""
     return info.sizes[0] if len(info.sizes) == 1 else info.choices[0]
+
+
+def leave_unreached(
+    model: nn.Module,
+    plans: list[Plan],
+    infos: list[dict[str, LayerInfo]],
+    data: Sequence[Batch],
+    stats: Stats | None,
+) -> tuple[list[Plan], list[dict[str, LayerInfo]], dict[str, Choice]]:
+    """The plans without the experts that no calibration token reaches, and those, as they are.
+
+    Raises WeftError where the others cannot keep the budget alone.
+    """
+    needs = {need for plan in plans for need in (*plan.needs, *plan.method.needs)}
+    kept = reached(model, plans[0].layers, needs, data, stats)
+    whole = {n: Choice(None, info.shape.nbytes) for n, info in infos[-1].items() if n not in set(kept)}
+    if not whole:
+        return plans, infos, {}
+    plans = [
+        replace(plan, layers=tuple(kept), fixed=plan.fixed and {name: plan.fixed[name] for name in kept})
+        for plan in plans
+    ]
+    return plans, [{name: info[name] for name in kept} for info in infos], whole
 
 
 def decide(
