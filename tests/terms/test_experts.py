@@ -275,3 +275,13 @@ def test_chains_and_codes(method, tmp_path: Path) -> None:  # type: ignore[no-un
     weft.compress(model, method, budget="5 bits", batches=[BATCH])
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+def test_what_codes_lost_is_made_good_from_the_original() -> None:
+    original, model = mixture(), mixture()
+    before = state(original)
+    weft.compensate(weft.quantize(model, "nf2"), original, [BATCH], rank=8)
+    assert_state(original, before)
+    expected = logits(original)
+    alone = logits(weft.quantize(mixture(), "nf2"))
+    assert (logits(model) - expected).norm() < (alone - expected).norm()

@@ -23,12 +23,14 @@ from weft.stats.calibrate import Batch
 from weft.stats.walk import walk
 from weft.terms import LowRank
 from weft.terms.adapters import Adapter, attach, base_terms, detach, unwrapped
+from weft.terms.experts import fuse, within_experts
 from weft.terms.layers import linear_layers, shape_of, weight_of
 from weft.verbs.adapt import resolve_targets
 
 __all__ = ["compensate"]
 
 
+@within_experts
 def compensate(
     model: nn.Module,
     original: nn.Module | str | os.PathLike[str],
@@ -82,6 +84,8 @@ def compensate(
     except BaseException:
         detach(model, name)
         raise
+    finally:
+        fuse(source)
     remark(model)
     return model
 
