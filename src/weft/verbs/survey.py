@@ -6,7 +6,7 @@
 
 A loss is tr(D^T G D X), D = W' - W, in the Kronecker-factored Fisher norm: one unit for all layers and all methods. It
 is known in closed form for all ranks at once where a method's answers are nested (`LowRankSplit`), and measured on the
-terms of each size where they are not.
+terms of each size where they are not (of a large layer along random directions, `weft.linalg.weighted`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from weft.allocate import NEEDS, Choice, LayerInfo, Shape
 from weft.errors import WeftError
 from weft.io.precision import saved_dtype
-from weft.linalg.principal import tail_losses, weighted_loss
+from weft.linalg.principal import tail_losses
 from weft.linalg.svd import singular_values
+from weft.linalg.weighted import WeightedLoss
 from weft.methods.base import Factors, LowRankSplit, Method, Moments, Site, Size, Split
 from weft.methods.combined import MixtureSplit
 from weft.runs.pieces import Piece, Store, packed, unpacked
@@ -280,14 +281,16 @@ def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
     sizes = [plan.fixed[site.name]] if plan.fixed else [choice.size for choice in info.choices]
     terms = plan.method.each(site, [size for size in sizes if size is not None], plan.options)
     made, found = Piece(), dict[str, Tensor]()
+    if "losses" in plan.reads:
+        X, G = site.moments["input_moment"], site.moments["output_grad_moment"]
+        loss = WeightedLoss(X, G, generator(plan.seed, "losses", site.name))
     for size, split in chain([(None, Split())] if None in sizes else [], terms):
         if size is not None and (not plan.sequential or plan.tries):
             made.add(packed(f"{site.name}@{size}", split.terms, split.bias))
         if "losses" in plan.reads:
             now = site.weight() if beside or size is None else torch.zeros_like(W)
             now = sum((term.dense(torch.float32) for term in split.terms.values()), start=now)
-            moments = (site.moments["input_moment"], site.moments["output_grad_moment"])
-            found[str(size)] = weighted_loss(now - W, *moments)
+            found[str(size)] = loss(now - W)
     losses = [found[str(size)] for size in sizes if str(size) in found]
     return made, torch.stack(losses) if losses else torch.zeros(0)
 
