@@ -1,0 +1,231 @@
+"""Perplexity against bits a weight: methods alone, codes with factors beside them, and `auto`, on two kinds of text.
+
+    python benchmarks/frontier.py MODEL --text wikitext=FILE [--calibrate python|wikitext] [--rows auto gptq ...]
+        [--budgets 2 2.5 3 3.5 4] [--windows 32] [--judged 24] [--seed 0] --json benchmarks/results/frontier_ref.jsonl
+    python benchmarks/frontier.py --table FILE      # what FILE holds, as a table in Markdown
+    python benchmarks/frontier.py --plot FILE       # and as FILE.svg
+
+MODEL is a directory, a Hub id or `pico`. Calibration is on the first half of a text, judging on its second half;
+`python` is weft's own split, the standard library's files without those held out, and these. Bits count everything
+that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every budget is a line of
+the file; those that are there already are not measured again, so that an interrupted run goes on. Peak memory is the
+process' resident high-water mark from the row's beginning on, the model itself included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.embedded.text import default_text
+from weft.errors import WeftError
+from weft.methods import METHODS
+from weft.runs.loading import load_model, load_tokenizer
+from weft.runs.report.plots import Series, line_chart
+from weft.train.windows import calibration_batches
+from weft.verbs.compress import compress
+from weft.verbs.evaluate import evaluate
+
+ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "rtn": ("rtn", {"allocate": "equal"}),
+    "nf": ("nf", {"allocate": "equal"}),
+    "nf, widths by layer": ("nf", {"allocate": "best"}),
+    "gptq": ("gptq", {"allocate": "equal"}),
+    "gptq, widths by layer": ("gptq", {"allocate": "best"}),
+    "awq": ("awq", {"allocate": "equal"}),
+    "baq": ("baq", {"allocate": "equal"}),
+    "kfac-svd": ("kfac-svd", {}),
+    "pifa": ("pifa", {}),
+    "nf2 + lorc": (["nf2", "lorc"], {"allocate": "equal"}),
+    "nf2 + eora": (["nf2", "eora"], {"allocate": "equal"}),
+    "nf2 + eora, allocated": (["nf2", "eora"], {"allocate": "best"}),
+    "nf3 + lorc": (["nf3", "lorc"], {"allocate": "equal"}),
+    "nf3 + eora": (["nf3", "eora"], {"allocate": "equal"}),
+    "nf3 + eora, allocated": (["nf3", "eora"], {"allocate": "best"}),
+    "auto": ("auto", {}),
+    "auto, lems": ("auto", {"allocate": "lems"}),
+}
+"""What is measured: methods and how they are called. Those that weft does not have are left out."""
+
+BUDGETS = [2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25]
+
+
+def main() -> None:
+    args = arguments()
+    if args.table or args.plot:
+        print(table(lines(args.table)) if args.table else plot(args.plot))
+        return
+    done = {key(line) for line in lines(args.json)}
+    texts = dict(pair.split("=", 1) for pair in args.text)
+    tokenizer = load_tokenizer(args.model)
+    judges = {"python": default_text("evaluation"), **{name: half(path, 1) for name, path in texts.items()}}
+    source = default_text("calibration") if args.calibrate == "python" else half(texts[args.calibrate], 0)
+    data = calibration_batches(tokenizer, [source], windows=args.windows, window=args.window, seed=args.seed)
+
+    def judged(model: Any) -> dict[str, float]:
+        return {
+            name: evaluate(model, tokenizer, text, window=args.window, windows=args.judged)["perplexity"]
+            for name, text in judges.items()
+        }
+
+    head = {"model": Path(args.model).name, "calibrate": args.calibrate, "seed": args.seed, **environment(args)}
+    if key({**head, "row": "dense", "budget": 16.0}) not in done:
+        write(args.json, {**head, "row": "dense", "budget": 16.0, "perplexity": judged(load_model(args.model))})
+    for name in args.rows:
+        with tempfile.TemporaryDirectory() as pieces:
+            for budget in args.budgets:
+                line = {**head, "row": name, "budget": budget}
+                if key(line) not in done and available(name):
+                    write(args.json, {**line, **measured(args, name, budget, data, judged, Path(pieces))})
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="pico")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--calibrate", default="python")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--judged", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+def half(path: str, which: int) -> str:
+    """The first or second half of a text."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text[len(text) // 2 :] if which else text[: len(text) // 2]
+
+
+def available(row: str) -> bool:
+    method, _ = ROWS[row]
+    return all(name in METHODS for name in ([method] if isinstance(method, str) else method))
+
+
+def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judged: Any, pieces: Path) -> dict[str, Any]:
+    """What a row gives at a budget, or why it gives nothing."""
+    method, given = ROWS[row]
+    model, began = load_model(args.model), time.perf_counter()
+    forget_peak()
+    try:
+        done = compress(model, method, budget=f"{budget} bits", batches=data, progress=pieces, seed=args.seed, **given)
+    except WeftError as error:
+        return {"error": str(error)}
+    seconds, peak = time.perf_counter() - began, peak_bytes()
+    choices = done.allocation.choices.values()
+    return {
+        "bits": done.allocation.bits_per_weight,
+        "perplexity": judged(model),
+        "predicted": sum(choice.loss for choice in choices) / 2,
+        "methods": {name: sum(c.method == name for c in choices) for name in {c.method for c in choices}},
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "model_bytes": sum(p.nbytes for p in load_model(args.model).parameters()),
+    }
+
+
+def forget_peak() -> None:
+    """Start the high-water mark anew, where the system can."""
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
+
+
+def peak_bytes() -> int | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "windows": args.windows,
+        "window": args.window,
+        "judged": args.judged,
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a line another measurement."""
+    return tuple(line[name] for name in ("model", "calibrate", "seed", "windows", "window", "judged", "row", "budget"))
+
+
+def lines(path: Path | None) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()] if path and path.is_file() else []
+
+
+def write(path: Path | None, line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Rows by budget; the mean over calibration draws, and half of their range where there are several."""
+    texts = list(dict.fromkeys(name for line in found for name in line.get("perplexity", {})))
+    head = ["method", "budget", "bits", *texts, "predicted rise", "seconds", "peak / model"]
+    body = [[*cells] for cells in _cells(found, texts)]
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(found: list[dict[str, Any]], texts: list[str]) -> Iterator[list[str]]:
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for line in found:
+        if "perplexity" in line:
+            groups.setdefault((line["row"], line["budget"]), []).append(line)
+    for (row, budget), group in groups.items():
+        last = group[-1]
+        bits = f"{last['bits']:.2f}" if "bits" in last else "16"
+        quality = [_spread([line["perplexity"][text] for line in group]) for text in texts]
+        rest = ["", "", ""]
+        if "seconds" in last:
+            ratio = last["peak_memory_bytes"] / last["model_bytes"]
+            rest = [f"{last['predicted']:.3f}", f"{last['seconds']:.0f}", f"{ratio:.1f}"]
+        yield [row, f"{budget:g}", bits, *quality, *rest]
+
+
+def _spread(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}" + (f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else "")
+
+
+def plot(path: Path) -> Path:
+    """One chart a text, one line a row."""
+    found = [line for line in lines(path) if "bits" in line]
+    colors = ["#0c3470", "#5b9bd5", "#c26a2e", "#3f8f6b", "#8a5aa8", "#b8963e", "#8a94a3", "#b3261e", "#2aa1a1"]
+    rows = list(dict.fromkeys(line["row"] for line in found))
+    for text in found[0]["perplexity"]:
+        series = []
+        for i, row in enumerate(rows):
+            points = sorted((line["bits"], line["perplexity"][text]) for line in found if line["row"] == row)
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            series.append(Series(row, xs, ys, colors[i % len(colors)], marked=True, dashed=not row.startswith("auto")))
+        chart = line_chart(f"perplexity, {text}", series, "bits a weight", "perplexity", log=True, legend=True)
+        alone = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+        path.with_name(f"{path.stem}_{text}.svg").write_text(alone)
+    return path
+
+
+if __name__ == "__main__":
+    main()
