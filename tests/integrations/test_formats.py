@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import weft
 from tests.verbs.test_export import LAYER, coded, logits, tiny
+from weft.cli import app
 from weft.errors import WeftError
+from weft.runs.loading import load_model, load_tokenizer
 from weft.verbs.export import run
 
 QWENS = ("qwen2", "qwen3")
@@ -148,3 +151,44 @@ def test_gguf_refuses_what_it_has_no_words_for(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(WeftError, match="needs the package gguf: pip install"):
         run("pico", tmp_path / "out", format="gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_gguf_files_are_models_like_any(tiny_directory: Path, tmp_path: Path) -> None:
+    """A file by its path, by --gguf-file, or alone in a directory: the same bits; what comes of it is a plain model."""
+    pytest.importorskip("gguf")
+    run(str(tiny_directory), tmp_path / "dir", format="gguf", device="cpu")
+    (tmp_path / "text.txt").write_text("def add(first, second):\n    return first + second\n" * 20)
+    common = ["--method", "svd", "--budget", "0.6", "--window", "32", "--windows", "2", "--device", "cpu", "--json"]
+    common += ["--calibration", str(tmp_path / "text.txt")]
+    ways = {
+        "path": [str(tmp_path / "dir/model.gguf")],
+        "option": [str(tmp_path / "dir"), "--gguf-file", "model.gguf"],
+        "plain": [str(tiny_directory)],
+    }
+    for name, way in ways.items():
+        done = CliRunner().invoke(app, ["compress", *way, "-o", str(tmp_path / name), *common])
+        assert done.exit_code == 0, done.output
+    path, option, plain = (load_file(tmp_path / name / "model.safetensors") for name in ways)
+    assert path.keys() == option.keys() == plain.keys()
+    assert all(torch.equal(path[key], option[key]) and torch.equal(path[key], plain[key]) for key in plain)
+    model, tokenizer = load_model(str(tmp_path / "dir"), device="cpu"), load_tokenizer(str(tmp_path / "dir"))
+    model.save_pretrained(tmp_path / "again")  # no marks of a quantiser are left
+    assert len(tokenizer) == 8192 and "quantization_config" not in (tmp_path / "again/config.json").read_text()
+
+
+def test_gguf_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "two").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / "two" / name).write_bytes(b"")
+    cases = {
+        "two": "holds 2 GGUF files; name one of them: --gguf-file a.gguf",
+        "two/c.gguf": "There is no GGUF file .*c.gguf",
+        "two/a.gguf": "a.gguf cannot be loaded",
+    }
+    for name, words in cases.items():
+        with pytest.raises(WeftError, match=words):
+            load_model(str(tmp_path / name), device="cpu")
+    monkeypatch.setattr("weft.runs.loading.find_spec", lambda name: None)
+    with pytest.raises(WeftError, match="read by the package gguf: pip install gguf"):
+        load_model(str(tmp_path / "two/a.gguf"), device="cpu")

@@ -78,6 +78,9 @@ def gathered(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """
     given = {**arguments, **arguments.get("common", {})}
     given.pop("common", None)
+    file = given.pop("gguf_file", None)
+    if file is not None:
+        given["model"] = f"{given['model']}/{file}"
     json, option = given.pop("json"), given.pop("option", None)
     for name, example in {"optimizer_option": "rank=4", "then_option": "rank=32"}.items():
         if name in given:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 import typer
 import yaml
 
-from weft.cli.options import Device, Dtype, Json, Seed, TrustRemoteCode
+from weft.cli.options import Device, Dtype, GgufFile, Json, Seed, TrustRemoteCode
 from weft.errors import WeftError, nearest
 from weft.progress import loud
 
@@ -36,6 +36,7 @@ class Loading(Computing):
     """Those of a verb that loads one."""
 
     trust_remote_code: TrustRemoteCode
+    gguf_file: GgufFile
 
 
 def with_common(command: Callable[..., Any]) -> inspect.Signature:

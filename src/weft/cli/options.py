@@ -16,6 +16,7 @@ __all__ = [
     "Device",
     "DryRun",
     "Dtype",
+    "GgufFile",
     "Json",
     "LogEvery",
     "MethodOptions",
@@ -33,7 +34,10 @@ __all__ = [
 ]
 
 Model = Annotated[
-    str, typer.Argument(help="A model directory, a Hub id, or 'pico' (the embedded model).", show_default=False)
+    str,
+    typer.Argument(
+        help="A model directory, a GGUF file, a Hub id, or 'pico' (the embedded model).", show_default=False
+    ),
 ]
 Out = Annotated[
     Path, typer.Option("-o", "--out", help="The directory to write; it may not hold anything yet.", show_default=False)
@@ -67,6 +71,9 @@ DryRun = Annotated[
 Window = Annotated[int, typer.Option(help="Tokens that the model sees at once.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")
+]
+GgufFile = Annotated[
+    str | None, typer.Option(help="The model's GGUF file, in its directory or Hub repository.", show_default=False)
 ]
 MethodOptions = Annotated[
     list[str] | None,

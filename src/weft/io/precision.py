@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from weft.io.headers import FLOATS, read_headers, renamed
 from weft.terms.adapters import adapters_of
+from weft.terms.layers import eligible, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["as_stored", "layer_bytes", "note_precision", "saved_dtype", "saved_size"]
+__all__ = ["as_stored", "bits_per_weight", "layer_bytes", "note_precision", "saved_dtype", "saved_size"]
 
 
 class Stored(NamedTuple):
@@ -79,6 +80,15 @@ def layer_bytes(model: nn.Module, layers: Iterable[str]) -> int:
         for name, t in model.state_dict().items()
         if name in homes or name.partition(".terms.")[0] + ".terms" in homes
     )
+
+
+def bits_per_weight(model: nn.Module) -> float | None:
+    """Mean bits a weight of the linear layers that weft compresses (`weft.terms.layers`), of everything that saving
+    stores for them, codes, scales, zero points and factors; None where the model has none.
+    """
+    layers = eligible(model)
+    shapes = [shape_of(layer) for layer in layers.values()]
+    return 8 * layer_bytes(model, layers) / sum(out * inn for out, inn in shapes) if shapes else None
 
 
 @contextmanager

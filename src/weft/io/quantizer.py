@@ -43,6 +43,7 @@ __all__ = [
     "WeftConfig",
     "WeftQuantizer",
     "check_alone",
+    "forget_quantizer",
     "mark",
     "marked_as",
     "remark",
@@ -141,7 +142,7 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         own_memory(model)
         share_stores([model])
-        _forget_quantizer(model)
+        forget_quantizer(model)
         _adopt(model, self.quantization_config)
         said = self.quantization_config.graft
         if said is not None:
@@ -253,10 +254,16 @@ def _adopt(model: PreTrainedModel, config: WeftConfig) -> None:
         module.config._is_quantized = True
 
 
-def _forget_quantizer(model: PreTrainedModel) -> None:
+def forget_quantizer(model: PreTrainedModel) -> None:
     """Undo transformers' marks of frozen integers: they forbid `.float()` and saving a given state dict."""
-    del model.hf_quantizer, model.quantization_method
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
     model.is_quantized = False  # type: ignore[assignment]
+    if _marks_of_another(model) is not None:
+        del model.config.quantization_config
+        for module in _models(model):
+            module.config._is_quantized = False
 
 
 def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:

@@ -14,7 +14,7 @@ from typing import Any
 from weft.errors import WeftError
 from weft.files import digest
 from weft.io.adapters import base_name, is_adapter
-from weft.runs.loading import resolve
+from weft.runs.loading import gguf_file, resolve
 from weft.train.records import files_of, is_datasets_folder
 
 __all__ = ["Contents", "changes", "contents"]
@@ -64,6 +64,9 @@ def _model(name: str | Path) -> list[Path]:
         path = Path(resolve(name))
     except WeftError:  # an adapter's base may be elsewhere
         path = Path(name)
+    file = gguf_file(name)
+    if file is not None:
+        return [path / file] if (path / file).is_file() else []
     if not path.is_dir():
         path = _cached(str(name)) or path
     return sorted(p for p in path.glob("*") if p.suffix in MODEL_FILES) if path.is_dir() else []

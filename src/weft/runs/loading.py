@@ -11,6 +11,7 @@ import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 import weft.embedded
 from weft.errors import WeftError, nearest
 from weft.io.adapters import base_name, is_adapter, load_adapter
-from weft.io.precision import note_precision
+from weft.io.precision import note_precision, saved_size
+from weft.io.quantizer import forget_quantizer
+from weft.progress import say
 from weft.tensors import own_memory
 
 __all__ = [
+    "gguf_file",
     "has_tokenizer",
     "load_config",
     "load_model",
@@ -41,7 +45,8 @@ _DTYPE_NAMES = {**_DTYPES, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16"
 
 
 def resolve(name: str | os.PathLike[str]) -> str:
-    """What transformers is to load: the path of a directory, or a Hub id; of an adapter, those of its base.
+    """What transformers is to load: the path of a directory, or a Hub id; of an adapter, those of its base; of a GGUF
+    file, those of what it lies in.
 
     Raises:
         WeftError: `name` can only be meant as a path, and there is no model there.
@@ -50,6 +55,8 @@ def resolve(name: str | os.PathLike[str]) -> str:
     path = Path(name).expanduser()
     if not name:
         raise WeftError("The model's name is empty; give a directory, a Hub id or 'pico'.")
+    if gguf_file(name) is not None:
+        return _home_of_gguf(path)
     if path.is_dir():
         if is_adapter(path):
             return _base_of_adapter(path)
@@ -66,6 +73,37 @@ def resolve(name: str | os.PathLike[str]) -> str:
     if looks_like_path:
         raise WeftError(f"There is no directory {name!r}{_neighbours(path)}.")
     return name
+
+
+def gguf_file(name: str | os.PathLike[str]) -> str | None:
+    """The name of the GGUF file that is meant: one by its path, one of a Hub repository as ORG/REPO/FILE.gguf, or the
+    only one in a directory without a config.json; None where another sort of model is.
+
+    Raises:
+        WeftError: a directory holds several and nothing else.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = [] if (path / "config.json").is_file() else sorted(p.name for p in path.glob("*.gguf"))
+        if len(inside) > 1:
+            raise WeftError(f"{path} holds {len(inside)} GGUF files; name one of them: --gguf-file {inside[0]}.")
+        return inside[0] if inside else None
+    return path.name if path.suffix == ".gguf" else None
+
+
+def _home_of_gguf(path: Path) -> str:
+    if find_spec("gguf") is None:
+        raise WeftError("GGUF files are read by the package gguf: pip install gguf.")
+    home = path if path.is_dir() else path.parent
+    if not path.exists() and (home.is_dir() or path.is_absolute() or len(path.parts) != 3):
+        raise WeftError(f"There is no GGUF file {path}.")
+    return str(home)
+
+
+def _how(name: str | os.PathLike[str]) -> dict[str, str]:
+    """What transformers is to be told beside the place."""
+    file = gguf_file(name)
+    return {} if file is None else {"gguf_file": file}
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
@@ -106,7 +144,9 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model, without its weights. Raises WeftError as `load_model` does."""
     with _explained(name):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            resolve(name), trust_remote_code=trust_remote_code, **_how(name)
+        )
     return config
 
 
@@ -141,6 +181,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **_how(name),
         )
     loaded: PreTrainedModel = model
     missing = sorted(info["missing_keys"])
@@ -151,7 +192,10 @@ def load_model(
     if is_adapter(name):
         load_adapter(loaded, name)
     own_memory(loaded)
-    if dtype is None and wanted is not None:  # widened to compute in, to be written as it was read
+    if gguf_file(name) is not None:
+        forget_quantizer(loaded)
+        say(f"The weights of {name} are decoded to {loaded.dtype}: {saved_size(loaded)[1] / 1e6:,.1f} MB.")
+    elif dtype is None and wanted is not None:  # widened to compute in, to be written as it was read
         _note_precision(loaded, resolve(name))
     loaded.eval()  # type: ignore[no-untyped-call]
     return loaded
@@ -173,7 +217,9 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     """
     home = os.fspath(name) if has_tokenizer(name) else resolve(name)
     with _explained(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(home, trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            home, trust_remote_code=trust_remote_code, **_how(name)
+        )
     return tokenizer
 
 

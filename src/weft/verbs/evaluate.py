@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.io.adapters import check_directory, load_adapter
+from weft.io.precision import bits_per_weight
 from weft.io.precision import saved_size as model_size
 from weft.runs.calibration import say_default
 from weft.runs.loading import has_tokenizer, load_config, load_model, load_tokenizer
@@ -64,9 +65,10 @@ def evaluate(
             front of a text. The first token of the text in a window is scored with or without it by the same rule.
 
     Returns: JSON-able: perplexity, word_perplexity, byte_perplexity, loss (nats a token), tokens (scored), words, bos
-    (whether windows began with such a token), window, stride, windows, parameters, bytes (of stored parameters and
-    buffers), tokens_per_second (through the model), seconds, peak_memory_bytes (CUDA allocations of this call, else
-    the high-water mark of the process).
+    (whether windows began with such a token), window, stride, windows, parameters, bytes (as they lie on the disk:
+    stored parameters and buffers), bits_per_weight (of the linear layers, everything stored for them; None without
+    any), tokens_per_second (through the model), seconds, peak_memory_bytes (CUDA allocations of this call, else the
+    high-water mark of the process).
 
     Raises WeftError when the text is too short or the window exceeds the model's context.
 
@@ -96,6 +98,7 @@ def evaluate(
             "windows": len(plan),
             "parameters": parameters,
             "bytes": nbytes,
+            "bits_per_weight": bits_per_weight(model),
             "tokens_per_second": len(plan) * window / seconds,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory(device),
