@@ -13,9 +13,10 @@ from weft.errors import WeftError
 from weft.kernels.normal_float import NF4, Format
 from weft.memory import lean, lean_report
 from weft.methods import METHODS
-from weft.terms import Int8, NormalFloat, SumLinear
+from weft.terms import SumLinear
 from weft.terms.adapters import disable
 from weft.terms.layers import linear_layers, weight_of
+from weft.terms.quantized import Quantized
 from weft.verbs.adapt import adapt, remove_adapter, trainable
 from weft.verbs.quantize import choose_formats, quantize, run
 
@@ -40,19 +41,17 @@ def distance(left, right):
     )
 
 
-FIXED = [name for name, method in METHODS.items() if method.kind == "quantize" and name != "nf"]  # nf asks for bits=
+CODES = [name for name, method in METHODS.items() if method.kind == "quantize" and not method.needs]
 
 
-@pytest.mark.parametrize("scheme", FIXED)
+@pytest.mark.parametrize("scheme", CODES)
 def test_every_scheme_replaces_every_layer(scheme):
     model = llama()
     original = copy.deepcopy(model)
     assert quantize(model, scheme) is model
     layers = linear_layers(model)
     assert len(layers) == 14 and all(isinstance(m, SumLinear) for m in layers.values())
-    assert all(
-        isinstance(next(iter(m.terms.values())), Int8 if scheme == "int8" else NormalFloat) for m in layers.values()
-    )
+    assert all(isinstance(next(iter(m.terms.values())), Quantized) for m in layers.values())
     for name, layer in layers.items():
         W = weight_of(original.get_submodule(name))
         assert (weight_of(layer) - W).norm() < (0.7 if scheme == "nf2" else 0.3) * W.norm()

@@ -18,12 +18,15 @@ def command(
     out: Out,
     bits: Annotated[
         float | None,
-        typer.Option(help="2, 3, 4 (the default) or 8; for lq-lora their mean, such as 2.75.", show_default=False),
+        typer.Option(
+            help="2, 3, 4 (the default) or 8; 2 to 8 for rtn; for lq-lora their mean, such as 2.75.", show_default=False
+        ),
     ] = None,
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="nf2, nf3, nf4, nf8, int8, or lq-lora: codes and a low-rank term for their error.", show_default=False
+            help="nf2, nf3, nf4, nf8, int8, rtn, or lq-lora: codes and a low-rank term for their error.",
+            show_default=False,
         ),
     ] = None,
     targets: Annotated[

@@ -28,6 +28,7 @@ from weft.methods import (
     eva,
     full,
     fwsvd,
+    gptq,
     increlora,
     int8,
     kasa,
@@ -54,6 +55,7 @@ from weft.methods import (
     pissa,
     randlora,
     random_mask,
+    rtn,
     said,
     salt,
     sft,
@@ -84,6 +86,8 @@ _PAGES: tuple[ModuleType, ...] = (
     # codes of few bits, and what takes up their error
     normal_float,
     int8,
+    rtn,
+    gptq,
     eora,
     lorc,
     # several of the above, chosen by layer

@@ -21,7 +21,6 @@ from weft.methods import METHODS, Method, Site
 from weft.methods.base import Moments
 from weft.methods.lq_lora import SHORT_GRID, choose_formats, fisher_roots
 from weft.methods.normal_float import WIDTHS
-from weft.records import load_entry_points
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.record import begin
@@ -39,8 +38,14 @@ __all__ = ["quantize", "run", "schemes"]
 
 
 def schemes() -> dict[str, Method]:
-    """What `quantize` puts in a weight's place: the methods of kind "quantize", and adapters found with their base."""
-    return {name: method for name, method in METHODS.items() if method.kind == "quantize" or method.replaces}
+    """What `quantize` puts in a weight's place: the methods of kind "quantize" that ask for no data, and
+    adapters found with their base.
+    """
+    return {
+        name: method
+        for name, method in METHODS.items()
+        if method.replaces or (method.kind == "quantize" and not method.needs)
+    }
 
 
 @within_experts
@@ -60,12 +65,12 @@ def quantize(
     """Replace dense weights by codes; the same model is returned, the weights themselves are gone.
 
     Args:
-        scheme: a method of kind "quantize" ("int8": a scale a row; "nf2", "nf3", "nf4", "nf8": 64 weights a scale), or
-            "lq-lora": codes and a low-rank adapter called `name` that takes up their error.
+        scheme: a method of kind "quantize" ("int8": a scale a row; "nf2", "nf3", "nf4", "nf8", "rtn": 64 weights a
+            scale), or "lq-lora": codes and a low-rank adapter called `name` that takes up their error.
         targets: as in `weft.adapt`.
         rank, alpha, name: of the adapter, for "lq-lora"; the paper's rank is 64.
-        bits: for "lq-lora", the mean bits a weight of the codes, spent where they help most among `formats`; None for
-            NF4 everywhere. The adapter comes on top.
+        bits: of a scheme of several widths, None for 4; for "lq-lora", the mean bits a weight of the codes, spent where
+            they help most among `formats`, None for NF4 everywhere. The adapter comes on top.
         formats: what an integer program may choose from.
         iterations: of the decomposition, at most.
         stats: with "fisher_rows" and "fisher_columns" of each layer, for the weighted form of "lq-lora".
@@ -96,7 +101,8 @@ def quantize(
 
 
 def _find(scheme: str) -> Method:
-    load_entry_points()
+    if (known := METHODS.known(scheme)) and known.kind == "quantize" and known.needs:
+        raise WeftError(f"{scheme} looks at calibration text: use weft compress MODEL --method {scheme}.")
     if scheme not in schemes():
         raise unknown("scheme of quantisation", scheme, schemes())
     return schemes()[scheme]
@@ -113,7 +119,7 @@ def _codes(method: Method, layer: str, module: nn.Module, bits: float | None) ->
     for key, matrix in _dense_terms(module).items():
         out, inn = matrix.shape
         sizes = [size for size, _ in method.sizes(Shape(out, inn, matrix.element_size()), method.options({}))]
-        wanted = [size for size in sizes if len(sizes) == 1 or size == bits]
+        wanted = [size for size in sizes if len(sizes) == 1 or size == (bits or 4)]
         if not wanted:
             raise WeftError(f"{method.name} has {', '.join(map(str, sizes))} bits; give one of them as bits=.")
         site = _site(method, layer, {"base": Dense.from_matrix(matrix)}, wanted[0], {}, matrix.dtype)
