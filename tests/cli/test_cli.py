@@ -120,16 +120,17 @@ def test_arguments_reach_a_run_that_takes_them() -> None:
     """Each command passes exactly what its verb's `run` accepts."""
     import inspect as signatures
 
-    from weft.cli import combine, compress, demo, evaluate, finetune, inspect, merge, pretrain, quantize
-    from weft.cli.common import COMMON, with_common
+    from weft.cli import combine, compress, demo, evaluate, export, finetune, inspect, merge, pretrain, quantize
+    from weft.cli.common import COMMON, PUSH, with_common
 
-    for command in (combine, compress, demo, evaluate, finetune, inspect, merge, pretrain, quantize):
+    answered = {"json", "option", "gguf_file", PUSH, *COMMON}  # by the command itself
+    for command in (combine, compress, demo, evaluate, export, finetune, inspect, merge, pretrain, quantize):
         name = command.__name__.rsplit(".", 1)[1]
         run = __import__(f"weft.verbs.{name}", fromlist=["run"]).run
         taken = signatures.signature(run).parameters
-        given = set(with_common(command.command).parameters) - {"json", "option", *COMMON}
+        given = set(with_common(command.command).parameters) - answered
         assert {"seed", "device"} <= given or name == "combine"
-        if name in ("merge", "quantize"):
+        if name in ("merge", "quantize", "export"):
             given -= {"seed"}
         open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         assert open_ended or given <= set(taken), name

@@ -10,14 +10,14 @@ import importlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import typer
 
 import weft
-from weft.cli.common import COMMON, with_common
+from weft.cli.common import COMMON, PUSH, with_common
 from weft.cli.options import method_options, named_values
 from weft.errors import WeftError
 from weft.progress import first_process, say, tune_libraries
@@ -39,8 +39,9 @@ def answering(command: Callable[..., R], *, resumes: bool = False) -> Callable[.
     def answered(*args: Any, **kwargs: Any) -> R:
         for name in COMMON:  # their callbacks have done what they ask for
             kwargs.pop(name, None)
+        repository = kwargs.pop(PUSH, None)
         try:
-            with listening():
+            with listening(), _pushing(kwargs.get("out"), repository):
                 return command(*args, **kwargs)
         except WeftError as error:
             _stop(str(error), 2)
@@ -57,6 +58,21 @@ def answering(command: Callable[..., R], *, resumes: bool = False) -> Callable[.
 
     answered.__signature__ = with_common(command)  # type: ignore[attr-defined]
     return answered
+
+
+@contextlib.contextmanager
+def _pushing(out: Path | None, repository: str | None) -> Iterator[None]:
+    """Check first that the output can be uploaded, where that is asked for; upload it when the block ends well."""
+    if repository is None:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        hub = importlib.import_module("weft.verbs.hub")
+        hub.check_push(repository)
+    yield
+    if first_process() and out is not None and out.is_dir():  # a dry run writes none
+        with contextlib.redirect_stdout(sys.stderr):
+            hub.push(out, repository)
 
 
 def answer(verb: str, arguments: Mapping[str, Any], *, unused: Sequence[str] = ()) -> None:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 import typer
 import yaml
 
-from weft.cli.options import Device, Dtype, GgufFile, Json, Seed, TrustRemoteCode
+from weft.cli.options import Device, Dtype, GgufFile, Json, Out, PushToHub, Seed, TrustRemoteCode
 from weft.errors import WeftError, nearest
 from weft.progress import loud
 
-__all__ = ["COMMON", "Answering", "Computing", "Loading", "with_common"]
+__all__ = ["COMMON", "PUSH", "Answering", "Computing", "Loading", "with_common"]
 
 
 class Answering(TypedDict):
@@ -39,13 +39,18 @@ class Loading(Computing):
     gguf_file: GgufFile
 
 
+PUSH = "push_to_hub"
+"""The option of every verb that writes a directory."""
+
+
 def with_common(command: Callable[..., Any]) -> inspect.Signature:
     """The signature of a command with its shared options, and those of every command, behind its own."""
     own = list(inspect.signature(command, eval_str=True).parameters.values())
     if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
         (shared,) = get_args(own.pop().annotation)
         own += [_parameter(name, hint) for name, hint in get_type_hints(shared, include_extras=True).items()]
-    return inspect.Signature([*own, *COMMON.values()])
+    writes = any(parameter.annotation == Out for parameter in own)
+    return inspect.Signature([*own, *([_parameter(PUSH, PushToHub)] if writes else []), *COMMON.values()])
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:

@@ -23,6 +23,7 @@ __all__ = [
     "Model",
     "OptimizerOptions",
     "Out",
+    "PushToHub",
     "ReportTo",
     "SaveTotalLimit",
     "Seed",
@@ -74,6 +75,9 @@ TrustRemoteCode = Annotated[
 ]
 GgufFile = Annotated[
     str | None, typer.Option(help="The model's GGUF file, in its directory or Hub repository.", show_default=False)
+]
+PushToHub = Annotated[
+    str | None, typer.Option(help="Upload the output to this repository of the Hub.", show_default=False)
 ]
 MethodOptions = Annotated[
     list[str] | None,
