@@ -41,6 +41,7 @@ KINDS = {
     "allocate": "Allocations: how a budget is spread over layers",
     "merge": "Merging: several adapters become one",
     "mix": "Mixing: several outputs become one",
+    "measure": "Measures: what a matrix, or its change, looks like",
     "law": "Scaling laws: what a size, a budget or a code costs in loss",
 }
 

@@ -27,6 +27,7 @@ ARROWS = {
     "linalg": set(),
     "merging": {"linalg"},
     "scaling": set(),
+    "measures": {"linalg"},
     "kernels": set(),
     "embedded": set(),
     "terms": {"linalg", "kernels"},

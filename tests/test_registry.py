@@ -31,6 +31,7 @@ SHARED = {
     "grafts": {"base", "lst_start"},
     "merging": {"base"},
     "scaling": {"base", "fit"},
+    "measures": {"base"},
     "allocate": {"allocation", "base", "greedy", "integer_program"},
 }
 

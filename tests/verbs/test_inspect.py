@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -142,3 +144,45 @@ def test_run_reads_a_directory_and_records_itself(tiny_directory: Path, tmp_path
     result = run(str(tiny_directory), report=tmp_path / "r.html")
     assert result["model"] == str(tiny_directory) and len(result["matrices"]) == 15
     assert json.loads((tmp_path / "r.run.json").read_text())["arguments"]["model"] == str(tiny_directory)
+
+
+def test_measures_stand_beside_the_spectra(model: nn.Module, tmp_path: Path) -> None:
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight.add_(0.01)
+    report = inspect(model, measures=["farms", "drift"], against=before)
+    rows = {row["name"]: row for row in report.to_dict()["matrices"]}
+    assert all({"alpha", "drift", "drift_rank"} <= set(row) and "figures" not in row for row in rows.values())
+    moved = [name for name, row in rows.items() if row["drift"] > 0]
+    assert moved == ["model.layers.0.mlp.up_proj"] and rows[moved[0]]["drift_rank"] == pytest.approx(1, rel=1e-4)
+    report.save(tmp_path / "report.html")
+    assert "drift rank" in (tmp_path / "report.html").read_text()
+    pairs = inspect(model, "*q_proj", against=before).to_dict()["matrices"]
+    assert all({"intruders", "kept", "drift"} <= set(row) for row in pairs), "all measures of pairs where none is named"
+
+
+def test_measures_that_cannot_be_taken_are_refused_before_loading(model: nn.Module) -> None:
+    with pytest.raises(WeftError, match="no method to measure called 'farm'; the nearest are: farms"):
+        run("nowhere", measures="farm")
+    with pytest.raises(WeftError, match="'drift' compares two models: say which other one, by --against"):
+        run("nowhere", measures="farms, drift")
+    other = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(WeftError, match="The other model has no such matrix as model.embed_tokens"):
+        inspect(model, measures=["drift"], against=other)
+
+
+def test_weights_of_sums_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = {
+        str(i): SumLinear({"low_rank": LowRank.from_factors(torch.randn(6, 2), torch.randn(2, 5))}) for i in range(4)
+    }
+    alive: list[weakref.ref[torch.Tensor]] = []
+    whole = LowRank.dense
+
+    def counted(self: LowRank, dtype: torch.dtype | None = None) -> torch.Tensor:
+        made = whole(self, dtype)
+        assert sum(ref() is not None for ref in alive) <= 1
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(LowRank, "dense", counted)
+    assert len(inspect(nn.ModuleDict(sums)).matrices) == 4 and len(alive) == 4

@@ -23,6 +23,14 @@ def command(
         list[str] | None,
         typer.Option(help="Only layers whose name matches, such as '*mlp*'; again for more.", show_default=False),
     ] = None,
+    measures: Annotated[
+        str,
+        typer.Option(help="Measures to take too, such as farms,power-law; see weft methods.", show_default=False),
+    ] = "",
+    against: Annotated[
+        str | None,
+        typer.Option(help="The model before training or compression, for measures of a change.", show_default=False),
+    ] = None,
     **common: Unpack[Loading],
 ) -> None:
     """Measure the spectrum of every weight matrix: ranks, norms, and how many singular values carry its energy."""
@@ -31,7 +39,7 @@ def command(
     if json:
         print_json(result)
         return
-    measures = {
+    own = {
         "stable_rank": "stable rank",
         "effective_rank": "effective rank",
         "rank_90": "90 %",
@@ -41,9 +49,11 @@ def command(
         "frobenius_norm": "Frobenius",
         "nuclear_norm": "nuclear",
     }
-    columns = {"matrix": "left"} | dict.fromkeys(("shape", "dtype", *measures.values()), "right")
+    known = {"name", "shape", "dtype", "parameters", "tied", *own}
+    shown = own | {key: key.replace("_", " ") for m in result["matrices"][:1] for key in m if key not in known}
+    columns = {"matrix": "left"} | dict.fromkeys(("shape", "dtype", *shown.values()), "right")
     rows = [
-        [m["name"] + " (tied)" * m["tied"], "x".join(map(str, m["shape"])), m["dtype"], *(m[key] for key in measures)]
+        [m["name"] + " (tied)" * m["tied"], "x".join(map(str, m["shape"])), m["dtype"], *(m[key] for key in shown)]
         for m in result["matrices"]
     ]
     print_table(columns, rows, title=f"{result['model']}: {len(rows)} matrices, {result['parameters']:,} parameters")

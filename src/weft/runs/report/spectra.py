@@ -31,14 +31,17 @@ def spectra_page(report: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> st
     """The page of a `Report`: its dict and its singular values by name."""
     matrices: Sequence[Mapping[str, Any]] = report["matrices"]
     fullness = {m["name"]: m["effective_rank"] / min(m["shape"]) for m in matrices}
-    headings = ["matrix", "shape", "dtype", "parameters", *_COLUMNS.values(), "tied"]
+    plain = {"name", "shape", "dtype", "parameters", "tied"}
+    more = {key: key.replace("_", " ") for m in matrices[:1] for key in m if key not in plain | set(_COLUMNS)}
+    columns = _COLUMNS | more
+    headings = ["matrix", "shape", "dtype", "parameters", *columns.values(), "tied"]
     rows = [
         [
             m["name"],
             "x".join(map(str, m["shape"])),
             m["dtype"],
             m["parameters"],
-            *(m[k] for k in _COLUMNS),
+            *(m[k] for k in columns),
             "tied" * m["tied"],
         ]
         for m in matrices
