@@ -106,6 +106,7 @@ MAY_NAME: dict[str, set[str]] = {
     "terms/random_store.py": {"uniform"},  # a law of random numbers
     "train/recipe.py": {"linear"},  # a schedule
     "verbs/demo.py": {"kfac-svd", "best", "welore", "svd", "uniform", "svd-llm"},  # what the demonstration shows
+    "verbs/export.py": {"lora"},  # what PEFT's files call a product of two factors
     "verbs/pretrain.py": {"low-rank"},  # what --low-rank is
     "verbs/quantize.py": {"nf", "nf4"},  # the codes of a number of bits, and those of none given
 }
