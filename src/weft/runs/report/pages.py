@@ -13,9 +13,13 @@ from weft.errors import WeftError
 __all__ = ["figures", "page", "report_path", "section", "table"]
 
 _STYLE = """
-:root { color-scheme: light; --ink: #12263f; --soft: #5b6b80; --line: #dfe5ec; --panel: #f6f8fb; }
+:root { color-scheme: light dark; }
+:root, svg { --ink: #12263f; --soft: #5b6b80; --line: #dfe5ec; --panel: #f6f8fb; --ground: #fff; }
+@media (prefers-color-scheme: dark) { /* plots keep their light ground, on which their colours were chosen */
+  :root { --ink: #dde6f0; --soft: #9db0c4; --line: #2a3645; --panel: #1a2430; --ground: #10161f; }
+}
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1320px; padding: 32px 24px 64px; background: #fff; color: var(--ink);
+body { margin: 0 auto; max-width: 1320px; padding: 32px 24px 64px; background: var(--ground); color: var(--ink);
        font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 4px; }
 p { margin: 4px 0 12px; color: var(--soft); max-width: 80ch; }
@@ -30,6 +34,7 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 th[data-sorts] { cursor: pointer; } tbody tr:hover { background: var(--panel); }
+@media (max-width: 600px) { body { padding: 16px 10px 40px; } h1 { font-size: 21px; } svg { width: 100%; } }
 """
 
 # Clicking a heading sorts by that column, numbers as numbers.
