@@ -31,15 +31,17 @@ from weft.allocate import Shape
 from weft.errors import WeftError
 from weft.linalg.principal import weighted_loss
 from weft.methods import METHODS, Method, Site, Split
-from weft.methods.base import LowRankSplit
+from weft.methods.base import JointShape, LowRankSplit
 from weft.runs.pieces import Store
 from weft.seeds import generator
 from weft.stats.calibrate import calibrate
 from weft.terms import Dense, NormalFloat, SumLinear
+from weft.terms.joints import Joint, layers_of
 from weft.terms.layers import linear_layers, weight_of
+from weft.terms.put import put
 from weft.testing_adapters import task, tiny_gpt2, tiny_llama
 from weft.verbs.compress import compress
-from weft.verbs.survey import Plan, offered, survey
+from weft.verbs.survey import Plan, offered, site_of, survey
 
 __all__ = ["PROPERTIES", "check_splitter"]
 
@@ -62,6 +64,21 @@ def check_splitter(method: str | Method) -> None:
             raise AssertionError(f"{found.name}: the property {name!r} does not hold: {error}") from error
 
 
+def _sites(method: Method, dtype: torch.dtype = torch.float32) -> list[Site]:
+    """A layer, or a joint of every sort that the method cuts."""
+    if method.joints is None:
+        return [_site(method, dtype)]
+    model = tiny_llama()
+    joints = _joints(model, method)
+    plan = Plan(method=method, options={}, layers=tuple(linear_layers(model)), joints=joints)
+    stats = calibrate(model, task(), (*method.needs, "output_grad_moment"))
+    return [site_of(model.to(dtype), plan, name, stats, None) for name in joints]
+
+
+def _joints(model: nn.Module, method: Method) -> dict[str, Joint]:
+    return {joint.name: joint for joint in method.joints(model, list(linear_layers(model)))} if method.joints else {}
+
+
 def _site(method: Method, dtype: torch.dtype = torch.float32) -> Site:
     """A layer of 48 x 64 with a spectrum that falls; a compensation finds it in 2-bit codes."""
     draw = torch.Generator().manual_seed(0)
@@ -79,61 +96,77 @@ def _site(method: Method, dtype: torch.dtype = torch.float32) -> Site:
     return replace(site, original=W) if method.kind == "compensate" else site
 
 
-def _sizes(method: Method, itemsize: int = 4) -> list[tuple[Any, int]]:
-    return list(method.sizes(Shape(OUT, IN, itemsize), method.options({})))
+def _sizes(method: Method, site: Site, itemsize: int = 4) -> list[tuple[Any, int]]:
+    shape = Shape(*site.shape, itemsize) if site.joint is None else JointShape.of(site.joint, itemsize)
+    return list(method.sizes(shape, method.options({})))
 
 
-def _split(method: Method, size: Any, dtype: torch.dtype = torch.float32) -> Split:
+def _split(method: Method, site: Site, size: Any) -> Split:
     assert method.split is not None
-    return method.split(replace(_site(method, dtype), size=size, nominal=size), **method.options({}))
+    return method.split(replace(site, size=size, nominal=size), **method.options({}))
 
 
-def _error(method: Method, size: Any) -> float:
-    """What the terms lack, in the norm of the inputs."""
-    site = _site(method)
+def _terms(made: Site | Split) -> dict[str, Any]:
+    """All terms by role, those of a joint's layers behind theirs."""
+    inner = {f"{role}.{k}": term for role, part in made.members.items() for k, term in part.terms.items()}
+    return {**made.terms, **inner}
+
+
+def _error(method: Method, site: Site, size: Any) -> float:
+    """What the terms lack, in the norm of the inputs; of a joint, its effect, in the Fisher norm."""
+    split = _split(method, site, size)
+    if site.joint is not None:
+        assert split.effect is not None, f"the split of {site.name} does not say its effect"
+        role, change = split.effect
+        moments = site.members[role].moments
+        return float(weighted_loss(change, moments["input_moment"], moments["output_grad_moment"]))
     target = site.missing(torch.float64) if method.kind == "compensate" else site.weight(torch.float64)
-    made = sum((term.dense(torch.float64) for term in _split(method, size).terms.values()), start=torch.zeros(OUT, IN))
+    made = sum((term.dense(torch.float64) for term in split.terms.values()), start=torch.zeros(OUT, IN))
     return float(weighted_loss(target - made, site.moments["input_moment"], torch.eye(OUT)))
 
 
 def _sizes_have_their_bytes(method: Method) -> None:
     for itemsize, dtype in ((4, torch.float32), (2, torch.bfloat16)):
-        sizes = _sizes(method, itemsize)
-        bytes_of = [nbytes for _, nbytes in sizes]
-        assert sizes and bytes_of == sorted(set(bytes_of)), "sizes do not rise in bytes"
-        for size, nbytes in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
-            stored = sum(term.nbytes for term in _split(method, size, dtype).terms.values())
-            assert stored == nbytes, f"size {size} says {nbytes} bytes, and its terms store {stored}"
+        for site in _sites(method, dtype):
+            sizes = _sizes(method, site, itemsize)
+            bytes_of = [nbytes for _, nbytes in sizes]
+            assert sizes and bytes_of == sorted(set(bytes_of)), "sizes do not rise in bytes"
+            for size, nbytes in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
+                stored = sum(term.nbytes for term in _terms(_split(method, site, size)).values())
+                assert stored == nbytes, f"size {size} says {nbytes} bytes, and its terms store {stored}"
 
 
 def _larger_is_nearer(method: Method) -> None:
-    sizes = [size for size, _ in _sizes(method)]
-    errors = [_error(method, size) for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
-    assert errors == sorted(errors, reverse=True), f"errors {errors}"
-    assert len(sizes) == 1 or errors[-1] < errors[0]
+    for site in _sites(method):
+        sizes = [size for size, _ in _sizes(method, site)]
+        errors = [_error(method, site, size) for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
+        assert errors == sorted(errors, reverse=True), f"errors {errors}"
+        assert len(sizes) == 1 or errors[-1] < errors[0]
 
 
 def _pure(method: Method) -> None:
-    assert method.split is not None
-    site, size = _site(method), _sizes(method)[0][0]
-    before = copy.deepcopy({role: term.state_dict() for role, term in site.terms.items()})
-    torch.manual_seed(1)
-    one = method.split(replace(site, size=size, nominal=size), **method.options({}))
-    torch.manual_seed(2)
-    other = _split(method, size)
-    for role, term in one.terms.items():
-        for key, tensor in term.state_dict().items():
-            assert torch.equal(tensor, other.terms[role].state_dict()[key]), f"{role}.{key} differs between two runs"
-    for role, state in before.items():
-        for key, tensor in state.items():
-            assert torch.equal(tensor, site.terms[role].state_dict()[key]), f"the layer's {role}.{key} was changed"
+    for site, fresh in zip(_sites(method), _sites(method), strict=True):
+        size = _sizes(method, site)[0][0]
+        before = copy.deepcopy({role: term.state_dict() for role, term in _terms(site).items()})
+        torch.manual_seed(1)
+        one = _terms(_split(method, site, size))
+        torch.manual_seed(2)
+        other = _terms(_split(method, fresh, size))
+        for role, term in one.items():
+            for key, tensor in term.state_dict().items():
+                assert torch.equal(tensor, other[role].state_dict()[key]), f"{role}.{key} differs between two runs"
+        for role, state in before.items():
+            for key, tensor in state.items():
+                assert torch.equal(tensor, _terms(site)[role].state_dict()[key]), (
+                    f"the layer's {role}.{key} was changed"
+                )
 
 
 def _keeps_dtype(method: Method) -> None:
-    split = _split(method, _sizes(method, 2)[0][0], torch.bfloat16)
-    for term in split.terms.values():
-        dense = term.dense()
-        assert dense.dtype == torch.bfloat16 and torch.isfinite(dense).all()
+    for site in _sites(method, torch.bfloat16):
+        for term in _terms(_split(method, site, _sizes(method, site, 2)[0][0])).values():
+            dense = term.dense()
+            assert dense.dtype == torch.bfloat16 and torch.isfinite(dense).all()
 
 
 def _nan_is_named(method: Method) -> None:
@@ -151,7 +184,7 @@ def _nan_is_named(method: Method) -> None:
 def _compress(model: nn.Module, method: Method, **given: Any) -> Any:
     chain: list[str | Method] = ["nf2", method] if method.kind == "compensate" else [method]
     budget = {"compress": 0.6, "quantize": None, "compensate": "12 bits"}[method.kind]
-    if method.kind == "quantize" and len(_sizes(method)) > 1:
+    if method.kind == "quantize" and len(_sizes(method, _site(method))) > 1:
         budget = "6 bits"
     return compress(model, chain, budget=budget, batches=task(), **given)
 
@@ -161,18 +194,20 @@ def _within_its_budget(method: Method) -> None:
     done = _compress(model, method).allocation
     assert done.spent <= done.allowed <= done.total, f"{done.spent} of {done.allowed} bytes"
     for name, size in done.items():
-        layer = model.get_submodule(name)
+        layers = [model.get_submodule(layer) for layer in layers_of(name)]
         if size is None:
-            assert type(layer) is nn.Linear
+            assert all(type(layer) is nn.Linear for layer in layers)
             continue
-        assert isinstance(layer, SumLinear)
-        stored = sum(term.nbytes for term in layer.terms.values())  # type: ignore[misc]
+        assert all(isinstance(layer, SumLinear) for layer in layers)
+        stored = sum(term.nbytes for layer in layers for term in layer.terms.values())  # type: ignore[union-attr, operator, misc]
         assert stored == done.choices[name].bytes, f"{name} stores {stored} bytes, {done.choices[name].bytes} are said"
 
 
 def _losses_are_those_of_the_terms(method: Method) -> None:
     if method.kind == "compensate":
         return  # of a chain; its curve is `LowRankSplit`'s
+    if method.joints is not None:
+        return _effects_are_those_of_the_joints(method)
     model = tiny_llama()
     layers = tuple(linear_layers(model))
     plan = Plan(method=method, options=method.options({}), layers=layers, reads=("losses",))
@@ -186,6 +221,25 @@ def _losses_are_those_of_the_terms(method: Method) -> None:
         D = weight_of(changed.get_submodule(name), torch.float64) - W
         loss = float(weighted_loss(D, moments["input_moment"], moments["output_grad_moment"]))
         assert abs(loss - choice.loss) <= 1e-3 * loss + 1e-9, f"size {choice.size}: said {choice.loss}, is {loss}"
+
+
+def _effects_are_those_of_the_joints(method: Method) -> None:
+    """One layer changed by the effect does what all changes of the joint do together."""
+    for site in _sites(method):
+        assert site.joint is not None
+        all_, one = tiny_llama(), tiny_llama()
+        size = _sizes(method, site)[len(_sizes(method, site)) // 2][0]
+        layers, joints = tuple(linear_layers(all_)), _joints(all_, method)
+        sites = Plan(method=method, options={}, layers=layers, joints=joints).sites
+        sizes = {name: size if name == site.name else None for name in sites}
+        compress(all_, method, allocate=sizes, batches=task())
+        role, change = _split(method, site, size).effect  # type: ignore[misc]
+        put(
+            one,
+            site.joint.members[role].layer,
+            {"base": Dense.from_matrix(site.members[role].weight() + change.float())},
+        )
+        assert torch.allclose(_logits(one), _logits(all_), atol=1e-4), f"the effect of {site.name} is another"
 
 
 @torch.no_grad()
@@ -232,10 +286,11 @@ def _conv1d(method: Method) -> None:
     model = tiny_gpt2()
     biases = {name: layer.bias.detach().clone() for name, layer in linear_layers(model).items()}  # type: ignore[operator, union-attr]
     done = _compress(model, method).allocation
+    sizes = {layer: size for site, size in done.items() for layer in layers_of(site)}
+    moved = method.joints is not None or (isinstance(method.split, LowRankSplit) and "input_mean" in method.needs)
     for name, layer in linear_layers(model).items():
-        if done[name] is not None:
+        if sizes[name] is not None:
             assert isinstance(layer, SumLinear) and layer.transposed and layer.bias is not None
-            moved = isinstance(method.split, LowRankSplit) and "input_mean" in method.needs
             assert moved or torch.equal(layer.bias, biases[name]), f"the bias of {name} was changed"
     assert torch.isfinite(_logits(model)).all()
 

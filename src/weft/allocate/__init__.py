@@ -4,7 +4,7 @@ records by name.
 
 from __future__ import annotations
 
-from weft.allocate import asvd, best, energy, equal, lems, uniform, welore
+from weft.allocate import asvd, best, energy, equal, lems, modegpt, uniform, welore
 from weft.allocate.allocation import Allocation
 from weft.allocate.base import Allocator, Budget, Choice, Choices, LayerInfo, Shape
 from weft.records import Table
@@ -13,7 +13,7 @@ __all__ = ["ALLOCATIONS", "NEEDS", "Allocation", "Allocator", "Budget", "Choice"
 
 ALLOCATIONS = Table(
     Allocator,
-    [*(page.ALLOCATION for page in (uniform, equal, energy, welore, asvd, best, lems)), lems.SEARCHED],
+    [*(page.ALLOCATION for page in (uniform, equal, energy, welore, asvd, best, modegpt, lems)), lems.SEARCHED],
 )
 
 NEEDS: dict[str, tuple[str, ...]] = {"losses": ("input_moment", "output_grad_moment")}

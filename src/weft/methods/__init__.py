@@ -45,6 +45,7 @@ from weft.methods import (
     lorc,
     low_rank,
     lq_lora,
+    modegpt,
     mos,
     nola,
     normal_float,
@@ -83,6 +84,8 @@ _PAGES: tuple[ModuleType, ...] = (
     kfac_svd,
     pifa,
     welore,
+    # layers that are cut together
+    modegpt,
     # codes of few bits, and what takes up their error
     normal_float,
     int8,

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from weft.allocate.base import Shape
 from weft.errors import WeftError
 from weft.records import Record
+from weft.terms.joints import Joint
 
 __all__ = [
     "Factors",
+    "JointShape",
     "LowRankSplit",
     "Method",
     "Moments",
@@ -46,6 +48,19 @@ Moments = Mapping[str, Tensor]
 
 Size = Any
 """How large a layer's representation is, JSON-able: a rank, bits a weight, a density, a list of them; None is dense."""
+
+
+class JointShape(Shape):
+    """The shape of a joint, layers that are cut together: all their numbers in one column, and what it is of."""
+
+    joint: Joint
+
+    @classmethod
+    def of(cls, joint: Joint, itemsize: int) -> JointShape:
+        """That of a joint of numbers of so many bytes."""
+        made = cls(joint.numel, 1, itemsize)
+        made.joint = joint
+        return made
 
 
 class Factors(NamedTuple):
@@ -71,18 +86,23 @@ class Split:
         terms: by role; "" for the main one, "base" for one that takes the base's place where the others stand beside
             it. What shall be trained requires a gradient.
         bias: the layer's new bias (out,); None where it stays as it is.
+        members: of a joint: what each layer becomes, by role; it has no terms of its own then.
+        effect: of a joint: a role and the change (out, in) of that layer that does alone what all changes do together,
+            so that the loss of the joint is the loss of that.
     """
 
     terms: Mapping[str, Any] = field(default_factory=dict)
     bias: Tensor | None = None
+    members: Mapping[str, Split] = field(default_factory=dict)
+    effect: tuple[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer that is about to be split into terms.
+    """One layer that is about to be split into terms; or a joint, layers that are cut together, with a site of each.
 
     Args:
-        name: the layer's name in the model.
+        name: the layer's name in the model; of a joint, see `weft.terms.joints`.
         terms: its terms so far, without those of adapters.
         size: the chosen size: for most methods the rank.
         nominal: the size that was asked for; differs from `size` where sizes are spread over layers.
@@ -92,6 +112,8 @@ class Site:
         shared: what the method's `share` made for the whole model.
         bias: the layer's bias (out,), or None.
         original: the weight (out, in) before any method touched it; None where that is the sum of the terms.
+        joint: how the layers are joined, where they are.
+        members: the sites of a joint's layers, by role; the joint has no terms of its own.
     """
 
     name: str
@@ -104,6 +126,8 @@ class Site:
     shared: Any = None
     bias: Tensor | None = None
     original: Tensor | None = None
+    joint: Joint | None = None
+    members: Mapping[str, Site] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -249,7 +273,10 @@ class Method(Record):
         correction: share (0 to 1) of the drift of a layer's inputs that the sequential form corrects, see
             `weft.verbs.placing.sequential`.
         split: (site, **options) -> Split.
-        sizes: (shape, options) -> [(size, bytes), ...] by rising bytes: what an allocation may choose from.
+        sizes: (shape, options) -> [(size, bytes), ...] by rising bytes: what an allocation may choose from; of a joint,
+            the shape is a `JointShape`.
+        joints: (model, names of layers) -> the joints among them, whose layers `split` gets together; the method leaves
+            all other layers as they are. None: every layer by itself.
         replaces: whether an adapter's term "base" stands in the base's place while the adapter is on.
         count: (out, in, rank, options) -> numbers of one matrix that are trained, the paper's formula.
         held: the same for the numbers of its trainable tensors, where these have room for more than is ever trained.
@@ -279,6 +306,7 @@ class Method(Record):
     correction: float = 0.0
     split: Callable[..., Split] | None = None
     sizes: Callable[[Shape, Mapping[str, Any]], Sequence[tuple[Size, int]]] = low_rank_sizes
+    joints: Callable[[nn.Module, Sequence[str]], Sequence[Joint]] | None = None
     replaces: bool = False
     count: Callable[[int, int, int, Mapping[str, Any]], int] | None = None
     held: Callable[[int, int, int, Mapping[str, Any]], int] | None = None

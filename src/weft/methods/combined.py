@@ -153,6 +153,8 @@ def _part(word: str, place: int) -> Candidate:
     method = METHODS.find(name, *(["compensate"] if place else ["compress", "quantize"]))
     if isinstance(method.split, MixtureSplit):
         raise WeftError(f"{name} chooses among methods, and cannot be one of them; name those it may choose from.")
+    if method.joints is not None:
+        raise WeftError(f"{name} cuts several layers together, and cannot be among the methods that one chooses from.")
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

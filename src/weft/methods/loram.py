@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from weft.methods.base import Method
 from weft.terms.layers import shape_of
+from weft.terms.submatrix import select
 
 __all__ = ["LAYERS", "METHOD", "cut", "kept_sets", "scatter", "worth"]
 
@@ -62,12 +63,10 @@ def _groups(block: nn.Module) -> int:
 
 def cut(layer: nn.Linear, rows: list[int] | None, columns: list[int] | None) -> nn.Linear:
     """The layer of these rows and columns alone; None keeps all."""
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-    if rows is not None:
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    weight = weight if columns is None else weight[:, columns]
+    weight, bias = select(layer.weight.detach(), rows, columns), None if layer.bias is None else layer.bias.detach()
+    bias = bias if bias is None or rows is None else bias[rows]
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
+    made.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     if bias is not None:
         made.bias = nn.Parameter(bias.clone(), requires_grad=layer.bias.requires_grad)
     return made

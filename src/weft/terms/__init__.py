@@ -36,6 +36,7 @@ from weft.terms.shifted import Shifted
 from weft.terms.singular_basis import SingularBasis
 from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
+from weft.terms.submatrix import Submatrix
 from weft.terms.sum_linear import SumLinear
 from weft.terms.wrapper import Wrapper
 
@@ -71,6 +72,7 @@ __all__ = [
     "Sparse",
     "Spec",
     "Spectral",
+    "Submatrix",
     "SumLinear",
     "Term",
     "Wrapper",
@@ -109,6 +111,7 @@ TERMS: dict[str, type[Term]] = {
         Removed,
         CodedFactors,
         PackedFactors,
+        Submatrix,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""

@@ -36,6 +36,7 @@ from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate
 from weft.terms.experts import within_experts
+from weft.terms.joints import layers_of
 from weft.terms.layers import linear_layers, weight_of
 from weft.train.windows import calibration_batches
 from weft.verbs.compress_checks import (
@@ -47,6 +48,7 @@ from weft.verbs.compress_checks import (
     check_round,
     given_sizes,
     is_sizes_file,
+    joints_of,
     reads,
 )
 from weft.verbs.evaluate import check_context, model_size
@@ -199,11 +201,13 @@ def _plans(
     """A plan for each method of a chain; those after the first see what the weights were."""
     names = tuple(linear_layers(model, layers))
     kept = {name: weight_of(model.get_submodule(name)) for name in names} if len(stages) > 1 else {}
+    joints = joints_of(model, names, stages[0][0])
     return [
         Plan(
             method=method,
             options=options,
             layers=names,
+            joints=joints,
             stage=i,
             sequential=method.sequential if sequential is None else sequential,
             correction=method.correction if correction is None else correction,
@@ -344,8 +348,8 @@ def _metrics(before: Mapping[str, int], after: Mapping[str, int], done: Compress
         "parameters": after["parameters"],
         "bytes_before": before["bytes"],
         "bytes": after["bytes"],
-        "matrices": len(allocation),
-        "matrices_dense": sum(size is None for size in allocation.values()),
+        "matrices": sum(len(layers_of(site)) for site in allocation),
+        "matrices_dense": sum(len(layers_of(site)) for site, size in allocation.items() if size is None),
         "matrix_bytes_before": allocation.total,
         "matrix_bytes_allowed": allocation.allowed,
         "matrix_bytes": allocation.spent,

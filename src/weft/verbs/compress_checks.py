@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,8 @@ from weft.methods.base import LowRankSplit, Method
 from weft.stats.calibrate import Batch, Stats
 from weft.terms.adapters import adapters_of
 from weft.terms.experts import names_an_expert
-from weft.terms.layers import stored_weight
+from weft.terms.joints import Joint
+from weft.terms.layers import eligible, stored_weight
 from weft.verbs.spending import least
 from weft.verbs.survey import Plan
 
@@ -32,6 +34,7 @@ __all__ = [
     "check_round",
     "given_sizes",
     "is_sizes_file",
+    "joints_of",
     "reads",
 ]
 
@@ -61,6 +64,10 @@ def chain(method: Any, options: Mapping[str, Any]) -> list[Stage]:
                 "as eora."
             )
     if len(found) > 1:
+        if found[0].joints is not None:
+            raise WeftError(
+                f"{found[0].name} cuts several layers together and is followed by no other method; give it alone."
+            )
         _check_owners(found, options)
     alone = len(found) == 1
     return [
@@ -103,7 +110,13 @@ def check(
 def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> None:
     if not 0 <= plan.correction <= 1:
         raise WeftError(f"The correction is {plan.correction}; it is a share between 0 and 1.")
-    if not batches and (plan.sequential or plan.tries or (plan.needs and stats is None)):
+    if plan.joints and plan.sequential:
+        raise WeftError(
+            f"{plan.method.name} cuts layers together that are fed one after the other, so that it has no sequential "
+            "form; leave --sequential out."
+        )
+    looks = plan.sequential or plan.tries or "influence" in plan.reads
+    if not batches and (looks or (plan.needs and stats is None)):
         raise WeftError(f"The method {plan.method.name!r} needs calibration text here; give batches.")
     if plan.nested is None and {"spectrum", "weight_spectrum"} & set(plan.reads):
         raise WeftError(
@@ -118,6 +131,35 @@ def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> No
         missing = [need for need in plan.needs if need not in (stats or {}).get(name, {})]
         if missing and (name in (stats or {}) or not names_an_expert(name)):  # one that no token reached stays
             raise WeftError(f"The statistics lack {missing[0]} of layer {name}; calibrate with needs={plan.needs}.")
+
+
+def joints_of(model: nn.Module, layers: Sequence[str], method: Method) -> dict[str, Joint]:
+    """The joints of these layers that a method splits, by name; none for a method that takes every layer by itself.
+
+    Raises:
+        WeftError: there are none, or the layers are a part of one. A warning says how many layers are in none.
+    """
+    if method.joints is None:
+        return {}
+    found, chosen = {joint.name: joint for joint in method.joints(model, list(eligible(model)))}, set(layers)
+    mine = {name: {member.layer for member in joint.members.values()} for name, joint in found.items()}
+    broken = next((name for name, members in mine.items() if 0 < len(members & chosen) < len(members)), None)
+    if broken is not None:
+        raise WeftError(f"{method.name} cuts the layers {broken} together: name all of them, or none.")
+    joints = {name: joint for name, joint in found.items() if mine[name] <= chosen}
+    if not joints:
+        raise WeftError(
+            f"{method.name} finds no layers in this {type(model).__name__} that it could cut together; give a method "
+            "that takes every layer by itself, such as kfac-svd."
+        )
+    left = [name for name in layers if not any(name in members for members in mine.values())]
+    if left:
+        warnings.warn(
+            f"{method.name} leaves {len(left)} of {len(layers)} layers as they are, such as {left[0]}: nothing that "
+            "it knows how to cut together.",
+            stacklevel=2,
+        )
+    return joints
 
 
 def given_sizes(
@@ -174,9 +216,10 @@ def _check_size(source: str, name: str, size: Any, info: LayerInfo, plan: Plan) 
             )
     elif size not in [choice.size for choice in info.choices]:
         known = ", ".join(str(choice.size) for choice in info.sizes[:_TOLD]) + ", ..." * (len(info.sizes) > _TOLD)
+        what = "it" if name in plan.joints else f"a {out} x {inn} matrix"
         raise WeftError(
-            f"{source} gives {name} the size {size!r}, but {plan.method.name} offers {known} for a {out} x {inn} "
-            "matrix, or leaves it dense."
+            f"{source} gives {name} the size {size!r}, but {plan.method.name} offers {known or 'nothing'} for {what}, "
+            "or leaves it dense."
         )
 
 
@@ -210,8 +253,8 @@ def allowed_bytes(
     if given or (budget is None and single):
         return "", floor
     parsed = Budget.parse(_needed(budget, plans[choosing]))
-    numbers = sum(stored_weight(model.get_submodule(name))[0] for name in infos[-1])
-    nbytes = layer_bytes(model, infos[-1])
+    numbers = sum(stored_weight(model.get_submodule(name))[0] for name in plans[-1].layers)
+    nbytes = layer_bytes(model, plans[-1].layers)
     shapes = [info.shape for info in infos[-1].values()]
     allowed = parsed.allowed(shapes, other_bytes=saved_size(model)[1] - nbytes)
     total = sum(shape.numel for shape in shapes)

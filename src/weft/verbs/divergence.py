@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from weft.methods.base import Size
 from weft.runs.pieces import Piece, Store
 from weft.stats.calibrate import Batch, forward_inputs, frozen, layers_by_block, to_device
+from weft.terms.joints import layers_of
 from weft.terms.layers import replace as replace_layer
 from weft.verbs.placing import place
 from weft.verbs.survey import Plan, surveyed_split
@@ -130,14 +131,15 @@ def summed_divergence(z: Tensor, cut: Tensor) -> float:
 def _modules(model: nn.Module, plan: Plan, cut: Cut, store: Store) -> dict[str, nn.Module]:
     """What takes the layers' places, made once; one block's factors are in memory at a time."""
     made: dict[str, nn.Module] = {}
-    for block, names in enumerate(layers_by_block(model, plan.layers)):
+    for block, names in enumerate(layers_by_block(model, plan.sites)):
         if not any(cut.get(name) is not None for name in names):
             continue
         for name, split in surveyed_split(model, plan, store, block):
             if cut.get(name) is not None:
-                old = model.get_submodule(name)
-                made[name] = place(model, plan, name, split(cut[name]))
-                replace_layer(model, name, old)
+                before = {layer: model.get_submodule(layer) for layer in layers_of(name)}
+                made |= place(model, plan, name, split(cut[name]))
+                for layer, module in before.items():
+                    replace_layer(model, layer, module)
     return made
 
 

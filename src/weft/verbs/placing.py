@@ -27,6 +27,7 @@ from weft.stats.collect import INPUT_NEEDS
 from weft.stats.walk import walk
 from weft.terms import Dense, SumLinear
 from weft.terms.adapters import base_terms
+from weft.terms.joints import layers_of
 from weft.terms.layers import replace as replace_layer
 from weft.terms.put import KEEP, put
 from weft.verbs.survey import Plan, carried_moments, check_finite, piece_name, site_of, surveyed_split
@@ -36,10 +37,16 @@ __all__ = ["mean_loss", "measure", "one_shot", "place", "sequential"]
 Sizes = Mapping[str, Size]
 
 
-def place(model: nn.Module, plan: Plan, name: str, split: Split) -> SumLinear:
-    """Put the terms in the layer's place, or beside what it has where the method compensates."""
+def place(model: nn.Module, plan: Plan, name: str, split: Split) -> dict[str, SumLinear]:
+    """Put the terms in the layer's place, or beside what it has where the method compensates; of a joint, in the place
+    of each of its layers. Returns what stands there now, by layer.
+    """
+    joint = plan.joints.get(name)
+    if joint is not None:
+        parts = [place(model, plan, joint.members[role].layer, part) for role, part in split.members.items()]
+        return {layer: made for part in parts for layer, made in part.items()}
     beside = base_terms(model, name) if plan.method.kind == "compensate" else {}
-    return put(model, name, {**beside, **split.terms}, KEEP if split.bias is None else split.bias)
+    return {name: put(model, name, {**beside, **split.terms}, KEEP if split.bias is None else split.bias)}
 
 
 def one_shot(model: nn.Module, plan: Plan, sizes: Sizes, store: Store) -> None:
@@ -53,7 +60,7 @@ def measure(
     model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store
 ) -> Callable[[str, Sequence[Size]], list[float]]:
     """(layer, sizes) -> the loss a token of all the calibration text, with only that layer cut to each size."""
-    block_of = {name: i for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
+    block_of = {name: i for i, names in enumerate(layers_by_block(model, plan.sites)) for name in names}
     now: dict[int, dict[str, Callable[[Size], Split]]] = {}
 
     @torch.no_grad()
@@ -61,12 +68,13 @@ def measure(
         if block_of[name] not in now:
             now.clear()
             now[block_of[name]] = dict(surveyed_split(model, plan, store, block_of[name]))
-        layer, found = model.get_submodule(name), []
+        before, found = {layer: model.get_submodule(layer) for layer in layers_of(name)}, []
         with frozen(model):
             for size in sizes:
                 place(model, plan, name, now[block_of[name]][name](size))
                 found.append(mean_loss(model, batches))
-                replace_layer(model, name, layer)
+                for layer, module in before.items():
+                    replace_layer(model, layer, module)
         return found
 
     return losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +12,16 @@ from weft.allocate import ALLOCATIONS, Choice, LayerInfo
 from weft.runs.pieces import Store
 from weft.stats.calibrate import Batch, Stats
 from weft.stats.reached import reached
+from weft.terms.joints import layers_of
 from weft.verbs.divergence import divergence
+from weft.verbs.influence import influence
 from weft.verbs.placing import measure
-from weft.verbs.survey import Plan, survey
+from weft.verbs.survey import BEFORE, Plan, survey
 
 __all__ = ["chooser", "decide", "joined", "least", "leave_unreached"]
 
-TRIES = {"measure": measure, "divergence": divergence}
-"""What allocations may try sizes on the model with, by the name that they read it under."""
+TRIES: dict[str, Callable[..., Any]] = {"measure": measure, "divergence": divergence, "influence": influence}
+"""What allocations may learn of the model, by the name that they read it under."""
 
 
 def chooser(infos: Sequence[Mapping[str, LayerInfo]]) -> int:
@@ -45,15 +47,25 @@ def leave_unreached(
     Raises WeftError where the others cannot keep the budget alone.
     """
     needs = {need for plan in plans for need in (*plan.needs, *plan.method.needs)}
-    kept = reached(model, plans[0].layers, needs, data, stats)
-    whole = {n: Choice(None, info.shape.nbytes) for n, info in infos[-1].items() if n not in set(kept)}
+    kept = set(reached(model, plans[0].layers, needs, data, stats))
+    whole = {n: Choice(None, info.shape.nbytes) for n, info in infos[-1].items() if not kept.issuperset(layers_of(n))}
     if not whole:
         return plans, infos, {}
+    gone = {layer for name in whole for layer in layers_of(name)}
+
+    def without(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if name not in whole}
+
     plans = [
-        replace(plan, layers=tuple(kept), fixed=plan.fixed and {name: plan.fixed[name] for name in kept})
+        replace(
+            plan,
+            layers=tuple(name for name in plan.layers if name not in gone),
+            joints=without(plan.joints),
+            fixed=plan.fixed and without(plan.fixed),
+        )
         for plan in plans
     ]
-    return plans, [{name: info[name] for name in kept} for info in infos], whole
+    return plans, [without(info) for info in infos], whole
 
 
 def decide(
@@ -70,20 +82,22 @@ def decide(
 
     Returns the plan, with its sizes where they were known before the survey, what was found, and every layer's choice.
     """
+
+    def spend(found: Mapping[str, LayerInfo]) -> Mapping[str, Choice]:
+        extra = {name: TRIES[name](model, plan, batches, store) for name in plan.reads if name in TRIES}
+        return ALLOCATIONS[how].allocate(found, budget, **extra)
+
     chosen: Mapping[str, Choice] | None = None
     if plan.fixed is not None:
         chosen = {name: _at(info, plan.fixed[name]) for name, info in infos.items()}
     elif all(len(info.sizes) <= 1 for info in infos.values()):
         chosen = {name: [*info.sizes, info.choices[-1]][0] for name, info in infos.items()}
-    elif not plan.reads:
-        chosen = ALLOCATIONS[how].allocate(infos, budget)
+    elif not set(plan.reads) - set(BEFORE):
+        chosen = spend(infos)
     if chosen is not None:
         plan = replace(plan, fixed={name: choice.size for name, choice in chosen.items()}, reads=())
     found = survey(model, plan, infos, batches, stats, store) if plan.reads_weights or plan.carried else infos
-    if chosen is None:
-        extra = {name: TRIES[name](model, plan, batches, store) for name in plan.reads if name in TRIES}
-        chosen = ALLOCATIONS[how].allocate(found, budget, **extra)
-    return plan, found, chosen
+    return plan, found, spend(found) if chosen is None else chosen
 
 
 def _at(info: LayerInfo, size: Any) -> Choice:

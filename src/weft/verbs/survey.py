@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -27,7 +28,7 @@ from weft.io.precision import saved_dtype
 from weft.linalg.principal import tail_losses
 from weft.linalg.svd import singular_values
 from weft.linalg.weighted import WeightedLoss
-from weft.methods.base import Factors, LowRankSplit, Method, Moments, Site, Size, Split
+from weft.methods.base import Factors, JointShape, LowRankSplit, Method, Moments, Site, Size, Split
 from weft.methods.combined import MixtureSplit
 from weft.runs.pieces import Piece, Store, packed, unpacked
 from weft.seeds import generator
@@ -36,9 +37,23 @@ from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
 from weft.stats.collect import INPUT_NEEDS
 from weft.stats.groups import SHARE, moment_bytes
 from weft.terms.adapters import base_terms
+from weft.terms.joints import Joint
 from weft.terms.layers import bias_of, shape_of
 
-__all__ = ["Plan", "carried_moments", "check_finite", "offered", "piece_name", "site_of", "survey", "surveyed_split"]
+__all__ = [
+    "BEFORE",
+    "Plan",
+    "carried_moments",
+    "check_finite",
+    "offered",
+    "piece_name",
+    "site_of",
+    "survey",
+    "surveyed_split",
+]
+
+BEFORE = ("influence",)
+"""What allocations read of the model as it is, before the survey."""
 
 
 def _plain(items: Iterable[Any], what: str) -> Iterable[Any]:
@@ -52,6 +67,7 @@ class Plan:
     method: Method
     options: Mapping[str, Any]
     layers: tuple[str, ...]
+    joints: Mapping[str, Joint] = field(default_factory=dict)  # by name: layers that are cut together
     stage: int = 0  # of a chain of methods
     reads: tuple[str, ...] = ()  # what the allocation looks at
     fixed: Mapping[str, Size] | None = None  # the sizes, where they are known before the survey
@@ -62,6 +78,12 @@ class Plan:
     originals: Mapping[str, Tensor] = field(default_factory=dict)  # weights (out, in) before the chain began
     seed: int = 0
     track: Callable[[Iterable[Any], str], Iterable[Any]] = _plain
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What is split by itself: the layers, and the joints in the place of theirs."""
+        joined = {member.layer: joint for joint in self.joints.values() for member in joint.members.values()}
+        return tuple(dict.fromkeys(joined[name].name if name in joined else name for name in self.layers))
 
     @property
     def nested(self) -> LowRankSplit | None:
@@ -107,17 +129,26 @@ class Plan:
 def offered(model: nn.Module, plan: Plan) -> dict[str, LayerInfo]:
     """The choices of each layer by rising bytes, without losses; None, as it is, costs a compensation nothing."""
     infos: dict[str, LayerInfo] = {}
-    blocks = layers_by_block(model, plan.layers)
+    blocks = layers_by_block(model, plan.sites)
     for i, names in enumerate(blocks):
         for name in names:
-            module = model.get_submodule(name)
-            stored = saved_dtype(model, f"{name}.weight", module.weight)  # type: ignore[arg-type]
-            shape = Shape(*shape_of(module), stored.itemsize)
+            shape = _shape(model, plan, name)
             infos[name] = LayerInfo(shape, _choices(plan, shape), depth=i / max(len(blocks) - 1, 1))
-    return {name: infos[name] for name in plan.layers}
+    return {name: infos[name] for name in plan.sites}
+
+
+def _shape(model: nn.Module, plan: Plan, name: str) -> Shape:
+    """That of a layer, or of a joint, as they are saved."""
+    joint = plan.joints.get(name)
+    layer = name if joint is None else next(iter(joint.members.values())).layer
+    module = model.get_submodule(layer)
+    stored = saved_dtype(model, f"{layer}.weight", module.weight)  # type: ignore[arg-type]
+    return Shape(*shape_of(module), stored.itemsize) if joint is None else JointShape.of(joint, stored.itemsize)
 
 
 def _choices(plan: Plan, shape: Shape) -> list[Choice]:
+    if plan.method.joints is not None and not isinstance(shape, JointShape):
+        return [Choice(None, shape.nbytes)]
     sizes = [
         Choice(size, nbytes, method=size[0] if plan.mixed else plan.method.name)
         for size, nbytes in plan.method.sizes(shape, plan.options)
@@ -128,9 +159,14 @@ def _choices(plan: Plan, shape: Shape) -> list[Choice]:
     return [*sizes, Choice(None, shape.nbytes)]
 
 
-def site_of(model: nn.Module, plan: Plan, name: str, moments: Moments, size: Size) -> Site:
-    """The layer as its method sees it; nothing in the model is touched."""
-    layer = model.get_submodule(name)
+def site_of(model: nn.Module, plan: Plan, name: str, stats: Mapping[str, Moments], size: Size) -> Site:
+    """The layer, or the joint, as its method sees it; nothing in the model is touched."""
+    joint = plan.joints.get(name)
+    if joint is not None:
+        members = {role: site_of(model, plan, member.layer, stats, size) for role, member in joint.members.items()}
+        own = generator(plan.seed, plan.method.name, name)
+        return Site(name, {}, size, size, {}, own, next(iter(members.values())).dtype, joint=joint, members=members)
+    layer, moments = model.get_submodule(name), stats.get(name, {})
     dtype = layer.weight.dtype
     assert isinstance(dtype, torch.dtype)
     terms, own = base_terms(model, name), generator(plan.seed, plan.method.name, name)
@@ -151,27 +187,27 @@ def survey(
     """
     found: dict[str, LayerInfo] = {}
     source = _Moments(model, plan, batches, stats, store)
-    for i, names in enumerate(plan.track(source.blocks, "factorising")):
+    for i, names in enumerate(plan.track(layers_by_block(model, plan.sites), "factorising")):
         piece = store.get(piece_name(plan, i))
         if piece is None:
             with finishing():
                 moments = source.of(i)
                 piece = Piece()
                 for name in names:
-                    piece.add(_survey_layer(model, name, moments.get(name, {}), plan, infos[name]))
+                    piece.add(_survey_site(model, name, moments, plan, infos[name]))
                 store.put(piece_name(plan, i), piece)
         for name in names:
             found[name] = _filled(infos[name], name, piece)
-    return {name: found[name] for name in plan.layers}
+    return {name: found[name] for name in plan.sites}
 
 
 def surveyed_split(
     model: nn.Module, plan: Plan, store: Store, block: int | None = None
 ) -> Iterator[tuple[str, Callable[[Size], Split]]]:
-    """Every layer's name (of one block, or of all), and what splits it at a surveyed size; one block's pieces are in
+    """Every site's name (of one block, or of all), and what splits it at a surveyed size; one block's pieces are in
     memory at a time.
     """
-    for i, names in enumerate(layers_by_block(model, plan.layers)):
+    for i, names in enumerate(layers_by_block(model, plan.sites)):
         if block not in (None, i):
             continue
         piece = store.get(piece_name(plan, i)) or Piece()
@@ -179,8 +215,7 @@ def surveyed_split(
 
             def split(size: Size, name: str = name, piece: Piece = piece) -> Split:
                 if plan.nested is None:
-                    terms, bias = unpacked(piece, f"{name}@{size}", model.get_submodule(name))
-                    return Split(terms, bias)
+                    return _unpacked(model, plan, piece, name, size)
                 kept = {key: piece.tensors.get(f"{name}:{key}") for key in Factors._fields}
                 return plan.nested.terms(site_of(model, plan, name, {}, size), Factors(**kept))  # type: ignore[arg-type]
 
@@ -240,11 +275,11 @@ def piece_name(plan: Plan, block: int) -> str:
     return f"{name}-{hashlib.sha256(json.dumps(dict(plan.fixed), sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _survey_layer(model: nn.Module, name: str, moments: Moments, plan: Plan, info: LayerInfo) -> Piece:
-    """What is kept of one layer: factors up to the largest size, or terms of every size; spectra, losses, moments."""
-    site = site_of(model, plan, name, moments, None)
+def _survey_site(model: nn.Module, name: str, stats: Mapping[str, Moments], plan: Plan, info: LayerInfo) -> Piece:
+    """What is kept of one site: factors up to the largest size, or terms of every size; spectra, losses, moments."""
+    site = site_of(model, plan, name, stats, None)
     check_finite(site)
-    entry: dict[str, Tensor] = {need: moments[need] for need in plan.carried}
+    entry: dict[str, Tensor] = {need: site.moments[need] for need in plan.carried}
     if "weight_spectrum" in plan.reads:
         entry["weight_spectrum"] = singular_values(site.weight(torch.float64))
     tried = Piece()
@@ -276,23 +311,57 @@ def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> d
 
 def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
     """The terms of every size that may be chosen, and what each choice loses."""
-    beside = plan.method.kind == "compensate"
-    W = site.weight() if site.original is None else site.original.float()
     sizes = [plan.fixed[site.name]] if plan.fixed else [choice.size for choice in info.choices]
     terms = plan.method.each(site, [size for size in sizes if size is not None], plan.options)
-    made, found = Piece(), dict[str, Tensor]()
-    if "losses" in plan.reads:
-        X, G = site.moments["input_moment"], site.moments["output_grad_moment"]
-        loss = WeightedLoss(X, G, generator(plan.seed, "losses", site.name))
+    made, found, lost = Piece(), dict[str, Tensor](), _lost(site, plan)
     for size, split in chain([(None, Split())] if None in sizes else [], terms):
         if size is not None and (not plan.sequential or plan.tries):
-            made.add(packed(f"{site.name}@{size}", split.terms, split.bias))
+            made.add(_packed(site, size, split))
         if "losses" in plan.reads:
-            now = site.weight() if beside or size is None else torch.zeros_like(W)
-            now = sum((term.dense(torch.float32) for term in split.terms.values()), start=now)
-            found[str(size)] = loss(now - W)
+            found[str(size)] = lost(size, split)
     losses = [found[str(size)] for size in sizes if str(size) in found]
     return made, torch.stack(losses) if losses else torch.zeros(0)
+
+
+def _lost(site: Site, plan: Plan) -> Callable[[Size, Split], Tensor]:
+    """(size, its terms) -> what they lose; of a joint, by the effect of all changes."""
+
+    @cache
+    def loss(role: str) -> WeightedLoss:
+        of = site.members[role] if role else site
+        X, G = of.moments["input_moment"], of.moments["output_grad_moment"]
+        return WeightedLoss(X, G, generator(plan.seed, "losses", of.name))
+
+    def of_joint(size: Size, split: Split) -> Tensor:
+        if size is None:
+            return torch.zeros((), dtype=torch.float64)
+        assert split.effect is not None, f"{plan.method.name} does not say the effect of its changes"
+        role, change = split.effect
+        return loss(role)(change)
+
+    def of_layer(size: Size, split: Split) -> Tensor:
+        W = site.weight() if site.original is None else site.original.float()
+        now = site.weight() if plan.method.kind == "compensate" or size is None else torch.zeros_like(W)
+        return loss("")(sum((term.dense(torch.float32) for term in split.terms.values()), start=now) - W)
+
+    return of_joint if site.members else of_layer
+
+
+def _packed(site: Site, size: Size, split: Split) -> Piece:
+    """The terms of one size of a site, for `surveyed_split`."""
+    if not site.members:
+        return packed(f"{site.name}@{size}", split.terms, split.bias)
+    piece = Piece()
+    for role, part in split.members.items():
+        piece.add(_packed(site.members[role], size, part))
+    return piece
+
+
+def _unpacked(model: nn.Module, plan: Plan, piece: Piece, name: str, size: Size) -> Split:
+    joint = plan.joints.get(name)
+    if joint is None:
+        return Split(*unpacked(piece, f"{name}@{size}", model.get_submodule(name)))
+    return Split(members={r: _unpacked(model, plan, piece, m.layer, size) for r, m in joint.members.items()})
 
 
 def _filled(info: LayerInfo, name: str, piece: Piece) -> LayerInfo:
@@ -311,5 +380,7 @@ def _filled(info: LayerInfo, name: str, piece: Piece) -> LayerInfo:
 
 def check_finite(site: Site) -> None:
     """Raises WeftError where the weight holds NaN or infinity."""
-    if not torch.isfinite(site.weight()).all():
+    for member in site.members.values():
+        check_finite(member)
+    if not site.members and not torch.isfinite(site.weight()).all():
         raise WeftError(f"The weight of layer {site.name} holds NaN or infinity; leave it out by a pattern.")
