@@ -2,13 +2,13 @@
 
     python benchmarks/frontier.py MODEL --text wikitext=FILE [--calibrate python|wikitext] [--rows auto gptq ...]
         [--budgets 2 2.5 3 3.5 4] [--windows 32] [--judged 24] [--seed 0] --json benchmarks/results/frontier_ref.jsonl
-    python benchmarks/frontier.py --table FILE      # what FILE holds, as a table in Markdown
-    python benchmarks/frontier.py --plot FILE       # and as FILE.svg
+    python benchmarks/frontier.py --plot FILE       # what FILE holds, a chart a text beside it
 
 MODEL is a directory, a Hub id or `pico`. Calibration is on the first half of a text, judging on its second half;
 `python` is weft's own split, the standard library's files without those held out, and these. Bits count everything
 that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every budget is a line of
-the file; those that are there already are not measured again, so that an interrupted run goes on. Peak memory is the
+the file; those that are there already are not measured again, so that an interrupted run goes on, and
+`python docs/generate.py` makes tables of the files in benchmarks/results. Peak memory is the
 process' resident high-water mark from the row's beginning on, the model itself included.
 """
 
@@ -19,7 +19,6 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,8 @@ BUDGETS = [2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25]
 
 def main() -> None:
     args = arguments()
-    if args.table or args.plot:
-        print(table(lines(args.table)) if args.table else plot(args.plot))
+    if args.plot:
+        plot(args.plot)
         return
     done = {key(line) for line in lines(args.json)}
     texts = dict(pair.split("=", 1) for pair in args.text)
@@ -100,7 +99,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judged", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--table", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
@@ -180,37 +178,7 @@ def write(path: Path | None, line: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Rows by budget; the mean over calibration draws, and half of their range where there are several."""
-    texts = list(dict.fromkeys(name for line in found for name in line.get("perplexity", {})))
-    head = ["method", "budget", "bits", *texts, "predicted rise", "seconds", "peak / model"]
-    body = [[*cells] for cells in _cells(found, texts)]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _cells(found: list[dict[str, Any]], texts: list[str]) -> Iterator[list[str]]:
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for line in found:
-        if "perplexity" in line:
-            groups.setdefault((line["row"], line["budget"]), []).append(line)
-    for (row, budget), group in groups.items():
-        last = group[-1]
-        bits = f"{last['bits']:.2f}" if "bits" in last else "16"
-        quality = [_spread([line["perplexity"][text] for line in group]) for text in texts]
-        rest = ["", "", ""]
-        if "seconds" in last:
-            ratio = last["peak_memory_bytes"] / last["model_bytes"]
-            rest = [f"{last['predicted']:.3f}", f"{last['seconds']:.0f}", f"{ratio:.1f}"]
-        yield [row, f"{budget:g}", bits, *quality, *rest]
-
-
-def _spread(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    return f"{mean:.2f}" + (f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else "")
-
-
-def plot(path: Path) -> Path:
+def plot(path: Path) -> None:
     """One chart a text, one line a row."""
     found = [line for line in lines(path) if "bits" in line]
     colors = ["#0c3470", "#5b9bd5", "#c26a2e", "#3f8f6b", "#8a5aa8", "#b8963e", "#8a94a3", "#b3261e", "#2aa1a1"]
@@ -224,7 +192,6 @@ def plot(path: Path) -> Path:
         chart = line_chart(f"perplexity, {text}", series, "bits a weight", "perplexity", log=True, legend=True)
         alone = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         path.with_name(f"{path.stem}_{text}.svg").write_text(alone)
-    return path
 
 
 if __name__ == "__main__":

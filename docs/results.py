@@ -14,6 +14,7 @@ def results_page() -> str:
     """The committed results of the benchmarks, as tables."""
     sections = {
         "Compression": (compression_table(), "compression_table.py"),
+        "Bits and perplexity": (frontier_tables(), "frontier.py MODEL --text wikitext=FILE --json FILE"),
         "Recovery": (recovery_table(), "recovery.py"),
         "Pre-training": (pretraining_tables(), "pretrain_table.py"),
         "Optimizer steps": (step_table(), "optim_step.py"),
@@ -49,6 +50,50 @@ def compression_table(*only: tuple[str, str]) -> list[str]:
             cells = [_cell(row["perplexity"].get(str(budget))) for budget in budgets]
             lines.append(f"| {row['method']} | {row['allocate']} | {' | '.join(cells)} |")
     return lines if only else [*lines, *_draws(found)]
+
+
+_COSTS = ["predicted rise", "seconds", "peak / model"]
+
+
+def frontier_tables() -> list[str]:
+    """Perplexity on each text by method and bits a weight, one table a file of benchmarks/frontier.py."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("frontier_*.jsonl")):
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for line in found:
+            if "perplexity" in line:
+                groups.setdefault((line["row"], line["budget"]), []).append(line)
+        texts, first = list(found[0]["perplexity"]), found[0]
+        whole = [f"{text} {first['perplexity'][text]:.2f}" for text in texts]
+        lines += [
+            "",
+            f"`{first['model']}`, calibrated on {first['windows']} windows of {first['window']} of "
+            f"{first['calibrate']}, judged on {first['judged']} windows of what was left out of each text. "
+            f"Dense: {', '.join(whole)}.",
+            "",
+            *table(["method", "budget", "bits", *texts, *_COSTS], _frontier(groups)),
+        ]
+    return lines[1:]
+
+
+def _frontier(groups: dict[tuple[str, float], list[dict[str, Any]]]) -> list[list[str]]:
+    rows = []
+    for (name, budget), draws in sorted(groups.items(), key=lambda group: (group[0][1], group[0][0])):
+        last = draws[-1]
+        if "bits" not in last:
+            continue
+        quality = [_with_spread([draw["perplexity"][text] for draw in draws]) for text in last["perplexity"]]
+        ratio = last["peak_memory_bytes"] / last["model_bytes"]
+        rest = [f"{last['predicted']:.3f}", f"{last['seconds']:.0f}", f"{ratio:.1f}"]
+        rows.append([name, f"{budget:g}", f"{last['bits']:.2f}", *quality, *rest])
+    return rows
+
+
+def _with_spread(values: list[float]) -> str:
+    """The mean of several draws, and half their range."""
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}" + (f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else "")
 
 
 def _draws(found: dict[str, Any]) -> list[str]:

@@ -1,0 +1,53 @@
+"""The benchmark of bits and perplexity: its lines, and what it makes of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from weft.methods import METHODS
+
+FILE = Path(__file__).parent.parent / "benchmarks" / "frontier.py"
+
+
+@pytest.fixture(scope="module")
+def frontier() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("frontier", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line(row: str, budget: float, seed: int, perplexity: float, **more: Any) -> dict[str, Any]:
+    head = {"model": "m", "calibrate": "python", "seed": seed, "windows": 8, "window": 64, "judged": 2}
+    return {**head, "row": row, "budget": budget, "perplexity": {"python": perplexity}, **more}
+
+
+def test_lines_are_told_apart_and_drawn(frontier: ModuleType, tmp_path: Path) -> None:
+    found = [line("dense", 16.0, 0, 8.0), *(line("auto", 3.0, seed, 9.0 + seed / 10, bits=2.9) for seed in range(3))]
+    assert len({frontier.key(one) for one in found}) == len(found)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in found))
+    assert frontier.lines(file) == found
+    frontier.plot(file)
+    assert "auto: 2.9, 9" in (tmp_path / "a_python.svg").read_text()
+
+
+def test_texts_are_judged_on_what_was_not_calibrated_on(frontier: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "t.txt"
+    file.write_text("calibrate judge!")
+    assert frontier.half(str(file), 0) + frontier.half(str(file), 1) == file.read_text()
+
+
+def test_rows_name_methods_and_options_that_there_are(frontier: ModuleType) -> None:
+    for row, (method, given) in frontier.ROWS.items():
+        if frontier.available(row):
+            names = [method] if isinstance(method, str) else method
+            assert all(name in METHODS for name in names) and set(given) <= {"allocate"}, row
+    assert frontier.available("auto") and frontier.available("gptq")
