@@ -130,7 +130,8 @@ def _sizes_have_their_bytes(method: Method) -> None:
         for site in _sites(method, dtype):
             sizes = _sizes(method, site, itemsize)
             bytes_of = [nbytes for _, nbytes in sizes]
-            assert sizes and bytes_of == sorted(set(bytes_of)), "sizes do not rise in bytes"
+            assert sizes and bytes_of == sorted(bytes_of), "sizes do not rise in bytes"
+            assert len({str(size) for size, _ in sizes}) == len(sizes), "a size stands twice"
             for size, nbytes in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
                 stored = sum(term.nbytes for term in _terms(_split(method, site, size)).values())
                 assert stored == nbytes, f"size {size} says {nbytes} bytes, and its terms store {stored}"

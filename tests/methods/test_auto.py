@@ -102,7 +102,7 @@ def test_it_is_predicted_to_lose_no_more_than_any_of_its_methods(budget: str) ->
 def test_a_chain_in_one_layer_is_the_two_methods_after_each_other() -> None:
     one, other = llama(1), llama(1)
     sizes = dict.fromkeys(linear_layers(one), ("nf+eora", (2, 1)))
-    weft.compress(one, "auto", allocate=sizes, batches=task())
+    weft.compress(one, "auto", allocate=sizes, batches=task(), methods="nf+eora")
     weft.compress(other, ["nf2", "eora"], rank=1, batches=task())
     first = "model.layers.0.self_attn.q_proj"  # before which nothing has changed
     mine, theirs = (model.get_submodule(first) for model in (one, other))
@@ -112,20 +112,21 @@ def test_a_chain_in_one_layer_is_the_two_methods_after_each_other() -> None:
 
 def test_the_file_says_method_size_and_bytes_and_serves_again(tmp_path: Path) -> None:
     one, other, edited = steep(), steep(), steep()
-    done = weft.compress(one, "auto", budget="5 bits", batches=task())
+    three = {"batches": task(), "methods": "nf,kfac-svd,nf+eora"}
+    done = weft.compress(one, "auto", budget="5 bits", **three)
     done.allocation.save(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text())
     for name, entry in record["layers"].items():
         assert entry["method"] == done.allocation.choices[name].method
         assert entry["bytes"] == done.allocation.choices[name].bytes and "size" in entry
     assert {entry["method"] for entry in record["layers"].values()} >= {"kfac-svd"}
-    again = weft.compress(other, "auto", allocate=tmp_path / "a.json", batches=task())
+    again = weft.compress(other, "auto", allocate=tmp_path / "a.json", **three)
     assert again.allocation.spent == done.allocation.spent
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
     name = next(iter(record["layers"]))
     record["layers"][name] |= {"method": "nf", "size": 8}
     (tmp_path / "a.json").write_text(json.dumps(record))
-    changed = weft.compress(edited, "auto", allocate=tmp_path / "a.json", batches=task())
+    changed = weft.compress(edited, "auto", allocate=tmp_path / "a.json", **three)
     assert changed.allocation.choices[name][:2] == (8, changed.allocation.choices[name].bytes)
     assert edited.get_submodule(name).terms["base"].format.bits == 8  # type: ignore[union-attr, operator]
 
@@ -149,7 +150,7 @@ def test_losses_of_a_chain_are_those_of_its_terms() -> None:
     changed = llama(1)
     weft.compress(
         changed, "auto", allocate={n: choice.size if n == name else None for n in infos}, batches=task(),
-        sequential=False,
+        sequential=False, methods="nf+eora",
     )  # fmt: skip
     D = weight_of(changed.get_submodule(name), torch.float64) - weight_of(model.get_submodule(name), torch.float64)
     loss = weighted_loss(D, stats[name]["input_moment"], stats[name]["output_grad_moment"])

@@ -34,6 +34,6 @@ METHOD = Method(
     split=_SPLIT,
     sizes=_SPLIT.sizes,
     trained=low_rank_terms,
-    defaults={"methods": "nf,kfac-svd,nf+eora"},
+    defaults={"methods": "gptq,gptq:group=128,kfac-svd,gptq:group=128+eora"},
     exempt={"nearer": "Two of its sizes may be of different methods, of which the larger need not be nearer."},
 )
