@@ -131,3 +131,23 @@ def test_sentence_transformers_opens_a_compressed_encoder(tmp_path: Path) -> Non
     encoder = st.SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
     assert any(isinstance(module, SumLinear) for module in encoder.modules())
     assert encoder.encode(["a sentence", "another"]).shape == (2, 32)
+
+
+@pytest.mark.parametrize("kind", ["low rank", "nf4 and low rank", "integers", "int8"])
+def test_onnx_of_sums_of_terms(kind: str, tmp_path: Path) -> None:
+    """Codes are decoded in the graph, by arithmetic that ONNX has; onnxruntime computes what the layer does."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    from weft.terms import Int8, IntegerCode, LowRank, NormalFloat
+
+    generator = torch.Generator().manual_seed(0)
+    W, B, A = (torch.randn(*shape, generator=generator) for shape in ((48, 64), (48, 3), (3, 64)))
+    made = {"nf4 and low rank": NormalFloat, "int8": Int8}
+    terms: dict[str, Any] = {"code": made[kind].from_matrix(W)} if kind in made else {}
+    terms |= {"code": IntegerCode.from_matrix(W, 3, 32)} if kind == "integers" else {}
+    terms |= {"low_rank": LowRank.from_factors(B, A)} if "low rank" in kind else {}
+    layer = SumLinear(terms, torch.randn(48, generator=generator)).eval()
+    x = torch.randn(2, 5, 64, generator=generator)
+    torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=True, input_names=["x"])
+    (found,) = runtime.InferenceSession(tmp_path / "layer.onnx").run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), layer(x).detach(), atol=1e-5, rtol=1e-5)

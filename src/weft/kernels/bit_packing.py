@@ -1,7 +1,7 @@
 """Small integers without waste in bytes, most significant bit first: 8 / gcd(8, b) codes of b bits fill b / gcd(8, b)
 bytes, so that 3 bits are 8 codes in 3 bytes and 4 bits are 2 codes in one, bitsandbytes' order.
 
-All arithmetic is in uint8: a code lies in one byte or in two neighbours.
+Arithmetic is in uint8: a code lies in one byte or in two neighbours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pack", "packed_size", "unpack"]
+__all__ = ["pack", "packed_size", "unpack", "unpack_exported"]
 
 
 class _Place(NamedTuple):
@@ -60,6 +60,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes (count,) uint8 of packed bytes."""
     if bits == 8:
         return packed[:count]
+    if torch.compiler.is_exporting():
+        return unpack_exported(packed, bits, count)
     words, mask = packed.view(-1, _width(bits)), 2**bits - 1
     codes = torch.empty(len(words), _count(bits), dtype=torch.uint8, device=packed.device)
     for k, place in enumerate(_places(bits)):
@@ -68,3 +70,15 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             code |= words[:, place.first] << 8 - place.shift
         codes[:, k] = code.bitwise_and_(mask)
     return codes.flatten()[:count]
+
+
+def unpack_exported(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The same in whole numbers without shifts, which formats of graphs have for few types."""
+    words = packed.view(-1, _width(bits)).int()
+    codes = []
+    for place in _places(bits):
+        value = words[:, place.last]
+        if place.first != place.last:
+            value = value + 256 * words[:, place.first]
+        codes.append(value.div(2**place.shift, rounding_mode="floor").remainder(2**bits))
+    return torch.stack(codes, 1).flatten()[:count].to(torch.uint8)

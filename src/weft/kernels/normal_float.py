@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernels.bit_packing import pack, packed_size, unpack
+from weft.kernels.bits import numbers_of
 from weft.kernels.cells import Cells, bucketize, cells
 
 __all__ = ["NF4", "Code", "Format", "blank", "decode", "encode", "levels"]
@@ -204,8 +205,8 @@ def _encode_scales(scales: Tensor, format: Format) -> dict[str, Tensor]:
 def _scales(code: Code, format: Format, count: int) -> Tensor:
     """The scales (count,) in fp32."""
     if format.scale_bits is None:
-        return code.scales.view(torch.float32)
+        return numbers_of(code.scales, torch.float32)
     codes = unpack(code.scales, format.scale_bits, count)
-    steps = code.steps.view(getattr(torch, format.scale_dtype)).float()
+    steps = numbers_of(code.steps, getattr(torch, format.scale_dtype)).float()
     above = _blocks(codes.float(), format.scale_block) * steps.unsqueeze(1)
-    return code.offset.view(torch.float32) + above.flatten()[:count]
+    return numbers_of(code.offset, torch.float32) + above.flatten()[:count]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.kernels.bit_packing import pack, unpack
+from weft.kernels.bits import numbers_of
 from weft.kernels.median_code import code_levels, fake_quantise, normalised, to_codes
 from weft.terms.base import Spec
 from weft.terms.factored import Factored
@@ -101,7 +102,7 @@ class PackedFactors(Factored):
         return self._decoded("B", (self.out_features, self.rank), dtype), A
 
     def _decoded(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        codes, moments = self.get_buffer(f"codes_{name}"), self.get_buffer(f"moments_{name}").view(torch.float32)
+        codes, moments = self.get_buffer(f"codes_{name}"), numbers_of(self.get_buffer(f"moments_{name}"), torch.float32)
         moments = moments.to(torch.promote_types(dtype, torch.float32))
         values = moments.new_tensor(self.levels)[unpack(codes, self.bits, shape[0] * shape[1]).int()]
         return (values * moments[1] + moments[0]).view(shape).to(dtype)

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
+from weft.kernels.bits import numbers_of
 from weft.kernels.integer_grid import Grid, fit, grouped, to_codes, ungrouped
 from weft.terms.base import IntegerCodes, Spec
 from weft.terms.quantized import Quantized
@@ -139,7 +140,7 @@ class IntegerCode(Quantized):
     def scale_matrix(self) -> Tensor:
         """The scales (out, groups) in the dtype that they are stored in."""
         dtype: torch.dtype = getattr(torch, self.scale_dtype)
-        return self.scales.view(dtype)
+        return numbers_of(self.scales, dtype)
 
     def zero_points(self) -> Tensor:
         """The zero points (out, groups) uint8, those of a symmetric grid too."""

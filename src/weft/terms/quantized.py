@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.kernels.bits import numbers_of
 from weft.kernels.lean_linear import Weight, frozen_linear
 from weft.kernels.normal_float import NF4, Code, Format, blank, decode, encode
 from weft.terms.base import IntegerCodes, Spec, Term
@@ -29,7 +30,7 @@ class Quantized(Term):
         self.register_buffer("carrier", torch.empty(0, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # exporting, too
             # the compiler's partitioner decides what is made twice
             return F.linear(x, self.dense(x.dtype))
         return frozen_linear(x, self.dense)
@@ -122,10 +123,10 @@ class Int8(Quantized):
         return term
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        scales = self.scales.view(torch.float32) / 127
+        scales = numbers_of(self.scales, torch.float32) / 127
         return (self.codes.float() * scales.unsqueeze(1)).to(dtype or self.carrier.dtype)
 
     def exact_codes(self) -> IntegerCodes:
-        scales = self.scales.view(torch.float32).unsqueeze(1) / 127
+        scales = numbers_of(self.scales, torch.float32).unsqueeze(1) / 127
         codes = (self.codes.short() + 128).to(torch.uint8)
         return IntegerCodes(codes, scales, torch.full_like(scales, 128, dtype=torch.uint8), 8, self.in_features)
