@@ -1,5 +1,6 @@
 """Writes what comes from the code and from committed results: docs/methods.md, docs/cli.md, docs/results.md,
-docs/deviations.md, docs/exports.md, docs/architectures.md, docs/negative-results.md, and the table in README.md.
+docs/deviations.md, docs/exports.md, docs/architectures.md, docs/negative-results.md, docs/reference.md,
+docs/real-model.md, and the table in README.md.
 
     python docs/generate.py           # write them
     python docs/generate.py --check   # exit with 1 where a page is not what the code says
@@ -22,6 +23,8 @@ from architectures import architectures_page
 from deviations import deviations_page
 from exports import exports_page
 from negative_results import negative_results_page
+from real_model import real_model_page
+from reference import reference_page
 from results import compression_table, results_page
 
 from weft.cli import app
@@ -133,6 +136,8 @@ PAGES = {
     "exports.md": exports_page,
     "architectures.md": architectures_page,
     "negative-results.md": negative_results_page,
+    "reference.md": reference_page,
+    "real-model.md": real_model_page,
     "../README.md": readme,
 }
 
