@@ -8,7 +8,10 @@ Learning rates lie on the lattice centre * step^k; from the published centre the
 better, so the chosen rate beats both its neighbours (at most --tries runs an optimizer; a rate at the edge is marked).
 Then GaLore with the warm-started subspace runs against the exact SVD at one rate, with several seeds: the difference is
 to be smaller than the spread over seeds. Data: Python's own sources unless --text is given; loss on held-out ones.
-Writes benchmarks/results/pretrain_table_<device>_<size>_<steps>.json.
+Writes benchmarks/results/pretrain_table_<device>_<size>_<steps><suffix>.json. The table of structures in the docs:
+
+    python benchmarks/pretrain_table.py --suffix _structures --tries 3 --only AdamW Muon "low-rank factors, AdamW" \\
+        "low-rank factors, Muon" SLTrain LOST CoLA
 """
 
 from __future__ import annotations
@@ -62,7 +65,15 @@ def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float
         "APOLLO": (1e-2, {"optimizer": "apollo", **subspace}),
         "DCT-AdamW": (1e-3, {"optimizer": "dct_adamw", "rank": rank}),
         "SinkGD": (2e-2, {"optimizer": "sinkgd"}),
+        "Muon": (1e-3, {"optimizer": "muon"}),
+        "SCALE": (1e-3, {"optimizer": "scale"}),
         "low-rank factors, AdamW": (1e-3, {"optimizer": "adamw", "structure": ("low-rank", rank)}),
+        "low-rank factors, Muon": (1e-3, {"optimizer": "muon", "structure": ("low-rank", rank)}),
+        "SLTrain": (3e-3, {"optimizer": "adamw", "structure": ("sltrain", rank)}),
+        "LOST": (1e-3, {"optimizer": "adamw", "structure": ("lost", rank)}),
+        "CoLA": (1e-3, {"optimizer": "adamw", "structure": ("cola", rank)}),
+        "Monarch": (1e-3, {"optimizer": "adamw", "structure": ("monarch", None, {"blocks": 4})}),
+        "weight compander": (1e-3, {"optimizer": "adamw", "structure": ("weight-compander", None)}),
     }
 
 
@@ -91,9 +102,10 @@ def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any
             except WeftError as error:
                 if "not finite" not in str(error):
                     raise
-                found = {"perplexity": math.inf, "optimizer_bytes": 0}
+                found = {"perplexity": math.inf, "optimizer_bytes": 0, "parameters": 0}
         loss = math.log(found["perplexity"])
-        result = {"lr": lr, "loss": loss if loss == loss else math.inf, "optimizer_bytes": found["optimizer_bytes"]}
+        result = {"lr": lr, "loss": loss if loss == loss else math.inf}
+        result |= {key: found[key] for key in ("optimizer_bytes", "parameters")}
         result["seconds"] = time.perf_counter() - began
         print(
             f"  {name:<24} lr {lr:<9.3g} seed {seed}  loss {result['loss']:.4f}  {result['seconds']:.1f} s", flush=True
@@ -126,12 +138,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--grid", type=float, default=3.0, help="the factor between two learning rates")
     parser.add_argument("--tries", type=int, default=5, help="most learning rates an optimizer")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=[], help="parts of names")
+    parser.add_argument("--only", nargs="*", default=[], help="names of rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--tokenizer", default="pico")
     parser.add_argument("--text", type=Path, nargs="*")
     parser.add_argument("--eval-text", type=Path, nargs="*")
     parser.add_argument("--eval-windows", type=int, default=128)
+    parser.add_argument("--suffix", default="", help="of the name of the file that is written")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     return parser
 
@@ -140,7 +153,7 @@ def main() -> None:
     args = arguments().parse_args()
     rank = args.rank or SIZES[args.size][0] // 4
     table = optimizers(rank, rank / SIZES[args.size][0], args.refresh)
-    names = [n for n in table if not args.only or any(part.lower() in n.lower() for part in args.only)]
+    names = [n for n in table if not args.only or any(part.lower() == n.lower() for part in args.only)]
     run, began, rows = runner(args, table), time.perf_counter(), {}
     for name in names:
         rows[name] = tuned(table[name][0], args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
@@ -148,7 +161,7 @@ def main() -> None:
     compared = seeds_of(rows[EXACT]["lr"], args.seeds, run) if both else None
     show(rows, compared)
     args.output.mkdir(exist_ok=True)
-    path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}.json"
+    path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}{args.suffix}.json"
     record = {
         **environment(args), "rank": rank, "rows": rows, "warm_against_exact": compared,
         "seconds": time.perf_counter() - began,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from weft.kernels.recompute import recompute
 from weft.memory import lean, unlean
@@ -80,6 +81,12 @@ def test_a_lean_step_keeps_not_even_x_where_it_can_be_made_again():
     unlean(module)
     for found, expected in zip(mine, plain, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_checkpointing_changes_nothing():
+    module, x, g = layer(), draw(MANY, IN), draw(MANY, OUT)
+    again = gradients(module, lambda x: checkpoint(module, x, use_reentrant=False), x, g)
+    assert all(torch.equal(a, b) for a, b in zip(again, gradients(module, module, x, g), strict=True))
 
 
 def test_compiled_whole():

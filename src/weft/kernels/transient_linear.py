@@ -23,7 +23,7 @@ from torch import Tensor
 from weft.kernels.autocast import compute_dtype, without_autocast
 from weft.kernels.recompute import Source, fetch, source_of
 
-__all__ = ["Summand", "low_rank_summand", "sparse_summand", "transient_linear", "worthwhile"]
+__all__ = ["Summand", "companded_summand", "low_rank_summand", "sparse_summand", "transient_linear", "worthwhile"]
 
 
 class Summand(NamedTuple):
@@ -43,6 +43,11 @@ def low_rank_summand(B: Tensor, A: Tensor, scale: float = 1.0) -> Summand:
 def sparse_summand(values: Tensor, positions: Tensor, scale: float = 1.0) -> Summand:
     """`values` at `positions`, which are all different."""
     return Summand(_add_entries, _pull_entries, scale, (values, positions))
+
+
+def companded_summand(V: Tensor, log_a: Tensor, log_b: Tensor) -> Summand:
+    """exp(log_a) arctan(V / exp(log_b)), entry by entry; V (out, in), the others (1,)."""
+    return Summand(_add_companded, _pull_companded, 1.0, (V, log_a, log_b))
 
 
 def worthwhile(rows: int, out_features: int, in_features: int) -> bool:
@@ -82,6 +87,18 @@ def _pull_entries(G: Tensor, scale: float, values: Tensor, positions: Tensor) ->
     return found if scale == 1.0 else found * scale, None
 
 
+def _add_companded(W: Tensor, scale: float, V: Tensor, log_a: Tensor, log_b: Tensor) -> None:
+    W.add_((V / log_b.exp()).atan_().mul_(log_a.exp()))
+
+
+def _pull_companded(G: Tensor, scale: float, V: Tensor, log_a: Tensor, log_b: Tensor) -> tuple[Tensor, ...]:
+    a, b = log_a.exp(), log_b.exp()
+    ratio = V / b
+    by_a = (G * ratio.atan()).sum().reshape(1) * a
+    by_V = G * (a / b) / ratio.square().add_(1)
+    return by_V, by_a, -(by_V * V).sum().reshape(1)  # W depends on V / b alone
+
+
 Plan = list[tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]], float, int]]
 
 
@@ -117,8 +134,8 @@ class _TransientLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         needs, grad_x, grad_bias = ctx.needs_input_grad, None, None
-        x = fetch(ctx.recipe, ctx.saved_tensors[: ctx.kept]).to(grad.dtype)
-        tensors = ctx.saved_tensors[ctx.kept :]
+        saved = ctx.saved_tensors  # asked for once, as checkpointing demands
+        x, tensors = fetch(ctx.recipe, saved[: ctx.kept]).to(grad.dtype), saved[ctx.kept :]
         g = grad.reshape(-1, grad.shape[-1])
         with without_autocast(grad):
             if needs[0]:

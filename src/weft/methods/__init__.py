@@ -18,6 +18,7 @@ from weft.methods import (
     auto,
     bone,
     ce_ssl,
+    cola,
     compacter,
     corda,
     deft,
@@ -43,9 +44,11 @@ from weft.methods import (
     lora_xs,
     loram,
     lorc,
+    lost,
     low_rank,
     lq_lora,
     modegpt,
+    monarch,
     mos,
     nola,
     normal_float,
@@ -68,6 +71,7 @@ from weft.methods import (
     svd,
     svd_llm,
     svfit,
+    weight_compander,
     welore,
 )
 from weft.methods.base import Factors, Method, Site, Split
@@ -98,6 +102,10 @@ _PAGES: tuple[ModuleType, ...] = (
     # made for fresh layers
     low_rank,
     sltrain,
+    lost,
+    cola,
+    monarch,
+    weight_compander,
     # training of what is there
     full,
     # starts of a low-rank product

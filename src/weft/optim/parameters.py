@@ -20,16 +20,19 @@ __all__ = ["Named", "parameter_groups", "split_parameters"]
 Named = tuple[str, Tensor]
 
 
-def split_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[Named], list[Named]]:
+def split_parameters(
+    model: nn.Module, exclude: Sequence[str] = (), *, stacks: bool = False
+) -> tuple[list[Named], list[Named]]:
     """(matrices to project, everything else) among the trainable parameters, as (name, parameter) pairs.
 
-    Names that contain any of `exclude` are not projected. Raises WeftError when there is nothing to train or to
+    Names that contain any of `exclude` are not projected. With `stacks`, three-dimensional stacks of matrices count as
+    matrices, though none can be projected. Raises WeftError when there is nothing to train or to
     project.
     """
     trainable: list[Named] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise WeftError("No parameter of the model requires a gradient; there is nothing to train.")
-    whole = set(_whole(model, exclude))
+    whole = set(_whole(model, exclude, 3 if stacks else 2))
     matrices = [(name, p) for name, p in trainable if p not in whole]
     if not matrices:
         raise WeftError(
@@ -39,7 +42,7 @@ def split_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[lis
     return matrices, [(name, p) for name, p in trainable if p in whole]
 
 
-def _whole(model: nn.Module, exclude: Sequence[str]) -> Iterator[Tensor]:
+def _whole(model: nn.Module, exclude: Sequence[str], dimensions: int) -> Iterator[Tensor]:
     """Parameters not to be projected; a tied one comes once for each owner."""
     containers = [
         f"{name}." if name else ""
@@ -49,7 +52,7 @@ def _whole(model: nn.Module, exclude: Sequence[str]) -> Iterator[Tensor]:
     embeddings = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     for name, p in model.named_parameters(remove_duplicate=False):
         in_block = any(name.startswith(c) for c in containers)
-        matrix = p.ndim == 2 and 1 not in p.shape and not any(name.startswith(e) for e in embeddings)
+        matrix = 2 <= p.ndim <= dimensions and 1 not in p.shape and not any(name.startswith(e) for e in embeddings)
         if not (in_block and matrix) or any(x in name for x in exclude):
             yield p
 

@@ -71,7 +71,7 @@ def _groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
     """The matrices of the blocks, decayed, and everything else, not; or the groups given."""
     if not isinstance(model, nn.Module):
         return list(model)
-    parts: tuple[list[Named], list[Named]] = split_parameters(model)
+    parts: tuple[list[Named], list[Named]] = split_parameters(model, stacks=True)
     decays = (weight_decay, 0.0)
     return [{"params": part, "weight_decay": decay} for part, decay in zip(parts, decays, strict=True) if part]
 

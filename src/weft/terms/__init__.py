@@ -8,11 +8,13 @@ import torch
 
 from weft.errors import WeftError, unknown
 from weft.records import load_entry_points
+from weft.terms.activated_low_rank import ActivatedLowRank
 from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
 from weft.terms.bottleneck import Bottleneck
 from weft.terms.coded_factors import CodedFactors, PackedFactors
 from weft.terms.columns import Columns
+from weft.terms.companded import Companded
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.factored import Factored
@@ -21,6 +23,7 @@ from weft.terms.integer_code import IntegerCode
 from weft.terms.kronecker import Kronecker
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
+from weft.terms.monarch import Monarch
 from weft.terms.moving_sparse import MovingSparse
 from weft.terms.pivoted_low_rank import PivotedLowRank
 from weft.terms.pooled_low_rank import PooledLowRank
@@ -42,10 +45,12 @@ from weft.terms.wrapper import Wrapper
 
 __all__ = [
     "TERMS",
+    "ActivatedLowRank",
     "BlockAffine",
     "Bottleneck",
     "CodedFactors",
     "Columns",
+    "Companded",
     "CoreLowRank",
     "Dense",
     "Factored",
@@ -55,6 +60,7 @@ __all__ = [
     "Kronecker",
     "LowRank",
     "Magnitude",
+    "Monarch",
     "MovingSparse",
     "NormalFloat",
     "PackedFactors",
@@ -112,6 +118,9 @@ TERMS: dict[str, type[Term]] = {
         CodedFactors,
         PackedFactors,
         Submatrix,
+        ActivatedLowRank,
+        Companded,
+        Monarch,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""
