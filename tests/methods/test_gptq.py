@@ -11,8 +11,9 @@ import torch
 
 from weft.errors import WeftError
 from weft.kernels.integer_grid import fit, grouped, to_codes
+from weft.linalg.column_errors import columns
 from weft.methods import METHODS
-from weft.methods.gptq import columns, quantise
+from weft.methods.gptq import quantise
 from weft.methods.rtn import sizes
 from weft.stats.calibrate import calibrate
 from weft.terms.layers import linear_layers, weight_of
@@ -71,7 +72,7 @@ def dense(found, group):
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(3, 16, False), (4, 50, False), (4, 8, True), (2, 20, False)])
 def test_equals_a_reference_that_shares_no_code(bits, group, symmetric, act_order):
     W, H = layer()
-    found = dense(quantise(W, columns(H, act_order=act_order), bits, group, symmetric=symmetric), group)
+    found = dense(quantise(W, columns(H, by_input=act_order), bits, group, symmetric=symmetric), group)
     torch.testing.assert_close(found, reference(W, H, bits, group, symmetric, act_order), atol=1e-5, rtol=1e-5)
 
 
@@ -119,7 +120,7 @@ def test_what_lies_on_the_grid_stays_and_a_column_without_input_becomes_zero(act
     codes[:, :, 0], codes[:, :, 1] = 0, 15  # both ends of the range, so that the grid is the one that is found
     scale, zero = (torch.rand(12, 5, 1) + 0.5).double(), codes[:, :, 2:3]
     on_grid = ((codes - zero) * scale).flatten(1)
-    found = dense(quantise(on_grid, columns(H, act_order=act_order), 4, 10), 10)
+    found = dense(quantise(on_grid, columns(H, by_input=act_order), 4, 10), 10)
     on_grid[:, 7] = 0
     torch.testing.assert_close(found, on_grid)
 

@@ -16,6 +16,7 @@ from weft.methods import (
     allora,
     asvd,
     auto,
+    awq,
     bone,
     ce_ssl,
     cola,
@@ -27,6 +28,7 @@ from weft.methods import (
     effort,
     eora,
     eva,
+    float_code,
     full,
     fwsvd,
     gptq,
@@ -68,9 +70,11 @@ from weft.methods import (
     soma,
     sora,
     sorsa,
+    sparsegpt,
     svd,
     svd_llm,
     svfit,
+    wanda,
     weight_compander,
     welore,
 )
@@ -90,11 +94,16 @@ _PAGES: tuple[ModuleType, ...] = (
     welore,
     # layers that are cut together
     modegpt,
+    # some of the weights, and a mask
+    wanda,
+    sparsegpt,
     # codes of few bits, and what takes up their error
     normal_float,
     int8,
+    float_code,
     rtn,
     gptq,
+    awq,
     eora,
     lorc,
     # several of the above, chosen by layer

@@ -1,10 +1,8 @@
 """gptq: round one column after another, and let the columns to come take up each one's error (Frantar et al., 2022,
 arXiv 2210.17323).
 
-    least tr(D H D^T),   D = W - W',   H = E[x x^T] (in, in)
-    H + damping * mean(diag H) * I  ->  its inverse = U^T U, U upper triangular
-    for j = 1, 2, ...:   e_j = (w_j - w'_j) / U_jj,   w_k <- w_k - e_j U_jk  for k > j
-    with the damped H:   tr(D H D^T) = sum of all e^2
+    least tr(D H D^T),   D = W - W' (out, in),   H = E[x x^T] (in, in): the walk of `weft.linalg.column_errors`,
+    w'_j the nearest number on the grid of its group
 
 A group's scale and zero point are those of its weights when it is reached, with all errors so far taken up; columns
 are done in blocks of about 128, which changes nothing but the time. `act_order` begins with the columns of the largest
@@ -25,22 +23,14 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.kernels.integer_grid import Grid, fit, grouped, to_codes
+from weft.linalg.column_errors import Columns, columns, settle
 from weft.methods.base import Method, Site, Size, Split, Splitter
 from weft.methods.rtn import GRID, scale_dtype, sizes
 from weft.terms import IntegerCode
 
-__all__ = ["METHOD", "Codes", "Columns", "columns", "quantise"]
+__all__ = ["METHOD", "Codes", "quantise"]
 
 _BLOCK = 128
-
-
-class Columns(NamedTuple):
-    """The order of columns, and how the error of each is spread over those after it."""
-
-    order: list[int]
-    root: Tensor  # (in, in) upper triangular, of the inverse of H in that order
-    dead: Tensor  # (in,) bool: columns without input
-    static: bool  # grids are those of the weights before any error is taken up
 
 
 class Codes(NamedTuple):
@@ -49,18 +39,6 @@ class Codes(NamedTuple):
     codes: Tensor  # (out, in)
     scale: Tensor  # (out, groups)
     zero: Tensor  # (out, groups)
-
-
-def columns(H: Tensor, *, damping: float = 0.01, act_order: bool = False) -> Columns:
-    """How columns with inputs of second moment H (in, in) are rounded; in the dtype of H."""
-    dead = H.diagonal() == 0
-    H = H + torch.diag(dead.to(H.dtype))
-    H = H + torch.eye(len(H), dtype=H.dtype, device=H.device) * (damping * H.diagonal().mean())
-    order = torch.arange(len(H), device=H.device)
-    if act_order:
-        order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
-    return Columns(order.tolist(), torch.linalg.cholesky(inverse, upper=True), dead, act_order)
 
 
 def quantise(
@@ -78,24 +56,22 @@ def quantise(
     Raises:
         OverflowError: a scale is beyond the largest number of `scale_dtype`.
     """
-    W, U = W.masked_fill(how.dead, 0), how.root.to(W.dtype)
-    rest = W[:, how.order].mT.contiguous()  # (in, out): a column lies in one piece; what is done is left behind
-    codes, rule = torch.empty_like(rest), {"symmetric": symmetric, "clip": clip, "scale_dtype": scale_dtype}
-    scales, zeros = (t.squeeze(-1).mT.contiguous() for t in fit(grouped(W, group), bits, **rule)[:2])  # type: ignore[arg-type]
-    for start, stop in _blocks(len(rest), group):
-        errors = torch.empty_like(rest[start:stop])
-        for j in range(start, stop):
-            g = how.order[j] // group
-            if not how.static and j % group == 0:
-                scales[g], zeros[g] = (t.squeeze(-1) for t in fit(rest[j : j + group].mT, bits, **rule)[:2])  # type: ignore[arg-type]
-            grid = Grid(scales[g], zeros[g], bits)
-            codes[j] = to_codes(rest[j], grid)
-            errors[j - start] = (rest[j] - grid.values(codes[j])) / U[j, j]
-            rest[j + 1 : stop].addr_(U[j, j + 1 : stop], errors[j - start], alpha=-1)
-        rest[stop:].addmm_(U[start:stop, stop:].mT, errors, alpha=-1)
-    back = torch.empty_like(codes)
-    back[how.order] = codes
-    return Codes(back.mT, scales.mT, zeros.mT)
+    rest, rule = how.begin(W), {"symmetric": symmetric, "clip": clip, "scale_dtype": scale_dtype}
+    codes = torch.empty_like(rest)
+    # the grids of the weights as they are; kept where groups are not reached in their order
+    grids = fit(grouped(how.back(rest), group), bits, **rule)  # type: ignore[arg-type]
+    scales, zeros = (t.squeeze(-1).mT.contiguous() for t in grids[:2])
+
+    def settled(j: int) -> Tensor:
+        g = how.order[j] // group
+        if not how.by_input and j % group == 0:
+            scales[g], zeros[g] = (t.squeeze(-1) for t in fit(rest[j : j + group].mT, bits, **rule)[:2])  # type: ignore[arg-type]
+        grid = Grid(scales[g], zeros[g], bits)
+        codes[j] = to_codes(rest[j], grid)
+        return grid.values(codes[j])
+
+    settle(rest, how.root.to(rest.dtype), _blocks(len(rest), group), settled)
+    return Codes(how.back(codes), scales.mT, zeros.mT)
 
 
 def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
@@ -113,7 +89,7 @@ class _GPTQ(Splitter):
         """The codes of each width: H is factorised once."""
         W, dtype, group = site.weight(), scale_dtype(site.dtype), options["group"]
         H, grid = site.moments["input_moment"].to(W.device), {key: options[key] for key in ("symmetric", "clip")}
-        how = columns(H, damping=options["damping"], act_order=options["act_order"])
+        how = columns(H, damping=options["damping"], by_input=options["act_order"])
         for bits in sizes:
             try:
                 found = quantise(W, how, bits, group or W.shape[1], scale_dtype=dtype, **grid)

@@ -18,11 +18,13 @@ from weft.terms.companded import Companded
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.factored import Factored
+from weft.terms.float_code import FloatCode
 from weft.terms.gated_low_rank import GatedLowRank
 from weft.terms.integer_code import IntegerCode
 from weft.terms.kronecker import Kronecker
 from weft.terms.low_rank import LowRank
 from weft.terms.magnitude import Magnitude
+from weft.terms.masked import Masked
 from weft.terms.monarch import Monarch
 from weft.terms.moving_sparse import MovingSparse
 from weft.terms.pivoted_low_rank import PivotedLowRank
@@ -34,6 +36,7 @@ from weft.terms.random_products import RandomProducts
 from weft.terms.random_store import RandomStore
 from weft.terms.removed import Removed
 from weft.terms.replacement import Replacement
+from weft.terms.scaled_code import ScaledCode
 from weft.terms.shard_sum import ShardSum
 from weft.terms.shifted import Shifted
 from weft.terms.singular_basis import SingularBasis
@@ -54,12 +57,14 @@ __all__ = [
     "CoreLowRank",
     "Dense",
     "Factored",
+    "FloatCode",
     "GatedLowRank",
     "Int8",
     "IntegerCode",
     "Kronecker",
     "LowRank",
     "Magnitude",
+    "Masked",
     "Monarch",
     "MovingSparse",
     "NormalFloat",
@@ -72,6 +77,7 @@ __all__ = [
     "RandomStore",
     "Removed",
     "Replacement",
+    "ScaledCode",
     "ShardSum",
     "Shifted",
     "SingularBasis",
@@ -94,10 +100,13 @@ TERMS: dict[str, type[Term]] = {
         NormalFloat,
         Int8,
         IntegerCode,
+        FloatCode,
+        ScaledCode,
         LowRank,
         PivotedLowRank,
         Spectral,
         Sparse,
+        Masked,
         CoreLowRank,
         GatedLowRank,
         Shifted,
