@@ -9,7 +9,6 @@ the even mantissa; what is beyond the largest number becomes it.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -50,7 +49,6 @@ FORMATS = {
 }
 
 
-@functools.cache
 def _table(name: str) -> tuple[float, ...]:
     """The numbers that are not negative, by their codes: rising."""
     e, m, largest = FORMATS[name]
@@ -62,6 +60,9 @@ def _table(name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
+_TABLES = {name: _table(name) for name in FORMATS}
+
+
 def float_codes(numbers: Tensor, name: str) -> Tensor:
     """The nearest codes of fp32 numbers, uint8, of the same shape."""
     format = FORMATS[name]
@@ -70,12 +71,12 @@ def float_codes(numbers: Tensor, name: str) -> Tensor:
     power = (torch.frexp(size).exponent - 1).clamp(min=1 - format.bias) - format.mantissa
     step = torch.ldexp(torch.ones_like(size), power)
     nearest = ((size / step).round() * step).clamp(max=format.largest)
-    table = torch.tensor(_table(name), device=numbers.device)
+    table = torch.tensor(_TABLES[name], device=numbers.device)
     codes = torch.searchsorted(table, nearest.contiguous(), out_int32=True)
     return (codes + (torch.signbit(numbers) * 2 ** (format.bits - 1)).int()).to(torch.uint8)
 
 
 def float_values(codes: Tensor, name: str) -> Tensor:
     """The fp32 numbers of codes."""
-    table = torch.tensor(_table(name), device=codes.device)
+    table = torch.tensor(_TABLES[name], device=codes.device)
     return torch.cat([table, -table])[codes.int()]

@@ -1,9 +1,9 @@
 """gptq: round one column after another, and let the columns to come take up each one's error (Frantar et al., 2022,
 arXiv 2210.17323).
 
-    least tr(D H D^T),   D = W - W' (out, in),   H = E[x x^T] (in, in): the walk of `weft.linalg.column_errors`,
-    w'_j the nearest number on the grid of its group
+    least tr(D H D^T),   D = W - W' (out, in),   H = E[x x^T] (in, in)
 
+is what the walk of `weft.linalg.column_errors` does, with w'_j the nearest numbers on the grids of their groups.
 A group's scale and zero point are those of its weights when it is reached, with all errors so far taken up; columns
 are done in blocks of about 128, which changes nothing but the time. `act_order` begins with the columns of the largest
 inputs, and takes the grids from the weights as they were (the code's static groups), so that columns lie in storage as
