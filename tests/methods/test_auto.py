@@ -182,6 +182,7 @@ def test_candidates_are_words() -> None:
         ("nf:block", "'block' in the candidate 'nf:block' is no NAME=VALUE"),
         ("nf:blok=32", "'nf' has no option 'blok'"),
         ("auto", "auto chooses among methods, and cannot be one of them"),
+        ("modegpt", "modegpt cuts several layers together, and cannot be among the methods"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_done(methods: str, sentence: str) -> None:
@@ -189,6 +190,19 @@ def test_mistakes_are_named_before_anything_is_done(methods: str, sentence: str)
     with pytest.raises(WeftError, match=sentence):
         weft.compress(model, "auto", budget="4 bits", batches=task(), methods=methods)
     assert not any(isinstance(m, SumLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"allocate": "equal"}, "is no number, so that no size is the same for every matrix"),
+        ({"allocate": "energy"}, "This allocation reads singular values, and auto has none"),
+        ({"round": 8}, "--round makes the ranks of one method multiples; auto chooses among the sizes of several"),
+    ],
+)
+def test_what_a_mixture_cannot_honour_is_refused(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(WeftError, match=sentence):
+        weft.compress(llama(1), "auto", budget="5 bits", batches=task(), **given)
 
 
 def test_a_size_that_no_candidate_has() -> None:

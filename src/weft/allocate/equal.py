@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from weft.allocate.base import Allocator, Choice, Choices, LayerInfo, check_reach, spent
+from weft.errors import WeftError
 
 __all__ = ["ALLOCATION", "allocate"]
 
@@ -15,7 +16,7 @@ def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
     """The largest size that fits the budget when every matrix has it, or the largest that it can have below it."""
     check_reach(layers, budget)
     offered = (choice.size for layer in layers.values() for choice in layer.choices if choice.size is not None)
-    sizes = [size for size, _ in groupby(sorted(offered))]
+    sizes = [size for size, _ in groupby(sorted(map(_number, offered)))]
     best = {name: layer.choices[0] for name, layer in layers.items()}
     low, high = 0, len(sizes)
     while low < high:  # spending grows with the size
@@ -26,6 +27,15 @@ def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
         else:
             high = middle
     return best
+
+
+def _number(size: Any) -> Any:
+    if isinstance(size, int | float):
+        return size
+    raise WeftError(
+        f"{size} is no number, so that no size is the same for every matrix; give allocate='best', or 'uniform' "
+        "for the same share of bytes."
+    )
 
 
 def _up_to(layer: LayerInfo, size: Any) -> Choice:

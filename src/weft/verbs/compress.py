@@ -220,11 +220,12 @@ def _plans(
 
 def _place(model: nn.Module, plans: Sequence[Plan], progress: Path | None) -> AbstractContextManager[Any]:
     """Where finished pieces lie: where the caller says; on a disk for a large model, since one block's statistics at a
-    time are of no use while all factors pile up; or in memory.
+    time are of no use while all factors, or the tries of several methods, pile up; or in memory.
     """
     if progress is not None:
         return nullcontext(progress)
-    large = any(plan.by_block or plan.carried for plan in plans) or sum(p.nbytes for p in model.parameters()) > _LARGE
+    many = any(plan.by_block or plan.carried or plan.mixed for plan in plans)
+    large = many or sum(p.nbytes for p in model.parameters()) > _LARGE
     return tempfile.TemporaryDirectory() if large else nullcontext()
 
 

@@ -115,6 +115,11 @@ def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> No
             f"{plan.method.name} cuts layers together that are fed one after the other, so that it has no sequential "
             "form; leave --sequential out."
         )
+    if plan.mixed and plan.round > 1:
+        raise WeftError(
+            f"--round makes the ranks of one method multiples; {plan.method.name} chooses among the sizes of several: "
+            "leave it out."
+        )
     looks = plan.sequential or plan.tries or "influence" in plan.reads
     if not batches and (looks or (plan.needs and stats is None)):
         raise WeftError(f"The method {plan.method.name!r} needs calibration text here; give batches.")
