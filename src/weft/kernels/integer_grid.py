@@ -35,7 +35,8 @@ class Grid(NamedTuple):
 
 def grouped(matrix: Tensor, group: int) -> Tensor:
     """(out, in) -> (out, groups, group); a short last group is filled with zeros, which lie on every grid."""
-    return F.pad(matrix, (0, -matrix.shape[1] % group)).view(len(matrix), -1, group)
+    short = -matrix.shape[1] % group
+    return (F.pad(matrix, (0, short)) if short else matrix).reshape(len(matrix), -1, group)
 
 
 def ungrouped(groups: Tensor, in_features: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
 from weft.kernels.bits import numbers_of
-from weft.kernels.integer_grid import Grid, fit, grouped, to_codes, ungrouped
+from weft.kernels.integer_grid import fit, grouped, to_codes, ungrouped
 from weft.terms.base import IntegerCodes, Spec
 from weft.terms.quantized import Quantized
 
@@ -151,10 +151,13 @@ class IntegerCode(Quantized):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wanted = dtype or self.carrier.dtype
-        # differences of codes are exact in every dtype; a product that is rounded once is that of fp32, cast
+        # a product that is rounded once is that of fp32, cast
         work = wanted if wanted == self.scale_matrix().dtype else torch.float32
-        scale, zero = (t.to(work).unsqueeze(-1) for t in (self.scale_matrix(), self.zero_points()))
-        values = Grid(scale, zero, self.bits).values(grouped(self.integer_codes().to(work), self.width))
+        scale = self.scale_matrix().to(work).unsqueeze(-1)
+        # whole numbers up to 255 are exact in every dtype, and differences of them the fastest in the smallest
+        small = torch.int8 if self.bits < 8 else torch.int16
+        codes, zero = (t.to(small) for t in (self.integer_codes(), self.zero_points()))
+        values = (grouped(codes, self.width) - zero.unsqueeze(-1)).to(work).mul_(scale)
         return ungrouped(values, self.in_features).to(wanted)
 
     def exact_codes(self) -> IntegerCodes:
