@@ -17,7 +17,9 @@ from weft.errors import WeftError
 from weft.stats.calibrate import forward_inputs, to_device
 from weft.stats.collect import Collector
 from weft.stats.walk import Group, walk
-from weft.terms.layers import linear_layers, set_low_rank, weight_of
+from weft.terms import LowRank
+from weft.terms.layers import linear_layers, weight_of
+from weft.terms.put import put
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "opt", "bert", "t5", "vit")
 NEEDS = ("input_moment", "input_mean", "input_abs_mean")
@@ -27,7 +29,7 @@ def shrink(model: nn.Module, name: str) -> None:
     """What a caller does between two groups: replace the layer, here by its leading two components."""
     layer = model.get_submodule(name)
     U, s, V = torch.linalg.svd(weight_of(layer), full_matrices=False)
-    set_low_rank(model, name, U[:, :2] * s[:2], V[:2], layer.bias)
+    put(model, name, {"low_rank": LowRank.from_factors(U[:, :2] * s[:2], V[:2])}, layer.bias)
 
 
 def inputs(name: str, model: nn.Module, data: Sequence[Any], layers: Sequence[str]) -> dict[str, Tensor]:

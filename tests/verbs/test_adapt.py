@@ -16,7 +16,8 @@ from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.terms import Dense, LowRank, Sparse, SumLinear
 from weft.terms.adapters import adapters_of, base_terms, find_adapter
-from weft.terms.layers import linear_layers, replace, set_low_rank, weight_of
+from weft.terms.layers import linear_layers, replace, weight_of
+from weft.terms.put import put
 from weft.testing_adapters import task, tiny_gpt2, tiny_llama, train
 from weft.verbs.adapt import adapt, effective_rates, parameter_groups, resolve_targets, trainable
 from weft.verbs.merge import run
@@ -205,7 +206,7 @@ def compressed() -> nn.Module:
     model = tiny_llama()
     for name, layer in linear_layers(model).items():
         U, s, V = torch.linalg.svd(weight_of(layer), full_matrices=False)
-        set_low_rank(model, name, U[:, :8] * s[:8], V[:8], None)
+        put(model, name, {"low_rank": LowRank.from_factors(U[:, :8] * s[:8], V[:8])}, None)
     return model
 
 

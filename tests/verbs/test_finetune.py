@@ -24,7 +24,8 @@ from weft.rules.annealed_decay import AnnealedDecay
 from weft.runs.loading import load_model
 from weft.terms import LowRank, SumLinear
 from weft.terms.adapters import adapters_of
-from weft.terms.layers import linear_layers, set_low_rank, weight_of
+from weft.terms.layers import linear_layers, weight_of
+from weft.terms.put import put
 from weft.train.checkpoints import last_checkpoint
 from weft.train.recipe import Recipe
 from weft.train.sources import Completion
@@ -55,7 +56,7 @@ def model_of(directory, rank=None):
     for name, layer in linear_layers(model).items():
         if rank and ".mlp." in name:
             U, s, V = torch.linalg.svd(weight_of(layer), full_matrices=False)
-            set_low_rank(model, name, U[:, :rank] * s[:rank], V[:rank], bias=None)
+            put(model, name, {"low_rank": LowRank.from_factors(U[:, :rank] * s[:rank], V[:rank])}, None)
     return model
 
 

@@ -13,7 +13,8 @@ import weft
 from weft.errors import WeftError
 from weft.io.quantizer import mark
 from weft.terms import Dense, LowRank, Sparse, SumLinear
-from weft.terms.layers import linear_layers, replace, set_low_rank, weight_of
+from weft.terms.layers import linear_layers, replace, weight_of
+from weft.terms.put import put
 from weft.verbs.merge import merge, run
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -131,7 +132,7 @@ def test_adapters_are_merged_and_forgotten(tmp_path: Path) -> None:
 
 
 def test_merge_of_a_later_change(model: LlamaForCausalLM) -> None:
-    set_low_rank(model, NAME, torch.ones(24, 1), torch.ones(1, 16), None)
+    put(model, NAME, {"low_rank": LowRank.from_factors(torch.ones(24, 1), torch.ones(1, 16))}, None)
     merge(model)
     assert torch.equal(model.get_submodule(NAME).weight, torch.ones(24, 16))
 

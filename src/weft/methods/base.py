@@ -36,6 +36,7 @@ __all__ = [
     "Size",
     "Split",
     "Splitter",
+    "factor_bytes",
     "low_rank_sizes",
     "low_rank_split",
     "low_rank_terms",
@@ -166,7 +167,12 @@ def low_rank_sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, 
     """(rank, bytes) for every rank at which two factors are smaller than the matrix: r (out + in) numbers."""
     out_features, in_features = shape
     unit = out_features + in_features
-    return [(rank, rank * unit * shape.itemsize) for rank in range(1, (shape.numel - 1) // unit + 1)]
+    return [(rank, factor_bytes(shape, rank)) for rank in range(1, (shape.numel - 1) // unit + 1)]
+
+
+def factor_bytes(shape: Shape, rank: int) -> int:
+    """Bytes of two factors of that rank."""
+    return rank * sum(shape) * shape.itemsize
 
 
 class Splitter:
@@ -194,6 +200,7 @@ class LowRankSplit(Splitter):
         of: (site, dtype) -> the matrix to be factorised: the weight, or what is missing of the original.
         dtype: that the matrix is handed over in.
         form: (B (out, r), A (r, in)) -> the term of the product; None for LowRank.
+        nbytes: (shape, rank) -> bytes of the term, for every rank that a user may give by hand.
         partial: whether `factorise` has an option `rank`, beyond which it need not give components.
     """
 
@@ -202,6 +209,7 @@ class LowRankSplit(Splitter):
     of: Callable[[Site, torch.dtype], Tensor] = Site.weight
     dtype: torch.dtype = torch.float64
     form: Callable[[Tensor, Tensor], Any] | None = None
+    nbytes: Callable[[Shape, int], int] = factor_bytes
     partial: bool = False
 
     def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:

@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from weft.methods import kfac_svd
-from weft.methods.base import LowRankSplit, Method, Shape, low_rank_terms
+from weft.methods.base import LowRankSplit, Method, Shape, factor_bytes, low_rank_terms
 
-__all__ = ["METHOD", "pivoted", "sizes"]
+__all__ = ["METHOD", "pivoted", "sizes", "stored"]
 
 
 def pivoted(B: Tensor, A: Tensor) -> Any:
@@ -36,10 +36,14 @@ def sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, int]]:
     """(rank, bytes) for the ranks below min(out, in), less those that a higher one undercuts: the numbers, and four
     bytes for the place of each row.
     """
-    out, inn = shape
-    factors = [(r, r * (out + inn) * shape.itemsize) for r in range(1, min(out, inn))]
-    sizes = [(r, n - r * r * shape.itemsize + 4 * out if _pivots_save(out, r) else n) for r, n in factors]
+    sizes = [(r, stored(shape, r)) for r in range(1, min(shape))]
     return [(r, n) for i, (r, n) in enumerate(sizes) if all(n < more for _, more in sizes[i + 1 : i + 3])]
+
+
+def stored(shape: Shape, rank: int) -> int:
+    """Bytes of the term of a rank: r (out + in - r) numbers and the rows' places, or the two factors."""
+    saved = rank * rank * shape.itemsize - 4 * shape[0] if _pivots_save(shape[0], rank) else 0
+    return factor_bytes(shape, rank) - saved
 
 
 def _pivots_save(out: int, rank: int) -> bool:
@@ -54,7 +58,7 @@ METHOD = Method(
     paper="Zhao, Zhang and Cannistraci, 2025, arXiv 2501.19090",
     needs=kfac_svd.METHOD.needs,
     allocate="best",
-    split=LowRankSplit(kfac_svd.factorise, form=pivoted),
+    split=LowRankSplit(kfac_svd.factorise, form=pivoted, nbytes=stored),
     sizes=sizes,
     trained=low_rank_terms,
     defaults=kfac_svd.METHOD.defaults,

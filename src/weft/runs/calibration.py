@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import weft.embedded
 from weft.embedded.text import default_text
-from weft.runs.progress import say
+from weft.progress import say
 from weft.terms.layers import linear_layers, shape_of
 from weft.train.sources import read_texts
 

@@ -21,7 +21,6 @@ from weft.tensors import plain_values
 from weft.terms.direct import read_directly
 from weft.terms.experts import open_experts
 from weft.terms.hooks import carry_hooks, check_at_hand
-from weft.terms.low_rank import LowRank
 from weft.terms.sum_linear import SumLinear
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "linear_layers",
     "output_head",
     "replace",
-    "set_low_rank",
     "shape_of",
     "stored_weight",
     "weight_of",
@@ -164,19 +162,6 @@ def _say_not_plain(model: nn.Module, name: str) -> None:
         config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
         if getattr(config, "model_type", None) is not None:
             config._is_quantized = True  # type: ignore[union-attr]
-
-
-def set_low_rank(model: nn.Module, name: str, B: Tensor, A: Tensor, bias: Tensor | None) -> SumLinear:
-    """Replace a linear layer by one LowRank term of factors B (out, r), A (r, in), in its dtype and device."""
-    old = model.get_submodule(name)
-    reference = old.weight
-    assert isinstance(reference, Tensor)
-    B, A = (t.to(reference.device, reference.dtype) for t in (B, A))
-    bias = None if bias is None else bias.to(reference.device, reference.dtype)
-    transposed = old.transposed if isinstance(old, SumLinear) else is_conv1d(old)
-    layer = SumLinear({"low_rank": LowRank.from_factors(B, A)}, bias, transposed=transposed)
-    replace(model, name, layer)
-    return layer
 
 
 def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:

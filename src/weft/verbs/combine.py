@@ -23,8 +23,8 @@ from weft.io.peft import why_not_peft
 from weft.merging import MERGERS, Merger, Pair
 from weft.merging.sums import LINEAR
 from weft.methods import lora
+from weft.progress import say
 from weft.runs.output import check_output, open_output
-from weft.runs.progress import say
 from weft.runs.record import begin
 from weft.seeds import check_seed, generator
 from weft.terms import LowRank, Term

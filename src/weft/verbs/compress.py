@@ -24,11 +24,11 @@ from weft.errors import WeftError
 from weft.files import write_text
 from weft.io.save import save_model
 from weft.methods import Method
+from weft.progress import track
 from weft.runs.calibration import calibration_texts, check_enough
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
 from weft.runs.pieces import Store
-from weft.runs.progress import track
 from weft.runs.record import begin
 from weft.runs.report.frontier import frontier_page
 from weft.runs.report.pages import report_path

@@ -22,8 +22,8 @@ from torch import nn
 from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.files import jsonable, write_text
+from weft.progress import say
 from weft.runs.loading import load_model, load_tokenizer, resolve_device
-from weft.runs.progress import say
 from weft.runs.record import begin
 from weft.train.windows import calibration_batches
 from weft.verbs import compress, evaluate, finetune

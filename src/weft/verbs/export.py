@@ -28,9 +28,9 @@ from weft.io.formats import Coded, Export, Format, Stored, coded_layers, find_fo
 from weft.io.precision import as_stored
 from weft.io.quantizer import marked_as
 from weft.io.save import write_companions
+from weft.progress import say
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from weft.runs.output import check_output, open_output
-from weft.runs.progress import say
 from weft.runs.record import Result, Run, begin
 from weft.terms import SumLinear
 from weft.terms.adapters import Adapter

@@ -23,13 +23,13 @@ from weft.grafts import Graft
 from weft.io.adapters import write_adapter
 from weft.io.save import adapter_card, save_model
 from weft.methods.base import Method
+from weft.progress import say
 from weft.records import Record, find
 from weft.rules import Rule, make_rules
 from weft.runs.calibration import say_default
 from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, keep_logs, open_output
-from weft.runs.progress import say
 from weft.runs.record import Result, Run, begin
 from weft.terms.adapters import adapters_of
 from weft.train.data import training_rows

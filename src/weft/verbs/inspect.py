@@ -28,9 +28,9 @@ from weft.files import jsonable, write_json, write_text
 from weft.linalg import spectrum
 from weft.linalg.svd import singular_values
 from weft.measures import MEASURES, Measure
+from weft.progress import say, track
 from weft.runs import record
 from weft.runs.loading import load_model, resolve_device, resolve_dtype
-from weft.runs.progress import say, track
 from weft.runs.report.pages import report_path
 from weft.runs.report.spectra import spectra_page
 from weft.seeds import check_seed

@@ -19,6 +19,7 @@ from weft.errors import WeftError
 from weft.io.adapters import check_directory, is_adapter, load_adapter
 from weft.io.quantizer import unmark
 from weft.io.save import save_model
+from weft.progress import say, track
 from weft.runs.loading import (
     has_tokenizer,
     load_config,
@@ -29,7 +30,6 @@ from weft.runs.loading import (
     resolve_dtype,
 )
 from weft.runs.output import check_output, open_output
-from weft.runs.progress import say, track
 from weft.runs.record import begin
 from weft.terms import SumLinear
 from weft.terms.adapters import forget

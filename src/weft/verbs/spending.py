@@ -89,7 +89,7 @@ def decide(
 
     chosen: Mapping[str, Choice] | None = None
     if plan.fixed is not None:
-        chosen = {name: _at(info, plan.fixed[name]) for name, info in infos.items()}
+        chosen = {name: _at(plan, info, plan.fixed[name]) for name, info in infos.items()}
     elif all(len(info.sizes) <= 1 for info in infos.values()):
         chosen = {name: [*info.sizes, info.choices[-1]][0] for name, info in infos.items()}
     elif not set(plan.reads) - set(BEFORE):
@@ -100,10 +100,13 @@ def decide(
     return plan, found, spend(found) if chosen is None else chosen
 
 
-def _at(info: LayerInfo, size: Any) -> Choice:
+def _at(plan: Plan, info: LayerInfo, size: Any) -> Choice:
     """The choice of a size that the user gave; a rank may be one that saves nothing."""
     there = next((choice for choice in info.choices if choice.size == size), None)
-    return there or Choice(size, int(size) * sum(info.shape) * info.shape.itemsize, method=info.choices[0].method)
+    if there is not None:
+        return there
+    assert plan.nested is not None  # whose ranks alone are taken beyond what is offered
+    return Choice(size, plan.nested.nbytes(info.shape, int(size)), method=info.choices[0].method)
 
 
 def joined(chosen: Sequence[Mapping[str, Choice]]) -> dict[str, Choice]:
