@@ -12,17 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import weft
-from tests.verbs.test_export import LAYER, coded, logits, tiny
+from tests.verbs.test_export import LAYER, SIZES, coded, logits, tiny
 from weft.cli import app
 from weft.errors import WeftError
 from weft.runs.loading import load_model, load_tokenizer
 from weft.verbs.export import run
 
 QWENS = ("qwen2", "qwen3")
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-)
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -78,6 +74,26 @@ def test_compensation_beside_codes_is_added_by_peft(tmp_path: Path) -> None:
     both = logits(peft.PeftModel.from_pretrained(base, tmp_path / "out/peft"))
     assert (both - alone).abs().max() > 0.01
     torch.testing.assert_close(both, logits(model), **TOLERANCE)
+
+
+@pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (3, True), (8, True), (2, False)])
+def test_gptqmodel_reads_its_layout(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    """GPTQModel's own module and its conversion of the first format, to the last bit of fp16."""
+    layers = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    model = coded(tiny(torch.float16), bits, 32, symmetric)
+    weft.export(model, tmp_path / "out", "gptq")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    layer = layers.TorchLinear(
+        bits=bits, group_size=32, sym=symmetric, desc_act=False, in_features=96, out_features=64, register_buffers=True
+    )
+    own = {name.removeprefix(f"{LAYER}."): tensor for name, tensor in stored.items() if name.startswith(LAYER)}
+    layer.load_state_dict(own, strict=False)
+    if symmetric:
+        convert_gptq_v1_to_v2_format_module(module=layer, bits=bits, pack_dtype=torch.int32)
+    layer.post_init()
+    assert torch.equal(layer.dequantize_weight().T, model.get_submodule(LAYER).dense(torch.float16))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import weft
 from weft.cli import app
@@ -27,6 +36,10 @@ from weft.terms.put import put
 from weft.verbs.export import run
 
 IDS = torch.arange(12).view(2, 6)
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
 LAYER = "model.layers.0.mlp.down_proj"
 
 
@@ -232,6 +245,16 @@ def test_a_transposed_layer_has_no_place(tmp_path: Path) -> None:
     with pytest.raises(WeftError, match=r"attn.c_attn: it stands for a Conv1D, so that compressed-tensors"):
         weft.export(model, tmp_path / "out", "compressed-tensors")
     assert weft.export(model, tmp_path / "out", "hf")["dense"] == 4
+
+
+@pytest.mark.parametrize("format", ["hf", "compressed-tensors"])
+def test_experts_of_a_mixture_are_refused(format: str, tmp_path: Path) -> None:
+    sizes = {key: value for key, value in tiny().config.to_dict().items() if key in SIZES}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2))
+    weft.quantize(model, "int8")
+    with pytest.raises(WeftError, match=r"experts.0.gate_up is an expert of a mixture.*weft merge"):
+        weft.export(model, tmp_path / "out", format)
+    assert logits(model).isfinite().all() and not list(tmp_path.iterdir())
 
 
 def test_on_the_command_line(tiny_directory: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from weft.runs.output import check_output, open_output
 from weft.runs.record import Result, Run, begin
 from weft.terms import SumLinear
 from weft.terms.adapters import Adapter
+from weft.terms.experts import names_an_expert
 from weft.terms.hooks import check_at_hand
 from weft.verbs.adapters import check_ungrafted
 
@@ -135,6 +136,12 @@ def _plan(
     if tokenizer is not None:
         format.check_tokenizer(tokenizer)
     sums = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]
+    expert = next(filter(names_an_expert, sums), None)
+    if expert is not None:
+        raise WeftError(
+            f"{expert} is an expert of a mixture, whose tensors hold all experts together and have no place for codes or "
+            "sums of single ones; weft merge writes the plain model."
+        )
     check_at_hand(model, sums)
     layers = {} if format.unfit is None else coded_layers(model)
     if format.codes_only and not layers:
