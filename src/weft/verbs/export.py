@@ -139,8 +139,8 @@ def _plan(
     expert = next(filter(names_an_expert, sums), None)
     if expert is not None:
         raise WeftError(
-            f"{expert} is an expert of a mixture, whose tensors hold all experts together and have no place for codes or "
-            "sums of single ones; weft merge writes the plain model."
+            f"{expert} is an expert of a mixture, whose tensors hold all experts together and have no place for codes "
+            "or sums of single ones; weft merge writes the plain model."
         )
     check_at_hand(model, sums)
     layers = {} if format.unfit is None else coded_layers(model)
