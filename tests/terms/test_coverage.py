@@ -128,6 +128,7 @@ def test_the_share_is_counted_in_numbers() -> None:
     found = coverage(model, ["1"])
     assert found.share == 24 / 54 and found.left == {"2": "it is not among the layers that were named"}
     assert str(found).startswith("44 % of the numbers in the model's matrices; left as they are: 1 x 2 (it is not")
+    assert found.facts() == {"covered": 24 / 54, "left": ["1 x 2 (it is not among the layers that were named)"]}
     whole = coverage(model, ["1", "2"])
     assert whole.share == 1 and not whole.left
 

@@ -481,6 +481,7 @@ def test_a_directory_holds_all_that_is_needed(settings: dict[str, Any], tmp_path
     record = json.loads((out / "run.json").read_text())
     assert record["command"] == "compress" and record["arguments"]["budget"] == 0.5 and record["seed"] == 0
     assert record["metrics"].items() <= result.items() and result["output"] == str(out)
+    assert result["covered"] == 1 and result["left"] == []
     allocation = Allocation.load(out / "allocation.json")
     assert allocation.spent == result["matrix_bytes"] <= result["matrix_bytes_allowed"]
     assert "weft compress" in (out / "README.md").read_text()

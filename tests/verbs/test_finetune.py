@@ -204,7 +204,7 @@ def test_run_writes_a_directory_that_transformers_opens(tiny_directory, data, tm
     assert not (tmp_path / "out.partial").exists()
     record = json.loads((out / "run.json").read_text())
     assert record["command"] == "finetune" and record["arguments"]["steps"] == 6
-    assert record["metrics"]["loss_last"] == result["loss_last"]
+    assert record["metrics"]["loss_last"] == result["loss_last"] and record["metrics"]["covered"] == 1
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert all("scaled_learning_rate_default" in line for line in lines if "loss" in line)

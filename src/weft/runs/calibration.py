@@ -5,6 +5,7 @@ Calibration text decides what is kept: a model of prose that is calibrated on so
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,22 @@ def calibration_texts(given: str | Path | Sequence[str | Path] | None, model: st
 
 def say_default(model: str, purpose: str, what: str, option: str) -> None:
     """Say which text is taken for want of one, to whoever brings a model that was not made on it."""
-    if model not in weft.embedded.MODELS:
+    if _origin(model) not in weft.embedded.MODELS:
         say(
             f"No {option} was given: the text for {purpose} is weft's default, {what}. That may be unlike what "
             f"{model} is for, and the result then is poor where it matters: give {option} TEXT of the kind that it "
             "will be used on."
         )
+
+
+def _origin(model: str) -> str:
+    """The model that a directory of weft's was made of, as far as the records beside them tell."""
+    for _ in range(16):  # a chain of verbs; a record may name its own place
+        try:
+            model = str(json.loads((Path(model) / "run.json").read_text(encoding="utf-8"))["arguments"]["model"])
+        except (OSError, ValueError, KeyError, TypeError):
+            break
+    return model
 
 
 def check_enough(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], layers: Any = None) -> int:

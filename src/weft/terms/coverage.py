@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -30,10 +31,17 @@ class Coverage:
     share: float
     left: dict[str, str]
 
-    def __str__(self) -> str:
+    def facts(self) -> dict[str, Any]:
+        """What a record of a run holds of it: `covered`, and `left` by kind, the most frequent first."""
+        return {"covered": self.share, "left": self._kinds()}
+
+    def _kinds(self) -> list[str]:
         groups = Counter((name.rpartition(".")[2], reason) for name, reason in self.left.items())
-        kinds = [f"{count} x {name} ({reason})" for (name, reason), count in groups.most_common(6)]
-        more = f" and {len(groups) - 6} other kinds" if len(groups) > 6 else ""
+        return [f"{count} x {name} ({reason})" for (name, reason), count in groups.most_common()]
+
+    def __str__(self) -> str:
+        all_kinds = self._kinds()
+        kinds, more = all_kinds[:6], f" and {len(all_kinds) - 6} other kinds" if len(all_kinds) > 6 else ""
         return f"{100 * self.share:.0f} % of the numbers in the model's matrices" + (
             f"; left as they are: {', '.join(kinds)}{more}" if kinds else ""
         )

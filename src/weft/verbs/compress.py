@@ -35,6 +35,7 @@ from weft.runs.report.pages import report_path
 from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate
+from weft.terms.coverage import coverage
 from weft.terms.experts import within_experts
 from weft.terms.joints import layers_of
 from weft.terms.layers import linear_layers, weight_of
@@ -302,6 +303,7 @@ def run(
             sequential=sequential, by_block=by_block, seed=seed, progress=place.progress, track=track, **options,
         )  # fmt: skip
         metrics = {**_metrics(before, _size(source), done), "calibration": text, "calibration_tokens": tokens}
+        metrics |= coverage(source, done.allocation).facts()
         if report:
             measured = {"before": loss, "after": mean_loss(source, data)}
             page = frontier_page(Path(model).name, done.allocation, done.layers, measured)

@@ -32,6 +32,7 @@ from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_d
 from weft.runs.output import check_output, keep_logs, open_output
 from weft.runs.record import Result, Run, begin
 from weft.terms.adapters import adapters_of
+from weft.terms.coverage import coverage
 from weft.train.data import training_rows
 from weft.train.metrics import OneStep
 from weft.train.optimizers import check_options, chosen_options, make_optimizer
@@ -329,6 +330,8 @@ def run(
             directory=place.progress, **what, **settings,
         )  # fmt: skip
         metrics |= {"skipped": skipped.errors} if skip_bad else {}
+        on = [layer for adapter in adapters_of(source).values() for layer in adapter.terms]
+        metrics |= coverage(source, on).facts() if on else {}
         if int(os.environ.get("RANK", "0")) == 0:
             save(source, tokenizer, place.path, metrics, record, adapts=find(method).kind == "adapt" and not merge)
             keep_logs(place)

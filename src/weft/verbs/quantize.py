@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weft.allocate import Shape
 from weft.errors import WeftError, unknown
-from weft.io.quantizer import mark, remark
+from weft.io.quantizer import mark, remark, sum_specs
 from weft.io.save import save_model
 from weft.kernels.normal_float import NF4, Format
 from weft.methods import METHODS, Method, Site
@@ -27,6 +27,7 @@ from weft.runs.record import begin
 from weft.seeds import generator
 from weft.terms import Dense, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
+from weft.terms.coverage import coverage
 from weft.terms.experts import within_experts
 from weft.terms.layers import is_conv1d
 from weft.terms.put import put
@@ -166,6 +167,7 @@ def run(
         quantize(source, chosen, targets or "all-linear", **mean)  # type: ignore[arg-type]
         mark(source, chosen)
         metrics = {**_sizes(source), "bytes_before": before[1], "bytes": model_size(source)[1]}
+        metrics |= coverage(source, sum_specs(source)).facts()
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics), max_shard_size=max_shard_size)
     return {"output": str(out), **metrics}
 
