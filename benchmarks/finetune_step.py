@@ -145,6 +145,13 @@ def measure(
     return rows
 
 
+def in_turn(size: str, dtype: torch.dtype, device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
+    """Median step times in ms of every variant, a step of each in turn."""
+    shape = SHAPES[size]
+    ids = torch.randint(0, shape["vocab_size"], BATCHES[size], generator=torch.Generator().manual_seed(0)).to(device)
+    return by_turns(shape, dtype, device, ids, warmup, repeats, VARIANTS)
+
+
 def layer_bytes(shape: dict[str, int], dtype: torch.dtype, device: torch.device, wrap: Wrap, ids: torch.Tensor) -> int:
     """What one more layer adds to the saved tensors."""
     found = []

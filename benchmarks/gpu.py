@@ -62,12 +62,13 @@ def optimizer_step(item: Item, dry: bool, device: str) -> None:
     from shapes import SIZES
 
     shape, dtype = SIZES["tiny" if dry else "1b"], torch.float32 if dry else torch.bfloat16
-    ours = ["AdamW (torch, fused)", "weft galore", "weft apollo", "weft fira"]
-    slow = [] if dry else ["weft galore, compiled", "weft apollo, compiled", "weft fira, compiled"]
-    for name in [*ours, "apollo-torch", "galore-torch", *slow]:
-        refreshes = 2 if name.startswith("weft") else 0  # galore-torch takes most of a minute for one
-        measure = functools.partial(optim_step.measure, shape, shape.rank, dtype, device, 3 if dry else 10, [name])
-        item(name, lambda name=name, measure=measure, n=refreshes: measure(n)[name])
+    slow = [] if dry else [["weft galore, compiled"], ["weft apollo, compiled"], ["weft fira, compiled"]]
+    alone = [["AdamW (torch, fused)"], ["weft galore"], ["weft apollo"], ["weft fira"]]
+    in_turn = [["weft apollo", "apollo-torch"], ["weft galore", "galore-torch"]]
+    for names in [*alone, *in_turn, *slow]:
+        refreshes = 0 if "galore-torch" in names else 2  # it takes most of a minute for one: cold against cold
+        measure = functools.partial(optim_step.measure, shape, shape.rank, dtype, device, 3 if dry else 10, names)
+        item(" and ".join(names), functools.partial(measure, refreshes))
 
 
 def lora_step(item: Item, dry: bool, device: str) -> None:
@@ -79,6 +80,7 @@ def lora_step(item: Item, dry: bool, device: str) -> None:
     )
     for name, wrap in finetune_step.VARIANTS.items():
         item(name, lambda name=name, wrap=wrap: measure({name: wrap})[name])
+    item("all in turn", lambda: finetune_step.in_turn(size, dtype, place, 1, 2 if dry else 20))
 
 
 def factorisation_step(item: Item, dry: bool, device: str) -> None:

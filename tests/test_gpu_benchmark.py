@@ -22,6 +22,10 @@ def test_every_check_runs(tmp_path: Path) -> None:
     ended = [row["step"] for row in rows if row.get("status") == "done"]
     assert ended == ["kernels", "optimizer steps", "LoRA step", "factorisation", "layers", "training"]
     assert {row["step"] for row in rows if row.get("status") == "measured"} == set(ended)
+    for row in rows:  # peers and weft in one row, a step of each in turn, and cold refreshes beside cold ones
+        if row.get("status") == "measured" and row.get("item") == "weft galore and galore-torch":
+            kinds = [{key for key in row[name] if key.startswith("refresh")} for name in row["item"].split(" and ")]
+            assert kinds == [{"refresh_cold_ms"}, {"refresh_cold_ms"}]
 
 
 def test_time_that_ends_is_said(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def run(out: str | Path = "demo", *, seed: int = 0, device: str | None = None) -
 
     allocation = json.loads((compressed / "allocation.json").read_text(encoding="utf-8"))
     report = out / "report.html"
-    write_text(report, demo_page(spectra, stages, allocation, curves, generated))
+    write_text(report, demo_page(spectra, stages, allocation, curves, generated, _commands(compressed, recovered)))
     result = {"stages": stages, "curves": curves, "generated": generated, "report": str(report)}
     record.write(out, result)
     return dict(jsonable(result))
@@ -192,6 +192,16 @@ def _reload(directory: Path) -> str:
     answer = json.loads(done.stdout.splitlines()[-1])
     say(f"     {answer['class']} opened {directory} and continued the prompt")
     return str(answer["text"])
+
+
+def _commands(compressed: Path, recovered: Path) -> list[str]:
+    """What a user types for the same."""
+    return [
+        f"weft inspect  {MODEL} --report spectra.html",
+        f"weft compress {MODEL} -o {compressed} {_options(COMPRESS)}",
+        f"weft finetune {compressed} -o {recovered} {_options(FINETUNE)}",
+        f"weft eval     {recovered} {_options(EVALUATE)}",
+    ]
 
 
 def _options(arguments: Mapping[str, Any]) -> str:
