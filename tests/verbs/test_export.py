@@ -226,6 +226,11 @@ REFUSED = {
     "a plain model": (tiny, "gptq", "No layer of this model is in integer codes; "),
     "five bits": (lambda: coded(tiny(), 5), "gptq", r"q_proj: its codes have 5 bits"),
     "sides": (lambda: coded(tiny(intermediate_size=48), 4, 16), "gptq", r"gate_proj: 48 x 64 is no multiple of 32"),
+    "a short last group": (
+        lambda: coded(tiny(torch.bfloat16, intermediate_size=80), 4, 32),
+        "compressed-tensors",
+        "down_proj: its 80 inputs are no whole number of groups of 32",
+    ),
     "another term": (lambda: sparse_beside(tiny()), "gptq", rf"{LAYER} has a term of kind 'sparse' beside its codes"),
     "format": (tiny, "gtpq", "There is no format called 'gtpq'; the nearest are: gptq"),
 }

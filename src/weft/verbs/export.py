@@ -173,8 +173,8 @@ def _dtype(
     tried = [given] if given is not None else [d for d in usual if d in (format.dtypes or usual)]
     reasons = [_misfit(format, layers, dtype) for dtype in tried]
     fit = next((dtype for dtype, reason in zip(tried, reasons, strict=True) if reason is None), None)
-    if fit is None:
-        raise WeftError(f"{reasons[0]}, so that {format.name} cannot hold it exactly; --format hf writes it dense.")
+    if fit is None:  # the reason that no dtype mends
+        raise WeftError(f"{reasons[-1]}, so that {format.name} cannot hold it exactly; --format hf writes it dense.")
     if fit != stored and given is None:
         say(f"The dense tensors are written in {fit}: {format.name} does not hold the scales of the codes in {stored}.")
     return fit
