@@ -15,6 +15,7 @@ def results_page() -> str:
     sections = {
         "Compression": (compression_table(), "compression_table.py"),
         "Bits and perplexity": (frontier_tables(), "frontier.py MODEL --text wikitext=FILE --json FILE"),
+        "GPTQ beside a plain loop": (gptq_table(), "gptq.py MODEL"),
         "Recovery": (recovery_table(), "recovery.py"),
         "Pre-training": (pretraining_tables(), "pretrain_table.py"),
         "Optimizer steps": (step_table(), "optim_step.py"),
@@ -114,6 +115,23 @@ def _draws(found: dict[str, Any]) -> list[str]:
 def _cell(perplexity: float | str | None) -> str:
     """A dash where it was not measured, or the budget is out of reach."""
     return f"{perplexity:.2f}" if isinstance(perplexity, float) else "–"
+
+
+def gptq_table() -> list[str]:
+    """weft's GPTQ beside the published loop written out, at the same settings."""
+    found = _results("gptq_ref_cpu.json")
+    settings, (dense, *rows) = found["settings"], found["rows"]
+    words = (
+        f"Held-out perplexity of `{settings['model']}` (dense {dense['perplexity']:.3f}), all linear layers in groups of "
+        f"{settings['group']}, calibrated on {settings['windows']} windows of {settings['window']} tokens; "
+        f"{settings['threads']} thread, which others used as well, so that seconds are a rough guide. Memory is the most "
+        "that the process held, libraries and the dense model included."
+    )
+    cells = [
+        [row["what"], str(row["bits"]), f"{row['perplexity']:.3f}", f"{row['seconds']:.0f}", str(row["peak_mb"])]
+        for row in rows
+    ]
+    return [words, "", *table(["", "bits", "perplexity", "seconds", "peak MB"], cells)]
 
 
 def recovery_table() -> list[str]:

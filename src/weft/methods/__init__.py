@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from weft.methods import (
+    adadim,
     afm,
     allora,
     asvd,
@@ -104,6 +105,7 @@ _PAGES: tuple[ModuleType, ...] = (
     rtn,
     gptq,
     awq,
+    adadim,
     eora,
     lorc,
     # several of the above, chosen by layer

@@ -44,6 +44,7 @@ from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
 from weft.terms.submatrix import Submatrix
 from weft.terms.sum_linear import SumLinear
+from weft.terms.transposed_code import TransposedCode
 from weft.terms.wrapper import Wrapper
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "Submatrix",
     "SumLinear",
     "Term",
+    "TransposedCode",
     "Wrapper",
     "build",
     "build_sum",
@@ -102,6 +104,7 @@ TERMS: dict[str, type[Term]] = {
         IntegerCode,
         FloatCode,
         ScaledCode,
+        TransposedCode,
         LowRank,
         PivotedLowRank,
         Spectral,
