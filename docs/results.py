@@ -122,10 +122,10 @@ def gptq_table() -> list[str]:
     found = _results("gptq_ref_cpu.json")
     settings, (dense, *rows) = found["settings"], found["rows"]
     words = (
-        f"Held-out perplexity of `{settings['model']}` (dense {dense['perplexity']:.3f}), all linear layers in groups of "
-        f"{settings['group']}, calibrated on {settings['windows']} windows of {settings['window']} tokens; "
-        f"{settings['threads']} thread, which others used as well, so that seconds are a rough guide. Memory is the most "
-        "that the process held, libraries and the dense model included."
+        f"Held-out perplexity of `{settings['model']}` (dense {dense['perplexity']:.3f}), all linear layers in groups "
+        f"of {settings['group']}, calibrated on {settings['windows']} windows of {settings['window']} tokens; "
+        f"{settings['threads']} thread, which others used as well, so that seconds are a rough guide. Memory is the "
+        "most that the process held, libraries and the dense model included."
     )
     cells = [
         [row["what"], str(row["bits"]), f"{row['perplexity']:.3f}", f"{row['seconds']:.0f}", str(row["peak_mb"])]
