@@ -715,3 +715,11 @@ def test_sigint_at_any_moment(settings: dict[str, Any], tmp_path: Path) -> None:
         assert command(out, settings).returncode == 0
     assert command(tmp_path / "expected", settings).returncode == 0
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
+
+
+def test_windows_begin_as_asked(settings: dict[str, Any], tmp_path: Path) -> None:
+    for bos in (False, True):
+        run(out=tmp_path / str(bos), bos=bos, **settings)
+    without, with_it = (load_file(tmp_path / str(bos) / "model.safetensors") for bos in (False, True))
+    assert without.keys() == with_it.keys()
+    assert any(not torch.equal(tensor, with_it[name]) for name, tensor in without.items())

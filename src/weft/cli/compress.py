@@ -9,7 +9,7 @@ import typer
 
 from weft.cli.answer import answer
 from weft.cli.common import Loading
-from weft.cli.options import MethodOptions, Model, Out, Window, method_names
+from weft.cli.options import Bos, MethodOptions, Model, Out, Window, method_names
 
 __all__ = ["command"]
 
@@ -56,6 +56,7 @@ def command(
     ] = None,
     windows: Annotated[int, typer.Option(help="How many windows to calibrate on.")] = 32,
     window: Window = 512,
+    bos: Bos = None,
     round: Annotated[int, typer.Option(help="Make every rank a multiple of this (8, 16, 64: fast on GPUs).")] = 1,
     layers: Annotated[
         list[str] | None,

@@ -260,6 +260,7 @@ def run(
     calibration: str | Path | None = None,
     windows: int = 32,
     window: int = 512,
+    bos: bool | None = None,
     round: int = 1,
     layers: Sequence[str] | None = None,
     sequential: bool | None = None,
@@ -293,7 +294,7 @@ def run(
     record = begin("compress", arguments, seed=seed, device=target)
     check_context(load_config(model, trust_remote_code=trust_remote_code), window)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    data = calibration_batches(tokenizer, texts, windows=windows, window=window, seed=seed)
+    data = calibration_batches(tokenizer, texts, windows=windows, window=window, seed=seed, bos=bos)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     tokens = check_enough(source, data, layers)
     with open_output(out, arguments) as place:
