@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import weft
 from weft.io.quantizer import mark
 from weft.io.save import save_model
-from weft.terms import SumLinear
-from weft.terms.layers import bias_of, linear_layers, set_low_rank, weight_of
+from weft.terms import LowRank, SumLinear
+from weft.terms.layers import bias_of, linear_layers, weight_of
+from weft.terms.put import put
 
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
@@ -121,9 +122,11 @@ def dense_model(case: Case) -> hf.PreTrainedModel:
 def halve_ranks(model: nn.Module) -> nn.Module:
     """Every linear layer by its truncated SVD of half the rank."""
     for name, layer in linear_layers(model).items():
-        U, s, V = torch.linalg.svd(weight_of(layer, torch.float64), full_matrices=False)
+        U, s, V = (
+            t.to(layer.weight.dtype) for t in torch.linalg.svd(weight_of(layer, torch.float64), full_matrices=False)
+        )
         rank = len(s) // 2
-        set_low_rank(model, name, U[:, :rank] * s[:rank], V[:rank], bias_of(layer))
+        put(model, name, {"low_rank": LowRank.from_factors(U[:, :rank] * s[:rank], V[:rank])}, bias_of(layer))
     return model
 
 
@@ -243,7 +246,7 @@ def test_full_rank_is_the_dense_model(case: Case) -> None:
     expected = outputs(model, case)
     for key, layer in linear_layers(model).items():
         W = weight_of(layer)
-        set_low_rank(model, key, W, torch.eye(W.shape[1]), bias_of(layer))
+        put(model, key, {"low_rank": LowRank.from_factors(W, torch.eye(W.shape[1]))}, bias_of(layer))
     torch.testing.assert_close(outputs(model, case), expected, atol=1e-5, rtol=1e-5)
 
 

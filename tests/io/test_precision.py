@@ -13,7 +13,9 @@ import weft
 from weft.io.precision import saved_size
 from weft.io.save import save_model
 from weft.runs.loading import load_model
-from weft.terms.layers import set_low_rank, weight_of
+from weft.terms import LowRank
+from weft.terms.layers import weight_of
+from weft.terms.put import put
 
 NORM = "model.norm.weight"
 
@@ -43,7 +45,7 @@ def test_terms_get_the_dtype_of_the_weight_whose_place_they_take(half: Path, tmp
     model = load_model(half, device="cpu")
     name = "model.layers.0.mlp.up_proj"
     U, s, V = torch.linalg.svd(weight_of(model.get_submodule(name)), full_matrices=False)
-    set_low_rank(model, name, U[:, :4] * s[:4], V[:4], bias=None)
+    put(model, name, {"low_rank": LowRank.from_factors(U[:, :4] * s[:4], V[:4])}, None)
     save_model(model, None, tmp_path / "smaller")
     after = load_file(tmp_path / "smaller" / "model.safetensors")
     assert {t.dtype for key, t in after.items() if key.startswith(name)} == {torch.bfloat16}

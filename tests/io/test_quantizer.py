@@ -25,7 +25,7 @@ from transformers import (
 from weft.errors import WeftError
 from weft.io.quantizer import WeftConfig, mark, sum_specs, unmark
 from weft.terms import LowRank, SumLinear
-from weft.terms.layers import set_low_rank
+from weft.terms.put import put
 
 Same = Callable[[nn.Module, nn.Module], None]
 
@@ -136,7 +136,12 @@ def test_what_is_saved_is_what_is_there(
     """Layers changed after `mark`, also in a loaded model, are saved as they are."""
     loaded = AutoModelForCausalLM.from_pretrained(saved)
     for changed in (model, loaded):
-        set_low_rank(changed, "model.layers.0.mlp.up_proj", torch.ones(48, 1), torch.ones(1, 32), None)
+        put(
+            changed,
+            "model.layers.0.mlp.up_proj",
+            {"low_rank": LowRank.from_factors(torch.ones(48, 1), torch.ones(1, 32))},
+            None,
+        )
         changed.save_pretrained(tmp_path / "changed")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "changed")
         assert again.model.layers[0].mlp.up_proj.terms["low_rank"].rank == 1

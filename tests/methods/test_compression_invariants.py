@@ -12,7 +12,8 @@ from torch import Tensor
 from weft.errors import WeftError
 from weft.methods import METHODS
 from weft.methods.base import Factors, LowRankSplit, Method, low_rank_terms
-from weft.terms.layers import set_low_rank
+from weft.terms import LowRank
+from weft.terms.put import put
 
 COMPRESS = {n: m for n, m in METHODS.items() if m.kind == "compress" and isinstance(m.split, LowRankSplit)}
 SHAPES = [(6, 10), (10, 6), (8, 8)]
@@ -348,7 +349,7 @@ def test_afm_at_full_rank_is_the_layer_on_any_input() -> None:
 
 def test_welore_trains_the_low_rank_components_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(4, 6), torch.nn.Linear(6, 10), torch.nn.Linear(10, 10))
-    set_low_rank(model, "2", torch.zeros(10, 2), torch.zeros(2, 10), model[2].bias)
+    put(model, "2", {"low_rank": LowRank.from_factors(torch.zeros(10, 2), torch.zeros(2, 10))}, model[2].bias)
     trained = METHODS["welore"].freeze(model)
     assert sum(p.numel() for p in trained) == 2 * (10 + 10)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
