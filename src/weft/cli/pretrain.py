@@ -15,7 +15,6 @@ from weft.cli.options import (
     LogEvery,
     MethodOptions,
     OptimizerOptions,
-    Out,
     ReportTo,
     SaveTotalLimit,
     Window,
@@ -26,8 +25,11 @@ __all__ = ["command"]
 
 
 def command(
-    out: Out,
-    size: Annotated[str, typer.Option(help="9m, 35m, 60m, 130m, 350m or 1b, as in the published tables.")] = "9m",
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The directory to write; it may not hold anything yet.", show_default=False),
+    ] = None,
+    size: Annotated[str, typer.Option(help="9m, 35m, 60m, 130m, 350m, 1b or 7b, as in the published tables.")] = "9m",
     method: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +96,9 @@ def command(
     log_every: LogEvery = 10,
     report_to: ReportTo = "none",
     dry_run: DryRun = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing; say what a step would hold in memory, by parts.")
+    ] = False,
     option: MethodOptions = None,
     optimizer_option: OptimizerOptions = None,
     bos: Bos = None,

@@ -93,7 +93,8 @@ def chunked_cross_entropy(
         losses = [checkpoint(_losses, logits, *pair, options, use_reentrant=False) for pair in pairs]
         return torch.cat(losses)  # type: ignore[arg-type]
     counted = targets != ignore_index
-    total = int(counted.sum())
+    # a tensor without values, as a plan of memory has them, counts as a whole
+    total = len(targets) if type(targets).__name__ == "FakeTensor" else int(counted.sum())
     if 0 < total < len(targets):
         # tokens without a target cost nothing
         hidden, targets = hidden[counted], targets[counted]

@@ -22,6 +22,7 @@ SIZES: dict[str, tuple[int, int, int, int]] = {  # hidden, intermediate, layers,
     "130m": (768, 2048, 12, 12),
     "350m": (1024, 2736, 24, 16),
     "1b": (2048, 5461, 24, 32),
+    "7b": (4096, 11008, 32, 32),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_me
 from weft.verbs.figures import first_and_last, rehearsed
 from weft.verbs.finetune import training_device
 from weft.verbs.fresh import Structure, restructure
+from weft.verbs.plan import planned
 
 __all__ = ["build", "pretrain", "run"]
 
@@ -172,7 +173,7 @@ def pretrain(
 
 
 def run(
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     size: str = "9m",
     method: str | Method | None = None,
@@ -193,6 +194,7 @@ def run(
     mup: int | None = None,
     decay: str = "sqrt",
     dry_run: bool = False,
+    plan: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     **settings: Any,
@@ -212,6 +214,7 @@ def run(
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
+        plan: make nothing, and say what a step would hold in bytes (`weft.verbs.plan`); `out` may then be None.
         **settings: fields of `Recipe` (steps, window, batch, seed ...), and options of the method, or else of the
             optimizer.
 
@@ -219,7 +222,7 @@ def run(
         WeftError: any argument that cannot work, before a model is made.
         KeyboardInterrupt: a signal came; the same call goes on from the last step to the same bits.
     """
-    arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
+    arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run", "plan")} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings)
     arguments["method"] = method.name if isinstance(method, Method) else method
     recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
@@ -230,29 +233,32 @@ def run(
     _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
     files = source_files(text) if text is not None else calibration_files()
     inputs = contents(tokenizer=tokenizer, text=files, eval_text=eval_text)
-    check_output(out, arguments, inputs)
+    if out is not None or not plan:
+        check_output(_named(out), arguments, inputs)
     evaluation = read_texts(eval_text) if eval_text is not None else [default_text("evaluation")]
     target = training_device(device)
     words = load_tokenizer(tokenizer)
-    shape: dict[str, Any] = {
-        "structure": structure, "mup": mup, "dtype": resolve_dtype(dtype, target) or torch.bfloat16
-    }  # fmt: skip
-    _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
+    kind = resolve_dtype(dtype, target) or torch.bfloat16
+    shape: dict[str, Any] = {"structure": structure, "mup": mup, "dtype": kind}
+    empty, make = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
+    if plan:
+        told = {} if structure is None else structure.described()
+        return {"size": size, **told, "optimizer": optimizer, **planned(empty, make, recipe, str(target))}
     record = begin("pretrain", arguments | asdict(recipe) | {"schedule": schedule}, seed=recipe.seed, device=target)
     evaluation_windows(len(token_stream(words, evaluation)), recipe.window, count=eval_windows)
     model, base = build(size, words, recipe.window, recipe.seed, **shape)
     model.to(target)  # type: ignore[arg-type]
-    plan: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "structure": structure, "optimizer": optimizer, "schedule": schedule, "restart": restart,
         "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, **options,
     }  # fmt: skip
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
-            done = pretrain(model, words, files, recipe, Path(scratch), callbacks=[OneStep()], **plan)
+            done = pretrain(model, words, files, recipe, Path(scratch), callbacks=[OneStep()], **chosen)
         return rehearsed(recipe, done)
-    with open_output(out, arguments, inputs) as place:
+    with open_output(_named(out), arguments, inputs) as place:
         metrics = pretrain(
-            model, words, files, recipe, place.progress, evaluation=evaluation, eval_windows=eval_windows, **plan
+            model, words, files, recipe, place.progress, evaluation=evaluation, eval_windows=eval_windows, **chosen
         )
         if int(os.environ.get("RANK", "0")) == 0:
             save_model(model, words, place.path, run=record.write(place.path, metrics))
@@ -337,15 +343,29 @@ def _rehearse(
     decay: str,
     shape: Mapping[str, Any],
     every: tuple[int | None, int | None],
-) -> None:
-    """Make the model, its optimizer and its rules without storage: raises what would be raised once they are large."""
+) -> tuple[LlamaForCausalLM, Callable[[nn.Module], torch.optim.Optimizer]]:
+    """Make the model, its optimizer and its rules without storage: raises what would be raised once they are large. The
+    model, and what makes the optimizer, are returned.
+    """
     with torch.device("meta"):
         model, base = build(size, tokenizer, recipe.window, recipe.seed, **shape)
         chosen = chosen_options(optimizer, options, recipe.steps, model)
-        made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, chosen, base, decay)
+
+        def make(model: nn.Module) -> torch.optim.Optimizer:
+            rates = (recipe.lr, recipe.weight_decay, recipe.seed)
+            return make_optimizer(optimizer, model, *rates, chosen, base, decay)
+
+        made = make(model)
         rules = Rules(_rules(model, shape["structure"], recipe, *every))
         rules.bind(made)
         rules.start(model, steps=recipe.steps)
+    return model, make
+
+
+def _named(out: str | Path | None) -> str | Path:
+    if out is None:
+        raise WeftError("Give the directory to write: -o OUT. Only --plan does without.")
+    return out
 
 
 def _period(optimizer: str, options: Mapping[str, Any]) -> int | None:

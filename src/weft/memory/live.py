@@ -1,0 +1,56 @@
+"""How many bytes of tensors are alive while something runs, and at most: counted storage by storage, on any device, and
+for tensors without storage as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Live"]
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the block, `now` and `peak` are the bytes of what was made in it, or was counted, and is still there.
+
+    A storage counts once, whatever views there are of it; memory that kernels use for themselves is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def count(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that were there before; their bytes."""
+        before = self.now
+        for tensor in tensors:
+            self._see(tensor)
+        return self.now - before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._lose, key, size)
+
+    def _lose(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size

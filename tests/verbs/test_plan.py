@@ -1,0 +1,84 @@
+"""The plan of a step's memory: the parts of a real step, without one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from weft.cli import app
+from weft.errors import WeftError
+from weft.memory import lean
+from weft.memory.live import Live
+from weft.train.optimizers import make_optimizer
+from weft.train.recipe import Recipe
+from weft.verbs.fresh import Structure, restructure
+from weft.verbs.plan import planned, step_bytes
+from weft.verbs.pretrain import run
+
+RECIPE = Recipe(window=64, batch=4)
+
+
+def model(method: str | None) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    made = LlamaForCausalLM(config)
+    return made if method is None else restructure(made, Structure.of(method))
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [(None, "adamw"), ("sltrain", "adamw"), ("lost", "muon"), ("low-rank", "galore")]
+)
+def test_the_plan_is_what_a_step_holds(method, optimizer):
+    options = {"rank": 4} if optimizer == "galore" else {}
+
+    def make(model: torch.nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(optimizer, model, 1e-3, 0.0, 0, options)
+
+    with torch.device("meta"):
+        empty = model(method)
+    said = planned(empty, make, RECIPE)
+    whole = lean(model(method).train())
+    ids = torch.randint(500, (RECIPE.batch, RECIPE.window), generator=torch.Generator().manual_seed(0))
+    real = step_bytes(whole, make(whole), ids)
+    trained = 4 * sum(p.numel() for p in whole.parameters())
+    assert said["weights_bytes"] == real["weights_bytes"] >= trained
+    assert said["gradients_bytes"] == pytest.approx(trained, rel=0.001)
+    for part in ("gradients_bytes", "moments_bytes", "activations_bytes", "peak_bytes"):
+        assert said[part] == pytest.approx(real[part], rel=0.05), part
+    parts = [value for name, value in said.items() if name not in ("peak_bytes", "parameters")]
+    assert sum(parts) == said["peak_bytes"]
+
+
+def test_live_counts_a_storage_once_and_as_long_as_it_is_there():
+    with Live() as live:
+        x = torch.zeros(100)
+        y = x.view(10, 10)[2:]
+        assert live.now == 400
+        z = x * 2
+        assert live.now == live.peak == 800
+        del z
+        assert live.now == 400 and live.peak == 800
+        del x
+        assert live.now == 400, "a view holds its storage"
+        del y
+        assert live.now == 0
+
+
+def test_the_exact_call():
+    line = "pretrain --size 9m --method sltrain --rank 64 --plan --json --window 64 --batch 1"
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["method"] == "sltrain" and said["rank"] == 64 and said["weights_bytes"] > 4 * said["parameters"]
+    assert said["moments_bytes"] == pytest.approx(8 * said["parameters"], rel=0.01)
+
+
+def test_without_a_plan_there_must_be_a_directory():
+    with pytest.raises(WeftError, match="Give the directory to write: -o OUT"):
+        run(steps=2)
