@@ -50,6 +50,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf3 + lorc": (["nf3", "lorc"], {"allocate": "equal"}),
     "nf3 + eora": (["nf3", "eora"], {"allocate": "equal"}),
     "nf3 + eora, allocated": (["nf3", "eora"], {"allocate": "best"}),
+    "nf2 + eora, by auto": ("auto", {"methods": "nf2+eora"}),
+    "nf3 + eora, by auto": ("auto", {"methods": "nf3+eora"}),
     "auto": ("auto", {}),
     "auto, lems": ("auto", {"allocate": "lems"}),
 }

@@ -49,5 +49,5 @@ def test_rows_name_methods_and_options_that_there_are(frontier: ModuleType) -> N
     for row, (method, given) in frontier.ROWS.items():
         if frontier.available(row):
             names = [method] if isinstance(method, str) else method
-            assert all(name in METHODS for name in names) and set(given) <= {"allocate"}, row
+            assert all(name in METHODS for name in names) and set(given) <= {"allocate", "methods"}, row
     assert frontier.available("auto") and frontier.available("gptq")
