@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from weft.errors import WeftError
 from weft.memory import lean
 from weft.memory.live import Live
-from weft.optim import LowRank
 from weft.train.recipe import Recipe
 
 __all__ = ["planned", "step_bytes"]
@@ -47,7 +46,8 @@ def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Te
     A subspace optimizer's own workspace within its step is not counted, its state is. Memory that kernels use for
     themselves, and an allocator's waste, are not seen.
     """
-    of_state = optimizer.planned_bytes() if isinstance(optimizer, LowRank) else None
+    plans = getattr(optimizer, "planned_bytes", None)  # of one whose step asks for values
+    of_state: int | None = None if plans is None else plans()
     found: dict[str, Any] = {}
     with Live() as live:
         weights = live.count([*model.parameters(), *model.buffers(), ids])
