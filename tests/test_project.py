@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import weft
 
@@ -43,6 +44,14 @@ def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
     for requirement in map(Requirement, itertools.chain(*groups)):
         assert requirement.name in pins(), requirement
         assert requirement.specifier.contains(pins()[requirement.name]), requirement
+
+
+def test_the_oldest_transformers_that_is_tried_is_the_oldest_that_is_allowed() -> None:
+    lines = (ROOT / "oldest.txt").read_text().splitlines()
+    oldest = next(line for line in lines if line.startswith("transformers=="))
+    allowed = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "transformers")
+    least = next(part.version for part in allowed.specifier if part.operator == ">=")
+    assert Version(least) == Version(oldest.removeprefix("transformers=="))
 
 
 def test_licence() -> None:
