@@ -51,7 +51,7 @@ from weft.testing_adapters import check_adapter
 def run(*arguments):
     result = CliRunner().invoke(app, arguments)
     if result.exit_code:
-        raise result.exception or AssertionError(result.output)
+        raise AssertionError(f"weft {' '.join(arguments)}: {result.output}") from result.exception
     return json.loads(result.stdout)
 
 def opened(place):

@@ -119,6 +119,7 @@ CALLS = {
     "merge": ["merge", "pico", "-o", "out"],
     "combine": ["combine", "a", "b", "-o", "out"],
     "quantize": ["quantize", "pico", "-o", "out"],
+    "export": ["export", "pico", "-o", "out"],
     "pretrain": ["pretrain", "-o", "out"],
     "demo": ["demo"],
 }

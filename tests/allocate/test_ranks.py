@@ -77,7 +77,7 @@ def extra(name: str, layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
     def divergence(cuts: Sequence[Mapping[str, int]]) -> list[float]:
         return [sum(measure(layer, [rank])[0] for layer, rank in cut.items() if rank is not None) for cut in cuts]
 
-    there = {"measure": measure, "divergence": divergence}
+    there = {"measure": measure, "divergence": divergence, "influence": dict.fromkeys(layers, 0.1)}
     return {read: there[read] for read in ALLOCATIONS[name].reads if read in there}
 
 
@@ -111,7 +111,8 @@ def test_within_budget_in_multiples_and_never_larger_than_dense(
             assert rank >= 1 and rank % multiple == 0 and nbytes < layers[key].shape.numel
 
 
-@pytest.mark.parametrize("name", [name for name in ALLOCATIONS if not name.startswith("lems")])  # see test_lems
+# lems: see test_lems; modegpt: what the steps of the sizes leave over goes to another layer
+@pytest.mark.parametrize("name", [name for name in ALLOCATIONS if not name.startswith(("lems", "modegpt"))])
 @given(models, st.floats(0.05, 1.0), st.floats(0.05, 1.0))
 @settings(max_examples=40, deadline=None)
 def test_a_larger_budget_buys_no_worse(name: str, layers: dict[str, LayerInfo], a: float, b: float) -> None:

@@ -195,7 +195,7 @@ def test_mistakes_are_named_before_anything_is_done(methods: str, sentence: str)
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"allocate": "equal"}, "is no number, so that no size is the same for every matrix"),
+        ({"allocate": "equal"}, "takes more bytes than .* and is no larger, so that none is the same"),
         ({"allocate": "energy"}, "This allocation reads singular values, and auto has none"),
         ({"round": 8}, "--round makes the ranks of one method multiples; auto chooses among the sizes of several"),
     ],

@@ -30,7 +30,7 @@ from weft.stats.calibrate import calibrate
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import linear_layers, weight_of
 from weft.verbs import compress as verb
-from weft.verbs import placing
+from weft.verbs import placing, spending
 from weft.verbs import survey as surveying
 from weft.verbs.compress import compress, needs, run
 from weft.verbs.merge import merge
@@ -315,7 +315,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("work was started")
 
-    monkeypatch.setattr(verb, "survey", started)
+    monkeypatch.setattr(spending, "survey", started)
     monkeypatch.setattr(hf.LlamaForCausalLM, "forward", started)
 
 
@@ -619,7 +619,7 @@ def test_an_interrupted_run_goes_on(
 @pytest.mark.parametrize(
     "name, sequential, where, kept",
     [
-        ("SIGTERM", False, "_survey_layer", "survey-0"),
+        ("SIGTERM", False, "_survey_site", "survey-0"),
         ("SIGUSR1", True, "_split", "block-"),
         ("SIGHUP", False, "run_batch", "*"),
     ],
@@ -631,7 +631,7 @@ def test_a_signal_lets_the_block_under_way_finish(
     """It comes in the midst of the first block, or of the statistics; the same command ends with the same bytes."""
     chosen = {**settings, "sequential": sequential, "method": "svd-llm", "windows": 12}
     run(out=tmp_path / "expected", **chosen)
-    module = {"run_batch": collection, "_survey_layer": surveying, "_split": placing}[where]
+    module = {"run_batch": collection, "_survey_site": surveying, "_split": placing}[where]
     calls, work = [], getattr(module, where)
 
     def sending(*args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
 from typing import Any
 
 from weft.allocate.base import Allocator, Choice, Choices, LayerInfo, check_reach, spent
@@ -15,8 +15,10 @@ __all__ = ["ALLOCATION", "allocate"]
 def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
     """The largest size that fits the budget when every matrix has it, or the largest that it can have below it."""
     check_reach(layers, budget)
+    for layer in layers.values():
+        _check_order([choice.size for choice in layer.choices if choice.size is not None])
     offered = (choice.size for layer in layers.values() for choice in layer.choices if choice.size is not None)
-    sizes = [size for size, _ in groupby(sorted(map(_number, offered)))]
+    sizes = [size for size, _ in groupby(sorted(offered))]
     best = {name: layer.choices[0] for name, layer in layers.items()}
     low, high = 0, len(sizes)
     while low < high:  # spending grows with the size
@@ -29,13 +31,14 @@ def allocate(layers: Mapping[str, LayerInfo], budget: int) -> Choices:
     return best
 
 
-def _number(size: Any) -> Any:
-    if isinstance(size, int | float):
-        return size
-    raise WeftError(
-        f"{size} is no number, so that no size is the same for every matrix; give allocate='best', or 'uniform' "
-        "for the same share of bytes."
-    )
+def _check_order(sizes: Sequence[Any]) -> None:
+    """Raises WeftError where sizes, by rising bytes, do not rise themselves: no one of them then suits every matrix."""
+    for small, large in pairwise(sizes):
+        if not small <= large:
+            raise WeftError(
+                f"The size {large} takes more bytes than {small} and is no larger, so that none is the same for every "
+                "matrix; give allocate='best', or 'uniform' for the same share of bytes."
+            )
 
 
 def _up_to(layer: LayerInfo, size: Any) -> Choice:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 import typer
 import yaml
 
-from weft.cli.options import Device, Dtype, GgufFile, Json, Out, PushToHub, Seed, TrustRemoteCode
+from weft.cli.options import Device, Dtype, GgufFile, Json, Out, OutUnlessPlanned, PushToHub, Seed, TrustRemoteCode
 from weft.errors import WeftError, nearest
 from weft.progress import loud
 
@@ -49,7 +49,7 @@ def with_common(command: Callable[..., Any]) -> inspect.Signature:
     if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
         (shared,) = get_args(own.pop().annotation)
         own += [_parameter(name, hint) for name, hint in get_type_hints(shared, include_extras=True).items()]
-    writes = any(parameter.annotation == Out for parameter in own)
+    writes = any(parameter.annotation in (Out, OutUnlessPlanned) for parameter in own)
     return inspect.Signature([*own, *([_parameter(PUSH, PushToHub)] if writes else []), *COMMON.values()])
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Model",
     "OptimizerOptions",
     "Out",
+    "OutUnlessPlanned",
     "PushToHub",
     "ReportTo",
     "SaveTotalLimit",
@@ -42,6 +43,10 @@ Model = Annotated[
 ]
 Out = Annotated[
     Path, typer.Option("-o", "--out", help="The directory to write; it may not hold anything yet.", show_default=False)
+]
+OutUnlessPlanned = Annotated[
+    Path | None,
+    typer.Option("-o", "--out", help="The directory to write; it may not hold anything yet.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Where all randomness comes from.")]

@@ -15,6 +15,7 @@ from weft.cli.options import (
     LogEvery,
     MethodOptions,
     OptimizerOptions,
+    OutUnlessPlanned,
     ReportTo,
     SaveTotalLimit,
     Window,
@@ -25,10 +26,7 @@ __all__ = ["command"]
 
 
 def command(
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="The directory to write; it may not hold anything yet.", show_default=False),
-    ] = None,
+    out: OutUnlessPlanned = None,
     size: Annotated[str, typer.Option(help="9m, 35m, 60m, 130m, 350m, 1b or 7b, as in the published tables.")] = "9m",
     method: Annotated[
         str | None,

@@ -33,7 +33,7 @@ _NAMED = 4
 """Differing arguments that an error lists."""
 _PLACES = (
     *("model", "tokenizer", "adapter", "adapters", "allocate"),
-    *("calibration", "data", "text", "eval_text", "eval_data"),
+    *("calibration", "data", "text", "eval_text", "eval_data", "report"),
 )
 """Arguments that name files and directories; the output itself is where the work lies, and is not compared."""
 

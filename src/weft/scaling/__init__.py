@@ -1,4 +1,10 @@
-"""Scaling laws: published ones as calculators, one file each, and fits of your own runs. `LAWS` holds their records."""
+"""Scaling laws: published ones as calculators, one file each, and fits of your own runs. `LAWS` holds their records.
+
+Example:
+    >>> said = weft.scaling.LAWS["step-law"].predict(parameters="1B", tokens="100B")
+    >>> round(said["lr"], 5), said["batch"]
+    (0.00166, 541)
+"""
 
 from __future__ import annotations
 

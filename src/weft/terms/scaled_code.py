@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from weft.terms.base import Spec, Term
+from weft.terms.hooks import at_hand
 from weft.terms.integer_code import IntegerCode
 from weft.terms.quantized import Quantized
 
@@ -53,7 +54,8 @@ class ScaledCode(Quantized):
         return self.channels.view(torch.float16)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        wide = self.inner.dense(torch.float32) * self.channel_scales().float()
+        with at_hand(self.inner):
+            wide = self.inner.dense(torch.float32) * self.channel_scales().float()
         return wide.to(dtype or self.carrier.dtype)
 
     def spec(self) -> Spec:

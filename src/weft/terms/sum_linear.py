@@ -68,11 +68,12 @@ class SumLinear(nn.Module):
             return None
         if not worthwhile(x.numel() // max(1, self.in_features), self.out_features, self.in_features):
             return None
-        asked = [term.summand() for term in terms]
-        summands = [summand for summand in asked if summand is not None]
-        if len(summands) < len(terms):
-            return None
-        return transient_linear(x, summands, self.out_features, self.bias)
+        with at_hand(self.terms):
+            asked = [term.summand() for term in terms]
+            summands = [summand for summand in asked if summand is not None]
+            if len(summands) < len(terms):
+                return None
+            return transient_linear(x, summands, self.out_features, self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The (out, in) sum of the terms' matrices, added in fp32 or wider; `dtype` None means the stored one."""

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from weft.terms.base import Spec, Term
+from weft.terms.hooks import at_hand
 from weft.terms.integer_code import IntegerCode
 from weft.terms.quantized import Quantized
 
@@ -42,7 +43,8 @@ class TransposedCode(Quantized):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         assert isinstance(self.inner, IntegerCode)
-        return self.inner.dense(dtype or self.carrier.dtype).mT
+        with at_hand(self.inner):
+            return self.inner.dense(dtype or self.carrier.dtype).mT
 
     def spec(self) -> Spec:
         return super().spec() | {"inner": self.inner.spec()}
