@@ -27,7 +27,6 @@ import torch
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
-from weft.methods import METHODS
 from weft.runs.loading import load_model, load_tokenizer
 from weft.runs.report.plots import Series, line_chart
 from weft.train.windows import calibration_batches
@@ -41,7 +40,6 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq": ("gptq", {"allocate": "equal"}),
     "gptq, widths by layer": ("gptq", {"allocate": "best"}),
     "awq": ("awq", {"allocate": "equal"}),
-    "baq": ("baq", {"allocate": "equal"}),
     "kfac-svd": ("kfac-svd", {}),
     "pifa": ("pifa", {}),
     "nf2 + lorc": (["nf2", "lorc"], {"allocate": "equal"}),
@@ -55,7 +53,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "auto": ("auto", {}),
     "auto, lems": ("auto", {"allocate": "lems"}),
 }
-"""What is measured: methods and how they are called. Those that weft does not have are left out."""
+"""What is measured: methods and how they are called."""
 
 BUDGETS = [2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25]
 
@@ -85,7 +83,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as pieces:
             for budget in args.budgets:
                 line = {**head, "row": name, "budget": budget}
-                if key(line) not in done and available(name):
+                if key(line) not in done:
                     write(args.json, {**line, **measured(args, name, budget, data, judged, Path(pieces))})
 
 
@@ -109,11 +107,6 @@ def half(path: str, which: int) -> str:
     """The first or second half of a text."""
     text = Path(path).read_text(encoding="utf-8")
     return text[len(text) // 2 :] if which else text[: len(text) // 2]
-
-
-def available(row: str) -> bool:
-    method, _ = ROWS[row]
-    return all(name in METHODS for name in ([method] if isinstance(method, str) else method))
 
 
 def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judged: Any, pieces: Path) -> dict[str, Any]:
