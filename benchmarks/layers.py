@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.terms import Int8, LowRank, NormalFloat, SumLinear
+from weft.terms import Int8, IntegerCode, LowRank, NormalFloat, SumLinear
 
 COLD = 256 * 10**6
 SHAPES = {
@@ -37,13 +37,14 @@ def build(kind: str, out: int, inn: int, rank: int, dtype: torch.dtype, device: 
     terms = {
         "low rank": lambda: {"low_rank": LowRank.from_factors(B, A)},
         "int8": lambda: {"base": Int8.from_matrix(W)},
+        "int4": lambda: {"base": IntegerCode.from_matrix(W, bits=4, group=min(128, inn))},
         "nf4": lambda: {"base": NormalFloat.from_matrix(W)},
         "nf4 + low rank": lambda: {"base": NormalFloat.from_matrix(W), "low_rank": LowRank.from_factors(B, A)},
     }
     return SumLinear(terms[kind]())
 
 
-KINDS = ("dense", "low rank", "int8", "nf4", "nf4 + low rank")
+KINDS = ("dense", "low rank", "int8", "int4", "nf4", "nf4 + low rank")
 
 
 @torch.no_grad()
