@@ -1,7 +1,8 @@
 """Perplexity against bits a weight: methods alone, codes with factors beside them, and `auto`, on two kinds of text.
 
     python benchmarks/frontier.py MODEL --text wikitext=FILE [--calibrate python|wikitext] [--rows auto gptq ...]
-        [--budgets 2 2.5 3 3.5 4] [--windows 32] [--judged 24] [--seed 0] --json benchmarks/results/frontier_ref.jsonl
+        [--budgets 2 2.5 3 3.5 4] [--windows 32] [--judged 24] [--seed 0] [--device cuda]
+        --json benchmarks/results/frontier_ref.jsonl
     python benchmarks/frontier.py --plot FILE       # what FILE holds, a chart a text beside it
 
 MODEL is a directory, a Hub id or `pico`. Calibration is on the first half of a text, judging on its second half;
@@ -9,7 +10,7 @@ MODEL is a directory, a Hub id or `pico`. Calibration is on the first half of a 
 that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every budget is a line of
 the file; those that are there already are not measured again, so that an interrupted run goes on, and
 `python docs/generate.py` makes tables of the files in benchmarks/results. Peak memory is the
-process' resident high-water mark from the row's beginning on, the model itself included.
+process' resident high-water mark from the row's beginning on, or the device's, the model itself included.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def main() -> None:
 
     head = {"model": Path(args.model).name, "calibrate": args.calibrate, "seed": args.seed, **environment(args)}
     if key({**head, "row": "dense", "budget": 16.0}) not in done:
-        write(args.json, {**head, "row": "dense", "budget": 16.0, "perplexity": judged(load_model(args.model))})
+        write(
+            args.json,
+            {**head, "row": "dense", "budget": 16.0, "perplexity": judged(loaded(args))},
+        )
     for name in args.rows:
         with tempfile.TemporaryDirectory() as pieces:
             for budget in args.budgets:
@@ -98,9 +102,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--judged", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
+
+
+def loaded(args: argparse.Namespace) -> Any:
+    """The model in fp32, of which bytes count as the checkpoint has them, on the device."""
+    return load_model(args.model, device="cpu").to(args.device)
 
 
 def half(path: str, which: int) -> str:
@@ -112,13 +122,13 @@ def half(path: str, which: int) -> str:
 def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judged: Any, pieces: Path) -> dict[str, Any]:
     """What a row gives at a budget, or why it gives nothing."""
     method, given = ROWS[row]
-    model, began = load_model(args.model), time.perf_counter()
-    forget_peak()
+    model, began = loaded(args), time.perf_counter()
+    forget_peak(args.device)
     try:
         done = compress(model, method, budget=f"{budget} bits", batches=data, progress=pieces, seed=args.seed, **given)
     except WeftError as error:
         return {"error": str(error)}
-    seconds, peak = time.perf_counter() - began, peak_bytes()
+    seconds, peak = time.perf_counter() - began, peak_bytes(args.device)
     choices = done.allocation.choices.values()
     return {
         "bits": done.allocation.bits_per_weight,
@@ -127,18 +137,22 @@ def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judge
         "methods": {name: sum(c.method == name for c in choices) for name in {c.method for c in choices}},
         "seconds": seconds,
         "peak_memory_bytes": peak,
-        "model_bytes": sum(p.nbytes for p in load_model(args.model).parameters()),
+        "model_bytes": sum(p.nbytes for p in loaded(args).parameters()),
     }
 
 
-def forget_peak() -> None:
+def forget_peak(device: str) -> None:
     """Start the high-water mark anew, where the system can."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")
 
 
-def peak_bytes() -> int | None:
+def peak_bytes(device: str) -> int | None:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -151,9 +165,10 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
         "window": args.window,
         "judged": args.judged,
         "date": datetime.now(UTC).date().isoformat(),
-        "device": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "python": platform.python_version(),  # whose standard library is the text
     }
 
 

@@ -70,8 +70,8 @@ def frontier_tables() -> list[str]:
         lines += [
             "",
             f"`{first['model']}`, calibrated on {first['windows']} windows of {first['window']} of "
-            f"{first['calibrate']}, judged on {first['judged']} windows of what was left out of each text. "
-            f"Dense: {', '.join(whole)}.",
+            f"{first['calibrate']}, judged on {first['judged']} windows of what was left out of each text"
+            f"{_place(first)}. Dense: {', '.join(whole)}.",
             "",
             *table(["method", "budget", "bits", *texts, *_COSTS], _frontier(groups)),
         ]
@@ -86,9 +86,20 @@ def _frontier(groups: dict[tuple[str, float], list[dict[str, Any]]]) -> list[lis
             continue
         quality = [_with_spread([draw["perplexity"][text] for draw in draws]) for text in last["perplexity"]]
         ratio = last["peak_memory_bytes"] / last["model_bytes"]
-        rest = [f"{last['predicted']:.3f}", f"{last['seconds']:.0f}", f"{ratio:.1f}"]
+        rest = [f"{last['predicted']:.3f}", _whole(last.get("seconds")), f"{ratio:.1f}"]
         rows.append([name, f"{budget:g}", f"{last['bits']:.2f}", *quality, *rest])
     return rows
+
+
+def _place(line: dict[str, Any]) -> str:
+    """The device, where it is no CPU, and the Python whose library was the text, where that is known."""
+    device = "" if line["device"] == "x86_64" else f", on one {line['device']}"
+    return device + (f"; the Python text is that of Python {line['python']}" if "python" in line else "")
+
+
+def _whole(seconds: float | None) -> str:
+    """A dash where other runs shared the machine."""
+    return "–" if seconds is None else f"{seconds:.0f}"
 
 
 def _with_spread(values: list[float]) -> str:
