@@ -43,6 +43,10 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "awq": ("awq", {"allocate": "equal"}),
     "kfac-svd": ("kfac-svd", {}),
     "pifa": ("pifa", {}),
+    "gptq2 + eora": ([("gptq", {"bits": 2, "group": 128}), "eora"], {"allocate": "equal"}),
+    "gptq2 + eora, allocated": ([("gptq", {"bits": 2, "group": 128}), "eora"], {"allocate": "best"}),
+    "gptq3 + eora": ([("gptq", {"bits": 3, "group": 128}), "eora"], {"allocate": "equal"}),
+    "gptq3 + eora, allocated": ([("gptq", {"bits": 3, "group": 128}), "eora"], {"allocate": "best"}),
     "nf2 + lorc": (["nf2", "lorc"], {"allocate": "equal"}),
     "nf2 + eora": (["nf2", "eora"], {"allocate": "equal"}),
     "nf2 + eora, allocated": (["nf2", "eora"], {"allocate": "best"}),
@@ -54,7 +58,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "auto": ("auto", {}),
     "auto, lems": ("auto", {"allocate": "lems"}),
 }
-"""What is measured: methods and how they are called."""
+"""What is measured: methods and how they are called. What is "allocated" takes no more bytes than the row without."""
 
 BUDGETS = [2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25]
 
@@ -64,7 +68,8 @@ def main() -> None:
     if args.plot:
         plot(args.plot)
         return
-    done = {key(line) for line in lines(args.json)}
+    found = lines(args.json)
+    done = {key(line) for line in found}
     texts = dict(pair.split("=", 1) for pair in args.text)
     tokenizer = load_tokenizer(args.model)
     judges = {"python": default_text("evaluation"), **{name: half(path, 1) for name, path in texts.items()}}
@@ -88,7 +93,9 @@ def main() -> None:
             for budget in args.budgets:
                 line = {**head, "row": name, "budget": budget}
                 if key(line) not in done:
-                    write(args.json, {**line, **measured(args, name, budget, data, judged, Path(pieces))})
+                    most = bits_beside(found, line)
+                    found.append({**line, **measured(args, name, most, data, judged, Path(pieces))})
+                    write(args.json, found[-1])
 
 
 def arguments() -> argparse.Namespace:
@@ -117,6 +124,13 @@ def half(path: str, which: int) -> str:
     """The first or second half of a text."""
     text = Path(path).read_text(encoding="utf-8")
     return text[len(text) // 2 :] if which else text[: len(text) // 2]
+
+
+def bits_beside(found: list[dict[str, Any]], line: dict[str, Any]) -> float:
+    """The bits that a row may take: its budget, or what the row that is not allocated took of it."""
+    beside = key({**line, "row": line["row"].removesuffix(", allocated")})
+    bits: float = next((other["bits"] for other in found if key(other) == beside and "bits" in other), line["budget"])
+    return bits
 
 
 def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judged: Any, pieces: Path) -> dict[str, Any]:

@@ -47,5 +47,16 @@ def test_texts_are_judged_on_what_was_not_calibrated_on(frontier: ModuleType, tm
 
 def test_rows_name_methods_and_options_that_there_are(frontier: ModuleType) -> None:
     for row, (method, given) in frontier.ROWS.items():
-        names = [method] if isinstance(method, str) else method
-        assert all(name in METHODS for name in names) and set(given) <= {"allocate", "methods"}, row
+        stages = [method] if isinstance(method, str) else method
+        for stage in stages:
+            name, options = (stage, {}) if isinstance(stage, str) else stage
+            METHODS.find(name).options(options)
+        assert set(given) <= {"allocate", "methods"}, row
+        assert row.removesuffix(", allocated") in frontier.ROWS, row
+
+
+def test_allocated_ranks_take_the_bytes_of_equal_ones(frontier: ModuleType) -> None:
+    equal, other = line("nf2 + eora", 3.0, 0, 9.0, bits=2.9), line("nf2 + eora", 3.0, 1, 9.0, bits=2.8)
+    assert frontier.bits_beside([other, equal], line("nf2 + eora, allocated", 3.0, 0, 9.0)) == 2.9
+    assert frontier.bits_beside([equal], line("nf2 + eora, allocated", 3.25, 0, 9.0)) == 3.25
+    assert frontier.bits_beside([equal], line("auto", 3.0, 0, 9.0)) == 3.0

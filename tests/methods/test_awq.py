@@ -72,7 +72,7 @@ def test_the_term_is_the_rounded_scaled_weight_with_the_scales_taken_out(group):
     term = method.split(site(W, X), **options).terms["base"]
     assert isinstance(term, ScaledCode)
     torch.testing.assert_close(term.dense(), term.inner.dense() * term.channel_scales().float())
-    plain = METHODS["rtn"].split(site(W, X), group=group, symmetric=False, clip=False).terms["base"].dense()
+    plain = METHODS["rtn"].split(site(W, X), bits=None, group=group, symmetric=False, clip=False).terms["base"].dense()
     lost, before = (((T - W) @ X.mT).square().mean() for T in (term.dense(), plain))
     assert lost < 0.5 * before
 

@@ -143,7 +143,7 @@ def test_the_walk_gives_each_layer_the_inputs_of_the_model_quantised_so_far():
 
 
 def test_the_bytes_are_those_of_the_formula():
-    for bits, nbytes in sizes((48, 64), {"group": 16, "symmetric": False}):
+    for bits, nbytes in sizes((48, 64), {"bits": None, "group": 16, "symmetric": False}):
         assert nbytes == 48 * 64 * bits // 8 + 48 * 4 * 2 + 48 * 4 * bits // 8
 
 

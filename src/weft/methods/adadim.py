@@ -24,7 +24,7 @@ from weft.terms import IntegerCode, TransposedCode
 __all__ = ["METHOD", "split"]
 
 
-def split(site: Site, **grid: Any) -> Split:
+def split(site: Site, *, bits: int | None, **grid: Any) -> Split:
     """The nearer of the two codes, with `site.size` bits."""
     W, group = site.weight().to(site.dtype), grid["group"]
     rule = {**grid, "scale_dtype": scale_dtype(site.dtype)}

@@ -22,7 +22,7 @@ from torch import Tensor
 from weft.errors import WeftError
 from weft.kernels.integer_grid import Grid, fit, grouped, to_codes, ungrouped
 from weft.methods.base import Method, Shape, Site, Split
-from weft.methods.rtn import scale_dtype
+from weft.methods.rtn import GRID, scale_dtype
 from weft.methods.rtn import sizes as integer_sizes
 from weft.terms import IntegerCode, ScaledCode
 
@@ -68,7 +68,7 @@ def clipped(W: Tensor, H: Tensor, bits: int, group: int, shrinks: Sequence[float
     return to_codes(groups, grid), grid
 
 
-def split(site: Site, *, group: int | None, symmetric: bool, clip: bool) -> Split:
+def split(site: Site, *, bits: int | None, group: int | None, symmetric: bool, clip: bool) -> Split:
     """The scaled code of the weight, with `site.size` bits."""
     W, H, m = (t.float() for t in (site.weight(), site.moments["input_moment"], site.moments["input_abs_mean"]))
     H, m, width, dtype = H.to(W.device), m.to(W.device), group or W.shape[1], scale_dtype(site.dtype)
@@ -98,5 +98,5 @@ METHOD = Method(
     allocate="equal",
     split=split,
     sizes=sizes,
-    defaults={"group": 128, "symmetric": False, "clip": True},
+    defaults={**GRID, "group": 128, "clip": True},
 )

@@ -3,9 +3,10 @@ quantiser is compared with (as in Frantar et al., 2022, arXiv 2210.17323, sectio
 
     scale = (max - min) / (2^b - 1),   zero = round(-min / scale),   code = round(w / scale) + zero
 
-No data. `group` inputs of a row share a scale (null: the whole row), `symmetric` leaves the zero points out, and `clip`
-searches each group's range for the least sum |w - w'|^2.4 (that paper's code, option "mse"). Bits a weight: b + (16 +
-b) / group, or b + 16 / group: codes, 16-bit scales and zero points all count in a budget.
+No data. `bits` is the only width (null: 2 to 8, what a budget allows), `group` inputs of a row share a scale (null:
+the whole row), `symmetric` leaves the zero points out, and `clip` searches each group's range for the least sum
+|w - w'|^2.4 (that paper's code, option "mse"). Bits a weight: b + (16 + b) / group, or b + 16 / group: codes, 16-bit
+scales and zero points all count in a budget.
 Deviations: scales are rounded to 16 bits before the codes are chosen; a symmetric grid reaches below zero even where
 all weights are above it.
 """
@@ -23,7 +24,7 @@ from weft.terms import IntegerCode
 __all__ = ["GRID", "METHOD", "WIDTHS", "scale_dtype", "sizes", "split"]
 
 WIDTHS = range(2, 9)
-GRID = {"group": 64, "symmetric": False, "clip": False}
+GRID = {"bits": None, "group": 64, "symmetric": False, "clip": False}
 """The options of a grid of integers, for all who round to one."""
 
 
@@ -32,17 +33,22 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
-def split(site: Site, **grid: Any) -> Split:
+def split(site: Site, *, bits: int | None, **grid: Any) -> Split:
     """The code of the weight, with `site.size` bits."""
     W = site.weight().to(site.dtype)
     return Split({"base": IntegerCode.from_matrix(W, site.size, scale_dtype=scale_dtype(site.dtype), **grid)})
 
 
 def sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """(bits, bytes of codes, scales and zero points)."""
+    """(bits, bytes of codes, scales and zero points): every width, or the one that is asked for.
+
+    Raises:
+        WeftError: there are no codes of that width.
+    """
     out, inn = shape
     format = {"group": options["group"], "symmetric": options["symmetric"], "device": "meta"}
-    return [(bits, IntegerCode(inn, out, bits=bits, **format).nbytes) for bits in WIDTHS]
+    widths = WIDTHS if options["bits"] is None else [options["bits"]]
+    return [(bits, IntegerCode(inn, out, bits=bits, **format).nbytes) for bits in widths]
 
 
 METHOD = Method(

@@ -53,9 +53,10 @@ from weft.verbs.compress_checks import (
     reads,
 )
 from weft.verbs.evaluate import check_context, model_size
+from weft.verbs.moments import keep_unit
 from weft.verbs.placing import mean_loss, one_shot, sequential
 from weft.verbs.spending import chooser, decide, joined, least, leave_unreached
-from weft.verbs.survey import Plan, offered
+from weft.verbs.survey import Plan, offered, unit_of
 
 __all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
 
@@ -174,11 +175,14 @@ def compress(
     began, surveying, chosen, found = time.perf_counter(), 0.0, list[Mapping[str, Choice]](), {}
     with _place(model, plans, progress) as place:
         store = Store() if place is None else Store(Path(place), _key(model, plans, data, stats))
+        for plan in (plan for plan in plans if plan.in_unit):
+            keep_unit(unit_of(model, plan, data, store), store)
         for plan, info in zip(plans, infos, strict=True):
             started = time.perf_counter()
             later = sum(least(layer).bytes for after in infos[plan.stage + 1 :] for layer in after.values())
             left = allowed - sum(map(spent, chosen)) - later
-            plan, found[plan.stage], sizes = decide(model, plan, info, left, how, data, stats, store)
+            given_stats = None if plan.stage else stats  # of the model as it was
+            plan, found[plan.stage], sizes = decide(model, plan, info, left, how, data, given_stats, store)
             surveying += time.perf_counter() - started
             chosen.append({name: plan.plain(choice) for name, choice in sizes.items()})
             wanted = {name: choice.size for name, choice in sizes.items()}
@@ -225,7 +229,7 @@ def _place(model: nn.Module, plans: Sequence[Plan], progress: Path | None) -> Ab
     """
     if progress is not None:
         return nullcontext(progress)
-    many = any(plan.by_block or plan.carried or plan.mixed for plan in plans)
+    many = any(plan.by_block or plan.carried or plan.mixed or plan.in_unit for plan in plans)
     large = many or sum(p.nbytes for p in model.parameters()) > _LARGE
     return tempfile.TemporaryDirectory() if large else nullcontext()
 

@@ -33,12 +33,12 @@ from weft.methods.combined import MixtureSplit
 from weft.runs.pieces import Piece, Store, packed, unpacked
 from weft.seeds import generator
 from weft.signals import finishing
-from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
+from weft.stats.calibrate import Batch, Stats, layers_by_block
 from weft.stats.collect import INPUT_NEEDS
-from weft.stats.groups import SHARE, moment_bytes
 from weft.terms.adapters import base_terms
 from weft.terms.joints import Joint
 from weft.terms.layers import bias_of, shape_of
+from weft.verbs.moments import UNIT, BlockMoments, kept_unit
 
 __all__ = [
     "BEFORE",
@@ -125,6 +125,11 @@ class Plan:
         read = [need for name in self.reads for need in NEEDS.get(name, ())]
         return tuple(dict.fromkeys([*(self.reads_of if self.reads_weights else self.carried), *read]))
 
+    @property
+    def in_unit(self) -> bool:
+        """Whether its losses are in the unit of the model before the chain began, see `weft.verbs.moments`."""
+        return self.stage > 0 and "losses" in self.reads and self.reads_weights
+
 
 def offered(model: nn.Module, plan: Plan) -> dict[str, LayerInfo]:
     """The choices of each layer by rising bytes, without losses; None, as it is, costs a compensation nothing."""
@@ -186,15 +191,16 @@ def survey(
     the store, block by block.
     """
     found: dict[str, LayerInfo] = {}
-    source = _Moments(model, plan, batches, stats, store)
+    source = moments_of(model, plan, batches, stats, store)
     for i, names in enumerate(plan.track(layers_by_block(model, plan.sites), "factorising")):
         piece = store.get(piece_name(plan, i))
         if piece is None:
             with finishing():
                 moments = source.of(i)
+                unit = kept_unit(store, i, names) if plan.in_unit else moments
                 piece = Piece()
                 for name in names:
-                    piece.add(_survey_site(model, name, moments, plan, infos[name]))
+                    piece.add(_survey_site(model, name, moments, unit, plan, infos[name]))
                 store.put(piece_name(plan, i), piece)
         for name in names:
             found[name] = _filled(infos[name], name, piece)
@@ -227,44 +233,17 @@ def carried_moments(plan: Plan, piece: Piece | None, name: str) -> dict[str, Ten
     return {need: piece.tensors[f"{name}:{need}"] for need in plan.carried} if piece is not None else {}
 
 
-class _Moments:
-    """The statistics of one block after another, collected for as many blocks at a time as may be in memory."""
+def moments_of(
+    model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | None, store: Store
+) -> BlockMoments:
+    """The statistics of the model as it is now that the survey collects."""
+    needs = [need for need in plan.needs if need in plan.reads_of or not plan.in_unit]
+    return BlockMoments(model, plan.layers, needs, batches, stats, plan.by_block, store, plan.track)
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, batches: Sequence[Batch], stats: Stats | None, store: Store
-    ) -> None:
-        self.model, self.plan, self.batches, self.store = model, plan, batches, store
-        self.blocks = layers_by_block(model, plan.layers)
-        self.given, self.now, self.last = stats, dict[str, dict[str, Tensor]](), -1
 
-    def of(self, block: int) -> Stats:
-        """Those of the layers of a block."""
-        if self.given is not None or not self.plan.needs:
-            return self.given or {}
-        if block > self.last:
-            self.now = {}  # before the next are made
-            group = self._group(block)
-            self.last = block + len(group) - 1
-            names = [name for names in group for name in names]
-            self.now = calibrate(
-                self.model, self.batches, self.plan.needs, layers=names, cache=self.store.directory,
-                track=self.plan.track,
-            )  # fmt: skip
-        return self.now
-
-    def _group(self, first: int) -> list[list[str]]:
-        """The blocks from `first` on whose statistics may be in memory together, one at least."""
-        if self.plan.by_block is not None:
-            return [self.blocks[first]] if self.plan.by_block else self.blocks[first:]
-        left = SHARE * sum(p.nbytes for p in self.model.parameters())
-        group = [self.blocks[first]]
-        left -= moment_bytes(self.model, self.blocks[first], self.plan.needs)
-        for names in self.blocks[first + 1 :]:
-            left -= moment_bytes(self.model, names, self.plan.needs)
-            if left < 0:
-                break
-            group.append(names)
-        return group
+def unit_of(model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store) -> BlockMoments:
+    """The same, of what is kept of the model before the chain begins."""
+    return BlockMoments(model, plan.layers, UNIT, batches, None, plan.by_block, store, plan.track)
 
 
 def piece_name(plan: Plan, block: int) -> str:
@@ -275,7 +254,14 @@ def piece_name(plan: Plan, block: int) -> str:
     return f"{name}-{hashlib.sha256(json.dumps(dict(plan.fixed), sort_keys=True).encode()).hexdigest()[:12]}"
 
 
-def _survey_site(model: nn.Module, name: str, stats: Mapping[str, Moments], plan: Plan, info: LayerInfo) -> Piece:
+def _survey_site(
+    model: nn.Module,
+    name: str,
+    stats: Mapping[str, Moments],
+    unit: Mapping[str, Moments],
+    plan: Plan,
+    info: LayerInfo,
+) -> Piece:
     """What is kept of one site: factors up to the largest size, or terms of every size; spectra, losses, moments."""
     site = site_of(model, plan, name, stats, None)
     check_finite(site)
@@ -285,20 +271,22 @@ def _survey_site(model: nn.Module, name: str, stats: Mapping[str, Moments], plan
     tried = Piece()
     if plan.reads_weights and (plan.nested is not None or plan.fixed is None or plan.fixed[name] is not None):
         if plan.nested is not None:
-            entry |= _factors(site, plan.nested, plan, info)
+            entry |= _factors(site, unit, plan.nested, plan, info)
         else:
-            tried, losses = _tries(site, plan, info)
+            tried, losses = _tries(site, unit, plan, info)
             entry |= {"losses": losses} if "losses" in plan.reads else {}
     tried.tensors |= {f"{name}:{key}": t.cpu() for key, t in entry.items()}
     return tried
 
 
-def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> dict[str, Tensor]:
+def _factors(
+    site: Site, unit: Mapping[str, Moments], nested: LowRankSplit, plan: Plan, info: LayerInfo
+) -> dict[str, Tensor]:
     """The spectrum, the loss of each choice in closed form, and the factors up to the largest size."""
     factors = nested.factors(site, **plan.options)
     entry = {"s": factors.s}
     if "losses" in plan.reads:
-        tails = tail_losses(factors.B, factors.A, site.moments["input_moment"], site.moments["output_grad_moment"])
+        tails = tail_losses(factors.B, factors.A, *(unit[site.name][need] for need in UNIT))
         whole = tails[0] if plan.method.kind == "compensate" else tails[-1]  # of the size None
         entry["losses"] = torch.stack([whole if c.size is None else tails[c.size] for c in info.choices])
     if not plan.sequential or plan.tries:
@@ -309,11 +297,11 @@ def _factors(site: Site, nested: LowRankSplit, plan: Plan, info: LayerInfo) -> d
     return entry
 
 
-def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
+def _tries(site: Site, unit: Mapping[str, Moments], plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
     """The terms of every size that may be chosen, and what each choice loses."""
     sizes = [plan.fixed[site.name]] if plan.fixed else [choice.size for choice in info.choices]
     terms = plan.method.each(site, [size for size in sizes if size is not None], plan.options)
-    made, found, lost = Piece(), dict[str, Tensor](), _lost(site, plan)
+    made, found, lost = Piece(), dict[str, Tensor](), _lost(site, unit, plan)
     for size, split in chain([(None, Split())] if None in sizes else [], terms):
         if size is not None and (not plan.sequential or plan.tries):
             made.add(_packed(site, size, split))
@@ -323,13 +311,13 @@ def _tries(site: Site, plan: Plan, info: LayerInfo) -> tuple[Piece, Tensor]:
     return made, torch.stack(losses) if losses else torch.zeros(0)
 
 
-def _lost(site: Site, plan: Plan) -> Callable[[Size, Split], Tensor]:
+def _lost(site: Site, unit: Mapping[str, Moments], plan: Plan) -> Callable[[Size, Split], Tensor]:
     """(size, its terms) -> what they lose; of a joint, by the effect of all changes."""
 
     @cache
     def loss(role: str) -> WeightedLoss:
         of = site.members[role] if role else site
-        X, G = of.moments["input_moment"], of.moments["output_grad_moment"]
+        X, G = (unit[of.name][need] for need in UNIT)
         return WeightedLoss(X, G, generator(plan.seed, "losses", of.name))
 
     def of_joint(size: Size, split: Split) -> Tensor:
