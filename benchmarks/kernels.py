@@ -157,7 +157,7 @@ def cost(work: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
 
 def buckets(unit: Tensor) -> dict[str, Any]:
     """`bucketize` and torch's, which must agree exactly."""
-    table = levels(4, unit.device)
+    table = levels(4, device=unit.device)
     edges = (table[1:] + table[:-1]) / 2
     prepared = cells(edges)
     assert torch.equal(bucketize(unit, prepared), torch.bucketize(unit, edges).to(torch.uint8)), "other buckets"

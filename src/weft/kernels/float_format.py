@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.tables import table
+
 __all__ = ["FORMATS", "FloatFormat", "float_codes", "float_values"]
 
 
@@ -49,8 +51,19 @@ FORMATS = {
 }
 
 
-def _table(name: str) -> tuple[float, ...]:
+@table
+def _sizes(name: str) -> tuple[float, ...]:
     """The numbers that are not negative, by their codes: rising."""
+    return _SIZES[name]
+
+
+@table
+def _numbers(name: str) -> tuple[float, ...]:
+    """All numbers, by their codes."""
+    return *_SIZES[name], *(-size for size in _SIZES[name])
+
+
+def _sizes_of(name: str) -> tuple[float, ...]:
     e, m, largest = FORMATS[name]
     values = []
     for code in range(2 ** (e + m)):
@@ -60,7 +73,7 @@ def _table(name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-_TABLES = {name: _table(name) for name in FORMATS}
+_SIZES = {name: _sizes_of(name) for name in FORMATS}
 
 
 def float_codes(numbers: Tensor, name: str) -> Tensor:
@@ -71,12 +84,10 @@ def float_codes(numbers: Tensor, name: str) -> Tensor:
     power = (torch.frexp(size).exponent - 1).clamp(min=1 - format.bias) - format.mantissa
     step = torch.ldexp(torch.ones_like(size), power)
     nearest = ((size / step).round() * step).clamp(max=format.largest)
-    table = torch.tensor(_TABLES[name], device=numbers.device)
-    codes = torch.searchsorted(table, nearest.contiguous(), out_int32=True)
+    codes = torch.searchsorted(_sizes(name, device=numbers.device), nearest.contiguous(), out_int32=True)
     return (codes + (torch.signbit(numbers) * 2 ** (format.bits - 1)).int()).to(torch.uint8)
 
 
 def float_values(codes: Tensor, name: str) -> Tensor:
     """The fp32 numbers of codes."""
-    table = torch.tensor(_TABLES[name], device=codes.device)
-    return torch.cat([table, -table])[codes.int()]
+    return _numbers(name, device=codes.device)[codes.int()]

@@ -14,7 +14,9 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-__all__ = ["BITS", "code_levels", "fake_quantise", "normalised", "to_codes"]
+from weft.tables import table
+
+__all__ = ["BITS", "code_levels", "fake_quantise", "level_table", "normalised", "to_codes"]
 
 BITS = (1, 2, 4, 8)
 _ROUNDS = 500
@@ -34,6 +36,10 @@ def code_levels(bits: int) -> tuple[float, ...]:
     return tuple((up - down) / 2 for up, down in zip(values, reversed(values), strict=True))  # symmetric to the bit
 
 
+level_table = table(tuple)
+"""Levels as a tensor."""
+
+
 def normalised(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u = (w - mean) / (deviation + 1e-5), the mean and the deviation of all of w."""
     mean, deviation = w.mean(), w.std()
@@ -42,8 +48,8 @@ def normalised(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def to_codes(u: Tensor, levels: Sequence[float]) -> Tensor:
     """The nearest level of each number, int64; a tie goes to the lower one."""
-    table = u.new_tensor(levels)
-    return torch.bucketize(u, (table[1:] + table[:-1]) / 2)
+    values = level_table(tuple(levels), device=u.device, dtype=u.dtype)
+    return torch.bucketize(u, (values[1:] + values[:-1]) / 2)
 
 
 def fake_quantise(w: Tensor, levels: Sequence[float]) -> Tensor:
@@ -51,5 +57,5 @@ def fake_quantise(w: Tensor, levels: Sequence[float]) -> Tensor:
     deviation as they are.
     """
     u, mean, deviation = normalised(w)
-    quantised = u.new_tensor(levels)[to_codes(u.detach(), levels)]
+    quantised = level_table(tuple(levels), device=u.device, dtype=u.dtype)[to_codes(u.detach(), levels)]
     return (quantised + (u - u.detach())) * deviation + mean  # exactly the level, with the gradient of u

@@ -27,6 +27,7 @@ from torch import Tensor
 from weft.kernels.bit_packing import pack, packed_size, unpack
 from weft.kernels.bits import numbers_of
 from weft.kernels.cells import Cells, bucketize, cells
+from weft.tables import table
 
 __all__ = ["NF4", "Code", "Format", "blank", "decode", "encode", "levels"]
 
@@ -97,15 +98,23 @@ def _quantiles(bits: int) -> tuple[float, ...]:
 _LEVELS = {bits: _NF4_LEVELS if bits == 4 else _quantiles(bits) for bits in _WIDTHS}
 
 
-def levels(bits: int, device: torch.device | str | None = None) -> Tensor:
+@table
+def levels(bits: int) -> tuple[float, ...]:
     """The 2^b values of a code, rising, fp32: -1 and 1 at the ends, an exact zero, one more above it than below."""
-    return torch.tensor(_LEVELS[bits], dtype=torch.float32, device=device)
+    return _LEVELS[bits]
+
+
+@table
+def _levels_of_byte(bits: int) -> list[list[float]]:
+    """The values of all codes in a byte, for each of the 256 bytes."""
+    shifts = range(8 - bits, -1, -bits)
+    return [[_LEVELS[bits][byte >> shift & 2**bits - 1] for shift in shifts] for byte in range(256)]
 
 
 @functools.cache
 def _edges(bits: int, device: torch.device) -> Cells:
-    table = levels(bits, device)
-    return cells((table[1:] + table[:-1]) / 2)
+    values = levels(bits, device=device)
+    return cells((values[1:] + values[:-1]) / 2)
 
 
 def encode(matrix: Tensor, format: Format = NF4) -> Code:
@@ -143,10 +152,15 @@ def decode(code: Code, shape: tuple[int, int], format: Format = NF4, dtype: torc
     """The matrix of a code, computed in fp32 and cast last."""
     size = shape[0] * shape[1]
     scales = _scales(code, format, -(-size // format.block))
-    if format.bits == 4 and code.codes.is_cuda and importlib.util.find_spec("bitsandbytes") is not None:
+    if format.bits == 4 and code.codes.is_cuda and _bitsandbytes_is_here():
         return decode_bitsandbytes(code.codes, scales, shape, format.block, dtype)
     values = _lookup(code.codes, format.bits, size)
     return (_blocks(values, format.block) * scales.unsqueeze(1)).flatten()[:size].view(shape).to(dtype)
+
+
+@functools.cache
+def _bitsandbytes_is_here() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def decode_bitsandbytes(
@@ -157,7 +171,7 @@ def decode_bitsandbytes(
     state = functional.QuantState(
         absmax=scales,
         shape=torch.Size((1, shape[0] * shape[1])),  # some of its kernels start a block with each row; ours run on
-        code=levels(4, codes.device),
+        code=levels(4, device=codes.device),
         blocksize=block,
         quant_type="nf4",
         dtype=dtype,
@@ -172,12 +186,9 @@ def _blocks(flat: Tensor, block: int) -> Tensor:
 
 def _lookup(packed: Tensor, bits: int, size: int) -> Tensor:
     """level[code], one gather for all codes of a byte."""
-    table = levels(bits, packed.device)
     if bits == 3:
-        return table[unpack(packed, bits, size).int()]
-    every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
-    of_byte = table[unpack(every_byte, bits, 256 * 8 // bits).int()].view(256, -1)
-    return F.embedding(packed.int(), of_byte).flatten()[:size]
+        return levels(bits, device=packed.device)[unpack(packed, bits, size).int()]
+    return F.embedding(packed.int(), _levels_of_byte(bits, device=packed.device)).flatten()[:size]
 
 
 def _encode_scales(scales: Tensor, format: Format) -> dict[str, Tensor]:

@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from weft.linalg.counter import normal, permutation, signs, subseed
+from weft.tables import table
 
 __all__ = ["fastfood", "fastfood_transposed", "fwht"]
 
-_H = torch.tensor([[1.0 - 2.0 * ((i & j).bit_count() % 2) for j in range(16)] for i in range(16)])
-"""H of size 16; its leading blocks are the smaller ones."""
+_RADIX = 16
+
+
+@table
+def _hadamard() -> list[list[float]]:
+    """H of size 16; its leading blocks are the smaller ones."""
+    return [[1.0 - 2.0 * ((i & j).bit_count() % 2) for j in range(_RADIX)] for i in range(_RADIX)]
 
 
 def fwht(x: Tensor) -> Tensor:
@@ -26,8 +32,8 @@ def fwht(x: Tensor) -> Tensor:
     """
     size, done = x.numel(), 1
     while done < size:
-        radix = min(len(_H), size // done)
-        H = _H[:radix, :radix].to(x)
+        radix = min(_RADIX, size // done)
+        H = _hadamard(device=x.device, dtype=x.dtype)[:radix, :radix]
         x = x.view(-1, radix) @ H if done == 1 else H @ x.view(-1, radix, done)
         done *= radix
     return x.view(-1)

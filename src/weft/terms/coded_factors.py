@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft.kernels.bit_packing import pack, unpack
 from weft.kernels.bits import numbers_of
-from weft.kernels.median_code import code_levels, fake_quantise, normalised, to_codes
+from weft.kernels.median_code import code_levels, fake_quantise, level_table, normalised, to_codes
 from weft.terms.base import Spec
 from weft.terms.factored import Factored
 
@@ -104,7 +104,8 @@ class PackedFactors(Factored):
     def _decoded(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         codes, moments = self.get_buffer(f"codes_{name}"), numbers_of(self.get_buffer(f"moments_{name}"), torch.float32)
         moments = moments.to(torch.promote_types(dtype, torch.float32))
-        values = moments.new_tensor(self.levels)[unpack(codes, self.bits, shape[0] * shape[1]).int()]
+        levels = level_table(self.levels, device=moments.device, dtype=moments.dtype)
+        values = levels[unpack(codes, self.bits, shape[0] * shape[1]).int()]
         return (values * moments[1] + moments[0]).view(shape).to(dtype)
 
     def spec(self) -> Spec:

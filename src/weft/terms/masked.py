@@ -79,4 +79,6 @@ def _add(W: Tensor, scale: float, values: Tensor, bits: Tensor) -> None:
 
 
 def _pull(G: Tensor, scale: float, values: Tensor, bits: Tensor) -> tuple[Tensor, None]:
-    return G[unpack(bits, 1, G.numel()).view(G.shape).bool()] * scale, None
+    # the count is known: a boolean index would wait for the device to say it
+    positions = unpack(bits, 1, G.numel()).nonzero_static(size=values.numel()).squeeze(1)
+    return G.view(-1).index_select(0, positions).mul_(scale), None

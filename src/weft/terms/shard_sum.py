@@ -54,7 +54,8 @@ class ShardSum(Term):
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """B (out, r), D^T repeated, and the binary A (r, in), A[j, c] = 1 where c mod r = j."""
         B = self.D.to(dtype).mT.repeat(self.out_features // self.columns, 1)
-        return B, torch.eye(self.rank, device=B.device, dtype=dtype)[torch.arange(self.in_features) % self.rank].mT
+        channels = torch.arange(self.in_features, device=B.device) % self.rank
+        return B, torch.eye(self.rank, device=B.device, dtype=dtype)[channels].mT
 
     def exact_factors(self) -> Factors | None:
         B, A = self.factors(torch.float32)
