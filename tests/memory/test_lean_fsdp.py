@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.processes import together
 from weft.memory import lean
 
 pytestmark = pytest.mark.distributed
@@ -53,5 +53,5 @@ def _worker(rank, folder, home):
 def test_gradients_of_a_sharded_model(tmp_path):
     home = str(Path(__file__).with_name("conftest.py"))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(_worker, args=(str(tmp_path), home), nprocs=2)
+    together(_worker, str(tmp_path), home)
     assert (tmp_path / "passed").exists()

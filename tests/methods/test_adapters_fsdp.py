@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.processes import context
 from weft.io.adapters import save_adapter
 from weft.io.base import Base, base_of
 from weft.methods import METHODS, Method
@@ -107,10 +107,9 @@ def worker(rank: int, directory: str, results: Any) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[tuple[str, int], str]:
-    with tempfile.TemporaryDirectory() as directory, mp.get_context("spawn").Manager() as manager:
+    with tempfile.TemporaryDirectory() as directory, context().Manager() as manager:
         results = manager.dict()
-        context = mp.get_context("spawn")
-        processes = [context.Process(target=worker, args=(rank, directory, results)) for rank in range(WORLD)]
+        processes = [context().Process(target=worker, args=(rank, directory, results)) for rank in range(WORLD)]
         for process in processes:
             process.start()
         for process in processes:

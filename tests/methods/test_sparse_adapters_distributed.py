@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.methods.moving import moving_terms
+from tests.processes import context
 from weft.io.adapters import save_adapter
 from weft.methods import METHODS
 from weft.rules import Rules
@@ -96,9 +96,9 @@ def worker(rank: int, directory: str, results: Any) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Any:
-    with tempfile.TemporaryDirectory() as directory, mp.get_context("spawn").Manager() as manager:
-        results, context = manager.dict(), mp.get_context("spawn")
-        processes = [context.Process(target=worker, args=(rank, directory, results)) for rank in range(WORLD)]
+    with tempfile.TemporaryDirectory() as directory, context().Manager() as manager:
+        results = manager.dict()
+        processes = [context().Process(target=worker, args=(rank, directory, results)) for rank in range(WORLD)]
         for process in processes:
             process.start()
         for process in processes:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
 from tests.methods.one_layer import One, close
+from tests.processes import together
 from weft.errors import WeftError
 from weft.io.adapters import load_adapter, save_adapter
 from weft.linalg.kronecker import balanced_divisor, kronecker_sum, kronecker_svd, rearrange
@@ -489,7 +489,7 @@ def descend(model: nn.Module, batch: dict[str, Tensor]) -> None:
 
 @pytest.mark.distributed
 def test_compacter_shares_its_matrices_between_sharded_blocks(tmp_path: Path) -> None:
-    mp.spawn(sharded_worker, (str(tmp_path),), nprocs=2)
+    together(sharded_worker, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = adapt(two_blocks(), "compacter", 4)
     start = find_adapter(alone).all_terms()[0].A.detach().clone()

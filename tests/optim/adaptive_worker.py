@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -53,9 +51,9 @@ def work(rank: int, world: int, out: Path) -> None:
     torch.save(results, out / f"rank{rank}.pt")
 
 
-if __name__ == "__main__":
-    rank, world, out = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
+def process(rank: int, folder: str) -> None:
+    """One of two."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)
-    work(rank, world, out)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    work(rank, 2, Path(folder))
     dist.destroy_process_group()

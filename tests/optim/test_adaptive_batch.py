@@ -5,10 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.optim import adaptive_worker as worker
+from tests.processes import together
 from weft.errors import WeftError
 from weft.optim import AdaptiveBatch
 from weft.optim.adaptive_batch import noise_estimates
-
-ROOT = Path(__file__).parents[2]
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -202,11 +197,7 @@ def test_wrong_use_is_told() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("adaptive")
-    command = [sys.executable, "-m", "tests.optim.adaptive_worker", str(out)]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    together(worker.process, str(out))
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.optim import distributed_worker as worker
+from tests.processes import together
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             optimizer = worker.make(name, model)
             worker.train(model, optimizer, range(worker.STEPS // 2))
             worker.save(out / f"{name}.one", model, optimizer)
-        _two_processes(out)
+        together(worker.process, str(out))
         for name in worker.PRESETS:
             model = worker.sharded(name, mesh)
             optimizer = worker.make(name, model)
@@ -40,18 +37,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         torch.distributed.destroy_process_group()
     return out
-
-
-def _two_processes(out: Path) -> None:
-    command = [sys.executable, "-m", "tests.optim.distributed_worker", str(out)]
-    environment = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    pair = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in pair:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-3000:]
 
 
 def alone(name: str, **options: Any) -> list[torch.Tensor]:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.optim import stateless_worker as worker
+from tests.processes import together
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("stateless")
-    command = [sys.executable, "-m", "tests.optim.stateless_worker", str(out)]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    together(worker.process, str(out))
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

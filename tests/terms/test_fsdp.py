@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from tests.processes import together
 from weft.terms import TERMS, SumLinear
 from weft.testing import example
 
@@ -80,7 +80,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     folder: Path = tmp_path_factory.mktemp("fsdp")
-    mp.spawn(worker, (str(folder),), nprocs=2)
+    together(worker, str(folder))
     return torch.load(folder / "result.pt", weights_only=True)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
+from tests.processes import together
 from weft.rules import Rule
 from weft.train.recipe import Recipe
 from weft.train.trainer import train
@@ -50,7 +50,7 @@ def test_two_processes_train_what_one_does_with_both_batches(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(tmp_path)), nprocs=2)
+    together(process, port, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = go(tmp_path / "one", batch=4)
     for name, weight in alone.items():

@@ -18,6 +18,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests import processes
 from tests.stats.models import GROUPED, batches, build, ids
 from weft import signals
 from weft.allocate import ALLOCATIONS, Allocation, Choice, Shape
@@ -654,28 +655,29 @@ def test_a_signal_lets_the_block_under_way_finish(
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 
-DRIVER = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
-from weft.runs.pieces import Store
-from weft.cli import main
-stop, seen, put = int(sys.argv.pop(1)), [], Store.put
+def weft_until(stop: int, words: list[str]) -> None:
+    """The command, interrupted as it has kept so many pieces; 0: not at all."""
+    seen, put = [], Store.put
 
-def counted(self, name, tensors):
-    put(self, name, tensors)
-    seen.append(name)
-    if len(seen) == stop:
-        os.kill(os.getpid(), signal.SIGINT)
+    def counted(self: Store, name: str, tensors: Any) -> None:
+        put(self, name, tensors)
+        seen.append(name)
+        if len(seen) == stop:
+            os.kill(os.getpid(), signal.SIGINT)
 
-Store.put = counted
-main()
-"""
+    Store.put = counted  # type: ignore[method-assign]
+    processes.weft(words)
 
 
-def command(out: Path, settings: dict[str, Any], *more: str, stop: int = 0) -> subprocess.CompletedProcess[str]:
+def words(out: Path, settings: dict[str, Any], *more: str) -> list[str]:
     options = [f"--{key}={value}" for key, value in settings.items() if key != "model"]
-    call = [sys.executable, "-c", DRIVER, str(stop), "compress", settings["model"], "-o", str(out), *options, *more]
-    return subprocess.run(call, capture_output=True, text=True, check=False)
+    return ["compress", settings["model"], "-o", str(out), *options, *more]
+
+
+def command(out: Path, settings: dict[str, Any], *more: str, stop: int = 0) -> tuple[int, str]:
+    """The exit code of the command in a process of its own, and what it wrote to stderr."""
+    started = processes.start(out.parent, weft_until, stop, words(out, settings, *more))
+    return started.wait(), started.stderr
 
 
 @pytest.mark.slow
@@ -683,16 +685,16 @@ def command(out: Path, settings: dict[str, Any], *more: str, stop: int = 0) -> s
 def test_sigint_in_a_process_and_the_same_command_again(
     settings: dict[str, Any], tmp_path: Path, more: tuple[str, ...], points: tuple[int, ...]
 ) -> None:
-    assert command(tmp_path / "expected", settings, *more).returncode == 0
+    assert command(tmp_path / "expected", settings, *more)[0] == 0
     for stop in points:
         out = tmp_path / f"out{stop}"
-        interrupted = command(out, settings, *more, stop=stop)
-        assert interrupted.returncode == 130
-        assert interrupted.stderr.strip().splitlines()[-1] == (
+        code, said = command(out, settings, *more, stop=stop)
+        assert code == 130
+        assert said.strip().splitlines()[-1] == (
             "weft: Interrupted; the same command goes on from the last finished step."
         )
         assert not out.exists() and (tmp_path / f"out{stop}.partial").is_dir()
-        assert command(out, settings, *more).returncode == 0
+        assert command(out, settings, *more)[0] == 0
         assert not (tmp_path / f"out{stop}.partial").exists()
         for file in ("model.safetensors", "allocation.json", "config.json"):
             assert (out / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
@@ -702,8 +704,7 @@ def test_sigint_in_a_process_and_the_same_command_again(
 def test_sigint_at_any_moment(settings: dict[str, Any], tmp_path: Path) -> None:
     """A signal from outside, earlier and earlier, until one comes while it works."""
     out = tmp_path / "out"
-    options = [f"--{key}={value}" for key, value in settings.items() if key != "model"]
-    call = [sys.executable, "-m", "weft", "compress", settings["model"], "-o", str(out), *options]
+    call = [sys.executable, "-m", "weft", *words(out, settings)]  # a Python of its own, which hashes by another seed
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "out.partial"
     while process.poll() is None and not partial.exists():
@@ -712,8 +713,8 @@ def test_sigint_at_any_moment(settings: dict[str, Any], tmp_path: Path) -> None:
     process.communicate()
     assert process.returncode in (0, 130) and (process.returncode == 0) == out.exists()
     if not out.exists():
-        assert command(out, settings).returncode == 0
-    assert command(tmp_path / "expected", settings).returncode == 0
+        assert command(out, settings)[0] == 0
+    assert command(tmp_path / "expected", settings)[0] == 0
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from typer.testing import CliRunner
 
 from tests.methods.moving import moving_terms
+from tests.processes import start
 from weft.cli import app
 from weft.errors import WeftError
 from weft.methods import find
@@ -295,50 +293,41 @@ def test_mistakes_are_sentences_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
-from weft.verbs.finetune import run
-model, data, out, method = sys.argv[1:]
-options = {"dropout": 0.2, "rank": 2} if method == "lora" else {}
-try:
-    run(model, out, method=method, data=data, steps=30, lr=1e-2, window=32, batch=2, log_every=1, save_every=7,
-        device="cpu", **options)
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
+def program(model, data, out, method):
+    options = {"dropout": 0.2, "rank": 2} if method == "lora" else {}
+    settings = {"steps": 30, "lr": 1e-2, "window": 32, "batch": 2, "log_every": 1, "save_every": 7, "device": "cpu"}
+    try:
+        run(model, out, method=method, data=data, **settings, **options)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
-def start(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+def begun(model, data, out, method):
+    return start(out.parent, program, str(model), data, out, method)
 
 
 def stop_at(process, metrics, step, number):
     """Send a signal once that step has been logged."""
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.running() and time.monotonic() < deadline:
         if metrics.is_file() and sum('"loss"' in line for line in metrics.read_text().splitlines()) >= step:
-            process.send_signal(number)
+            process.send(number)
             break
         time.sleep(0.002)
-    process.communicate(timeout=120)
-    return process.returncode
+    return process.wait(120)
 
 
 @pytest.mark.slow
 def test_interrupted_runs_end_in_the_same_bytes(tiny_directory, data, tmp_path):
     """With dropout; interrupted by SIGINT, then by SIGKILL, which leaves only the periodic checkpoint."""
-    whole = start(tiny_directory, data, tmp_path / "whole", "lora")
+    whole = begun(tiny_directory, data, tmp_path / "whole", "lora")
     out, metrics = tmp_path / "broken", tmp_path / "broken.partial" / "progress" / "metrics.jsonl"
     for step, number, expected in ((4, signal.SIGINT, 130), (12, signal.SIGKILL, -9)):
-        assert stop_at(start(tiny_directory, data, out, "lora"), metrics, step, number) == expected
+        assert stop_at(begun(tiny_directory, data, out, "lora"), metrics, step, number) == expected
         assert not out.exists() and metrics.is_file()
-    last = start(tiny_directory, data, out, "lora")
-    _, errors = last.communicate(timeout=120)
-    assert last.returncode == 0, errors
-    assert whole.wait(timeout=120) == 0
+    last = begun(tiny_directory, data, out, "lora")
+    assert last.wait(120) == 0, last.stderr
+    assert whole.wait(120) == 0, whole.stderr
     for name in ("adapter_model.safetensors", "weft_adapter.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import weft.io  # noqa: F401  (registers weft's saved format)
+from tests.processes import together
 from weft.cli import app
 from weft.errors import WeftError
 from weft.optim import OPTIMIZERS
@@ -394,7 +394,7 @@ def test_two_processes_train_what_one_does_with_both_batches(text, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, str(tmp_path)), nprocs=2)
+    together(process, port, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, weight in trained(tmp_path, "one", batch=4).items():
         assert torch.equal(first[name], second[name]), name

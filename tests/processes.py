@@ -1,0 +1,103 @@
+"""Processes of a test's own, for what one process cannot show: gloo, signals, a command that ends.
+
+They are forked from a server that has imported what all of them need, which takes ten times what most of them do. Where
+the imports are what is tested, a test starts a Python of its own instead.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing
+
+__all__ = ["Started", "command", "context", "start", "together"]
+
+PRELOADED = ["torch.distributed.fsdp", "transformers.trainer", "weft.cli", "weft.verbs.compress", "weft.verbs.pretrain"]
+METHOD = "spawn" if sys.platform == "win32" else "forkserver"
+
+
+def context() -> Any:
+    """The multiprocessing context; the environment of its processes is that of the first call."""
+    found = multiprocessing.get_context(METHOD)
+    if METHOD == "forkserver":
+        found.set_forkserver_preload(
+            ["torch.distributed.fsdp", "transformers.trainer", "weft.cli", "weft.verbs.pretrain"]
+        )
+    return found
+
+
+def together(worker: Callable[..., None], *arguments: Any, world: int = 2) -> None:
+    """worker(rank, *arguments) in `world` processes at once; an exception in one of them ends all, and is raised."""
+    context()
+    torch.multiprocessing.start_processes(worker, arguments, world, start_method=METHOD)
+
+
+@dataclass
+class Started:
+    """A process whose output goes to files."""
+
+    process: BaseProcess
+    out: Path
+    err: Path
+
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.process.is_alive()
+
+    def send(self, number: int) -> None:
+        """Send it a signal, where it still runs."""
+        if self.process.pid is not None and self.running():
+            os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = 300) -> int:
+        """Its exit code, a signal that ended it as a negative number."""
+        self.process.join(seconds)
+        if self.running():
+            self.process.kill()
+            raise TimeoutError(f"still running after {seconds} s: {self.err.read_text()[-2000:]}")
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    @property
+    def stderr(self) -> str:
+        """What it has written to stderr."""
+        return self.err.read_text()
+
+
+def start(folder: Path, target: Callable[..., None], *arguments: Any) -> Started:
+    """target(*arguments) in a process that SIGINT interrupts; `folder` takes its output."""
+    number = len(list(folder.glob("*.stderr")))
+    out, err = folder / f"{number}.stdout", folder / f"{number}.stderr"
+    process = context().Process(target=_redirected, args=(str(out), str(err), target, arguments))
+    process.start()
+    return Started(process, out, err)
+
+
+def command(folder: Path, words: Sequence[str]) -> Started:
+    """`weft` with these words."""
+    return start(folder, weft, words)
+
+
+def weft(words: Sequence[str]) -> None:
+    """The command, as its entry point runs it."""
+    from weft.cli import main
+
+    sys.argv = ["weft", *words]
+    main()
+
+
+def _redirected(out: str, err: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    for number, file in ((1, out), (2, err)):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(opened, number)
+        os.close(opened)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
+    target(*arguments)
