@@ -31,7 +31,7 @@ ARROWS = {
     "kernels": set(),
     "embedded": set(),
     "terms": {"linalg", "kernels"},
-    "stats": {"terms", "linalg"},
+    "stats": {"terms", "linalg", "memory"},
     "allocate": {"linalg"},
     "rules": {"optim", "terms", "linalg"},
     "methods": {"allocate", "stats", "rules", "optim", "terms", "linalg", "kernels"},

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import weft
 from tests.stats.models import BUILD, COMMON, GROUPED, batches, build, ids, reference
@@ -382,3 +384,28 @@ def test_adapters_start_from_statistics_of_some_blocks_at_a_time(method: str, mo
         assert max(held) == (sum(map(len, blocks)) if share else max(map(len, blocks)))
     for (name, a), b in zip(models[0.0].state_dict().items(), models[100.0].state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_gradients_come_without_the_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build(name), batches(name)
+    tokens = max(batch["input_ids"].numel() for batch in data)
+    whole = calibrate(model, data, ["output_grad_moment"])
+    monkeypatch.setattr("weft.memory.logits.CHUNK_LOGITS", 4 * COMMON["vocab_size"])
+    widest: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            widest.extend(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.shape[-1:] == (64,))
+            return out
+
+    with Sizes():
+        chunked = calibrate(model, data, ["output_grad_moment"])
+    assert "forward" not in model.__dict__ and model(**data[0]).logits is not None
+    assert 0 < max(widest) < (tokens - len(data[0]["input_ids"])) * COMMON["vocab_size"]
+    for layer, moments in chunked.items():
+        expected = whole[layer]["output_grad_moment"]
+        torch.testing.assert_close(
+            moments["output_grad_moment"], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())
+        )

@@ -25,6 +25,7 @@ __all__ = [
     "elementwise",
     "fused_gated_mlp",
     "gated_mlp",
+    "loss_alone",
     "original",
     "plain_linear",
     "sum_linear",
@@ -115,11 +116,17 @@ def sum_linear(module: SumLinear, x: Tensor) -> Any:
 
 
 def causal_lm(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """A language model given labels in training: the loss without the logits, `logits` None in the output."""
+    """A language model in training: `loss_alone`."""
+    return loss_alone(module, *args, **kwargs) if module.training else original(module, *args, **kwargs)
+
+
+def loss_alone(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """A language model given labels: the loss without the logits, `logits` None in the output."""
     head = module.get_output_embeddings()
     width = getattr(head, "out_features", None)
     sharded_alone = "FSDP" in type(head).__name__  # its weight is whole only within its own forward
-    if not module.training or kwargs.get("labels") is None or width is None or sharded_alone:
+    watched = head is not None and bool(head._forward_hooks or head._forward_pre_hooks)
+    if kwargs.get("labels") is None or width is None or sharded_alone or watched:
         return original(module, *args, **kwargs)
     before = head.__dict__.get("forward")
     head.forward = partial(_promise, head, before or partial(original, head), width)

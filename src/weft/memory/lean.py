@@ -11,7 +11,9 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ from weft.memory.forwards import LeanForward
 from weft.terms import SumLinear
 from weft.terms.layers import is_conv1d
 
-__all__ = ["LeanReport", "lean", "lean_report", "unlean"]
+__all__ = ["LeanReport", "lean", "lean_report", "unlean", "without_logits"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,6 +102,23 @@ def lean_report(model: nn.Module) -> LeanReport:
         elif run is not None:
             left[name] = "the saver is off; weft.lean(model) switches it on"
     return LeanReport(counts, left)
+
+
+@contextmanager
+def without_logits(model: nn.Module) -> Iterator[None]:
+    """Within the block a language model that is given labels makes its loss without the logits, in any mode: they are
+    None in its output. One whose forward something else has replaced, or whose head is watched by hooks, goes on as it
+    does.
+    """
+    whole = _language_model(model)
+    if whole is None or "forward" in whole.__dict__:
+        yield
+        return
+    whole.forward = partial(forwards.loss_alone, whole)
+    try:
+        yield
+    finally:
+        del whole.forward
 
 
 def _plan(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., Any] | str | None]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.memory.lean import without_logits
 from weft.signals import requested, stop_here
 from weft.stats.cache import Snapshots, fingerprint
 from weft.stats.collect import GRADIENT_NEEDS, Collector, check_needs
@@ -142,7 +143,8 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     count = int(((labels[:, 1:] if causal else labels) != -100).sum())
     if not count:
         raise WeftError("A calibration batch has nothing to predict: every label of it is -100; leave that batch out.")
-    return model(**batch, **_no_cache(model)).loss, count
+    with without_logits(model):
+        return model(**batch, **_no_cache(model)).loss, count
 
 
 def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
