@@ -38,7 +38,7 @@ KINDS = {
     "adapt": "Adapters: trainable terms beside a frozen weight",
     "graft": "Grafts: a changed forward pass",
     "prune": "Pruning: rows and columns are cut out of layers",
-    "pretrain": "Pre-training: fresh layers of few numbers",
+    "pretrain": "Pre-training: layers of few numbers, fresh or of a trained model",
     "train": "Training: no weight changes its form, the method chooses what is trained",
     "optimizer": "Optimizers: how gradients become updates",
     "allocate": "Allocations: how a budget is spread over layers",

@@ -112,7 +112,7 @@ def test_a_whole_docstring_is_not_blamed() -> None:
 ROOMS = ("methods", "optim", "rules", "merging", "allocate")
 MACHINERY = {
     *("methods/adapter.py", "methods/combined.py", "methods/full.py", "rules/hooks.py"),
-    *("rules/replicated.py", "rules/sharded.py", "rules/schedule.py", "rules/scope.py"),
+    *("rules/each_step.py", "rules/replicated.py", "rules/sharded.py", "rules/schedule.py", "rules/scope.py"),
     *("optim/batch.py", "optim/closure.py", "optim/published.py", "optim/record.py"),
     *("optim/distributed.py", "optim/lowrank.py", "optim/parameters.py", "optim/seeds.py", "optim/state.py"),
     "optim/several.py",

@@ -99,6 +99,8 @@ MAY_NAME: dict[str, set[str]] = {
     "methods/randlora.py": {"uniform"},  # a law of random numbers
     "methods/soka.py": {"energy"},  # a way to choose components
     "methods/svfit.py": {"energy"},  # a way to choose components
+    "methods/trp.py": {"energy"},  # the share that a truncation keeps
+    "rules/gradient_flow.py": {"linear"},  # a way to fade out
     "optim/inner.py": {"galore"},  # a form of Adam's correction
     "optim/presets.py": {"svd", "sign", "adamw"},  # a projection, a residual and an inner rule
     "testing_optim.py": {"full"},  # what optimizers are tried with

@@ -9,6 +9,7 @@
     resumes     an interrupted run ends on the same bytes
     saves       the trained model's directory opens to the same logits
     merges      a plain dense model of it gives the same logits to 1e-5; one that is not linear says so
+    finishes    what the layers become in the end is the same function, of no more numbers, and can be saved
     lean        the memory saver changes no gradient beyond rounding, and keeps no more
     half        bf16 weights stay bf16 and finite through a run
     refuses     an unknown option, and a rank above the matrix or where there is none, are refused by sentences
@@ -35,7 +36,7 @@ from weft.runs.loading import load_tokenizer
 from weft.terms import SumLinear, Term
 from weft.terms.layers import shape_of
 from weft.train.recipe import Recipe
-from weft.verbs.fresh import Structure, restructure
+from weft.verbs.fresh import Structure, finish, restructure
 from weft.verbs.merge import merge
 from weft.verbs.pretrain import pretrain
 
@@ -80,6 +81,10 @@ def _made(method: Method, words: int = 64, dtype: torch.dtype = torch.float32) -
     model = _plain(words, dtype)
     restructure(model, _structure(method))
     return model
+
+
+def _original(method: Method, words: int = 64, dtype: torch.dtype = torch.float32) -> nn.Module | None:
+    return _structure(method).original(_plain(words, dtype))
 
 
 def _layers(model: nn.Module) -> dict[str, SumLinear]:
@@ -156,7 +161,7 @@ def _moved(layer: SumLinear, inputs: list[Tensor], ways: list[Tensor], size: flo
 def _steps(method: Method, dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, list[float]]:
     """A fresh model after a run with the method's rules, and the losses of its steps."""
     model = _made(method, dtype=dtype).train()
-    rule = Rules(_structure(method).rules(model, 0))
+    rule = Rules(_structure(method).rules(model, 0, _original(method, dtype=dtype)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     rule.bind(optimizer)
     rule.start(model, steps=2 * STEPS)
@@ -200,7 +205,9 @@ def _resumes(method: Method) -> None:
         text = Path(directory) / "text.txt"
         text.write_text(TEXT)
         structure = _structure(method)
-        pretrain(model, tokenizer, [text], recipe, Path(directory), structure=structure, callbacks=callbacks)
+        original = _original(method, len(tokenizer))
+        chosen: dict[str, Any] = {"structure": structure, "original": original, "callbacks": callbacks}
+        pretrain(model, tokenizer, [text], recipe, Path(directory), **chosen)
 
     whole, broken, again = (_made(method, len(tokenizer)) for _ in range(3))
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
@@ -239,6 +246,18 @@ def _merges(method: Method) -> None:
         merge(model)
     assert not any(isinstance(module, SumLinear | Term) for module in model.modules())
     assert torch.allclose(_logits(model), before, rtol=1e-5, atol=1e-5), "the dense model is another function"
+
+
+def _finishes(method: Method) -> None:
+    model, _ = _steps(method)
+    before, held = _logits(model), sum(p.numel() for p in model.parameters())
+    finish(model, _structure(method))
+    assert torch.allclose(_logits(model), before, rtol=1e-4, atol=1e-4), "what is left is another function"
+    assert sum(p.numel() for p in model.parameters()) <= held, "there are more numbers than were trained"
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        again = AutoModelForCausalLM.from_pretrained(directory)
+    assert torch.equal(_logits(again), _logits(model)), "it opens to others"
 
 
 def _lean(method: Method) -> None:
@@ -295,6 +314,7 @@ PROPERTIES: dict[str, Callable[[Method], None]] = {
     "resumes": _resumes,
     "saves": _saves,
     "merges": _merges,
+    "finishes": _finishes,
     "lean": _lean,
     "half": _half,
     "refuses": _refuses,

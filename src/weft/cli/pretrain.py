@@ -27,7 +27,14 @@ __all__ = ["command"]
 
 def command(
     out: OutUnlessPlanned = None,
-    size: Annotated[str, typer.Option(help="9m, 35m, 60m, 130m, 350m, 1b or 7b, as in the published tables.")] = "9m",
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of a fresh model: 9m (taken if none), 35m, 60m, 130m, 350m, 1b, 7b.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--from", metavar="MODEL", help="Go on with this model instead.", show_default=False),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +86,10 @@ def command(
         int | None, typer.Option(help="Scale rates from a base model of this width (muP).", show_default=False)
     ] = None,
     decay: Annotated[str, typer.Option(help="Weight decay by width, with --mup: sqrt, independent, fixed.")] = "sqrt",
-    tokenizer: Annotated[str, typer.Option(help="A model whose tokenizer to take.")] = "pico",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A model whose tokenizer a fresh one takes; that of pico.", show_default=False),
+    ] = None,
     eval_text: Annotated[
         list[Path] | None, typer.Option(help="Held-out text; Python's held-out sources.", show_default=False)
     ] = None,
@@ -102,5 +112,5 @@ def command(
     bos: Bos = None,
     **common: Unpack[Computing],
 ) -> None:
-    """Train a model from scratch, with any optimizer, its matrices as they are or in a structure."""
+    """Train a model from scratch, or further, with any optimizer, its matrices as they are or in a structure."""
     answer("pretrain", locals())

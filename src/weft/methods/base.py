@@ -272,8 +272,9 @@ class Method(Record):
 
     Args:
         kind: "compress" (replaces weights by fewer numbers), "quantize" (by codes), "adapt" (adds trainable terms),
-            "compensate" (adds terms that take up what a compression lost), "pretrain" (makes fresh layers),
-            "train" (changes no weight, chooses what is trained), or "prune" (cuts rows and columns out of layers).
+            "compensate" (adds terms that take up what a compression lost), "pretrain" (makes layers that are
+            trained as a whole, fresh ones or those of a given model), "train" (changes no weight, chooses what is
+            trained), or "prune" (cuts rows and columns out of layers).
         needs: the statistics that `split` reads from its site's `moments`.
         needs_with: (options) -> those that it reads with these options besides.
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.
@@ -301,10 +302,15 @@ class Method(Record):
         exempt: property of the conformance suite (`weft.testing_adapters`) -> a sentence saying why the method does not
             have it.
         rules: factories of `weft.rules.Rule`, each called with those of the method's options, and of `rank`, `ranks`
-            (by layer) and `seed`, that it names; run around each training step, on the method's terms.
+            (by layer), `seed` and, in pre-training, `original` (a frozen copy of the model that training goes on with)
+            that it names; run around each training step, on the method's terms.
         optimizer: (parameter groups with their "lr" and "weight_decay", options) -> the optimizer that the method was
             published with, where AdamW's state per parameter will not do (an age of each entry, say).
         trained: (model) -> the parameters that training updates; all others are frozen.
+        begins: what a method of kind "pretrain" may begin with, what it was made for first: "fresh", weights that are
+            drawn, or "given", those of a trained model.
+        finish: (site) -> Split: what a layer becomes when its training has ended, of the options those that it names;
+            a single Dense term is a plain layer again. None: it stays as it is.
     """
 
     needs: tuple[str, ...] = ()
@@ -330,6 +336,8 @@ class Method(Record):
     rules: tuple[Callable[..., Any], ...] = ()
     optimizer: Callable[[list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer] | None = None
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
+    begins: tuple[str, ...] = ("fresh",)
+    finish: Callable[..., Split] | None = None
 
     def reads(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """The statistics that it needs with these options."""

@@ -68,5 +68,6 @@ METHOD = Method(
     count=count,
     ranked=False,
     trained=low_rank_terms,
+    begins=("fresh", "given"),
     defaults={"blocks": 4, "start": "weight"},
 )

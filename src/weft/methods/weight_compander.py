@@ -48,5 +48,6 @@ METHOD = Method(
     count=count,
     ranked=False,
     trained=low_rank_terms,
+    begins=("fresh", "given"),
     defaults={"kappa": 2.55, "rho": 1.0, "learn": False},
 )

@@ -25,16 +25,16 @@ def split_parameters(
 ) -> tuple[list[Named], list[Named]]:
     """(matrices to project, everything else) among the trainable parameters, as (name, parameter) pairs.
 
-    Names that contain any of `exclude` are not projected. With `stacks`, three-dimensional stacks of matrices count as
-    matrices, though none can be projected. Raises WeftError when there is nothing to train or to
-    project.
+    Names that contain any of `exclude` are not projected. With `stacks`, three-dimensional stacks of matrices and
+    vectors of a matrix's entries (a module's `entries` names them) count as matrices, though none can be projected.
+    Raises WeftError when there is nothing to train or to project.
     """
     trainable: list[Named] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise WeftError("No parameter of the model requires a gradient; there is nothing to train.")
     whole = set(_whole(model, exclude, 3 if stacks else 2))
     matrices = [(name, p) for name, p in trainable if p not in whole]
-    if not matrices:
+    if not matrices and not stacks:
         raise WeftError(
             "The model has no trainable matrix inside an nn.ModuleList or nn.Sequential, so nothing is projected; "
             'give groups instead: [{"params": matrices, "rank": 128}, {"params": others}].'
@@ -49,11 +49,17 @@ def _whole(model: nn.Module, exclude: Sequence[str], dimensions: int) -> Iterato
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
     ]
+    entries = {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        for own in getattr(module, "entries", ())
+        if dimensions > 2
+    }
     embeddings = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     for name, p in model.named_parameters(remove_duplicate=False):
         in_block = any(name.startswith(c) for c in containers)
         matrix = 2 <= p.ndim <= dimensions and 1 not in p.shape and not any(name.startswith(e) for e in embeddings)
-        if not (in_block and matrix) or any(x in name for x in exclude):
+        if not (in_block and (matrix or name in entries)) or any(x in name for x in exclude):
             yield p
 
 

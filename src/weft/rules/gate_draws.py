@@ -4,12 +4,12 @@ al., 2022, arXiv 2210.07558; CE-SSL, Zhou et al., 2024, arXiv 2406.14377).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from weft.rules.base import Rule, State
+from weft.rules.each_step import EachStep
 from weft.rules.sharded import sharded_like
 from weft.seeds import mix
 from weft.terms import GatedLowRank
@@ -21,7 +21,7 @@ Draw = Callable[[torch.Generator, int, Sequence[int]], list[tuple[Tensor, Tensor
 """
 
 
-class GateDraws(Rule):
+class GateDraws(EachStep):
     """Draws the gates of step t from a generator seeded by `seed` and t, and writes them into the terms
     before the step's forward passes; they hold for all its micro-batches, and are the same on every process.
 
@@ -37,12 +37,11 @@ class GateDraws(Rule):
 
     def __init__(self, draw: Draw, *, rank: int | None = None, seed: int = 0) -> None:
         self.draw, self.rank, self.seed = draw, rank, seed
-        self.step = 0
 
     def begin(self, model: nn.Module) -> None:
         self.gated = [term for _, term in self.found(GatedLowRank)]
         self.nominal = max(term.rank for term in self.gated) if self.rank is None else self.rank
-        self._open(1)
+        self.open(1)
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
@@ -55,19 +54,7 @@ class GateDraws(Rule):
                     mask = mask.to(parameter.device, parameter.dtype).expand(parameter.shape).contiguous()
                     parameter.grad.mul_(sharded_like(mask, parameter))
 
-    def after_step(self, model: nn.Module, step: int) -> None:
-        self._open(step + 1)
-
-    def state_dict(self) -> State:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: Mapping[str, Tensor | int | float]) -> None:
-        self._open(int(state["step"]))
-
-    @torch.no_grad()
-    def _open(self, step: int) -> None:
-        """Set the gates for the forward passes of `step`."""
-        self.step = step
+    def prepare(self, step: int) -> None:
         generator = torch.Generator().manual_seed(mix(self.seed, step))
         drawn = self.draw(generator, self.nominal, [term.rank for term in self.gated])
         for term, (gate, _) in zip(self.gated, drawn, strict=True):

@@ -18,6 +18,7 @@ from weft.terms.companded import Companded
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.factored import Factored
+from weft.terms.fading import Fading
 from weft.terms.float_code import FloatCode
 from weft.terms.gated_low_rank import GatedLowRank
 from weft.terms.integer_code import IntegerCode
@@ -58,6 +59,7 @@ __all__ = [
     "CoreLowRank",
     "Dense",
     "Factored",
+    "Fading",
     "FloatCode",
     "GatedLowRank",
     "Int8",
@@ -110,6 +112,7 @@ TERMS: dict[str, type[Term]] = {
         Spectral,
         Sparse,
         Masked,
+        Fading,
         CoreLowRank,
         GatedLowRank,
         Shifted,

@@ -81,6 +81,8 @@ class Term(nn.Module):
     """Whether its own forward keeps little for backward already, so that a lean step leaves it as it is."""
     builds: ClassVar[bool] = False
     """Whether its forward builds the (out, in) matrix, so that further summands cost little beside it."""
+    entries: ClassVar[tuple[str, ...]] = ()
+    """Its vectors that hold entries of the matrix, by name: weight decay takes them for a matrix."""
     dropout: float = 0.0
     """Probability of zeroing an entry of x while training."""
 

@@ -28,6 +28,7 @@ class Masked(Term):
 
     kind = "masked"
     lean_alone = True
+    entries = ("values",)
 
     def __init__(self, in_features: int, out_features: int, nonzeros: int, **place: Any) -> None:
         super().__init__(in_features, out_features)
@@ -45,6 +46,16 @@ class Masked(Term):
         with torch.no_grad():
             term.values.copy_(values)
             term.bits.copy_(pack(mask.to(torch.uint8).flatten(), 1))
+        return term
+
+    @classmethod
+    def from_places(cls, matrix: Tensor, places: Tensor) -> Masked:
+        """The entries of `matrix` (out, in) at flat places (k,), all different, in any order."""
+        term = cls(matrix.shape[1], matrix.shape[0], places.numel(), device=matrix.device, dtype=matrix.dtype)
+        mask = torch.zeros(matrix.numel(), dtype=torch.uint8, device=matrix.device).index_fill_(0, places, 1)
+        with torch.no_grad():
+            term.values.copy_(matrix.flatten()[places.sort().values])
+            term.bits.copy_(pack(mask, 1))
         return term
 
     @classmethod

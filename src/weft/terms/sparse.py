@@ -22,6 +22,7 @@ class Sparse(Term):
     kind = "sparse"
     lean_alone = True
     builds = True
+    entries = ("values",)
 
     def __init__(self, in_features: int, out_features: int, nonzeros: int, **place: Any) -> None:
         super().__init__(in_features, out_features)

@@ -1,23 +1,30 @@
-"""Structured weights from scratch: a method of kind "pretrain" makes the layers of a fresh model."""
+"""Structured weights: a method of kind "pretrain" makes the layers that are trained, of a fresh model or a given one,
+and in the end what they become.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from weft.errors import WeftError
+from weft.io.quantizer import unmark
 from weft.methods import METHODS, Method, Site
 from weft.rules import Rule, make_rules
 from weft.seeds import generator
+from weft.terms import SumLinear
 from weft.terms.adapters import base_terms
 from weft.terms.layers import bias_of, linear_layers, shape_of
-from weft.terms.put import KEEP, put
+from weft.terms.put import KEEP, is_one_matrix, put, unput
 
-__all__ = ["Structure", "restructure"]
+__all__ = ["Structure", "finish", "restructure"]
 
 QUARTER = 4
 """The published ranks of low-rank pre-training are about a quarter of the model's width."""
@@ -25,7 +32,7 @@ QUARTER = 4
 
 @dataclass(frozen=True)
 class Structure:
-    """What stands in the place of a fresh model's matrices.
+    """What stands in the place of a model's matrices.
 
     Args:
         method: of kind "pretrain".
@@ -63,12 +70,21 @@ class Structure:
                 )
         return rank
 
-    def rules(self, model: nn.Module, seed: int) -> list[Rule]:
-        """What happens around the training steps of a model of this structure."""
+    @property
+    def follows(self) -> bool:
+        """Whether the method's rules follow the model as it was before it was restructured."""
+        return any("original" in inspect.signature(make).parameters for make in self.method.rules)
+
+    def original(self, model: nn.Module) -> nn.Module | None:
+        """A frozen copy of the model that is to be restructured, where the method's rules follow it."""
+        return copy.deepcopy(model).requires_grad_(False).eval() if self.follows else None
+
+    def rules(self, model: nn.Module, seed: int, original: nn.Module | None = None) -> list[Rule]:
+        """What happens around the training steps of a model of this structure; `original` of the model it was."""
         shapes = {name: shape_of(layer) for name, layer in linear_layers(model).items()}
         rank = self.sized(shapes)
         settings = {**self.options, "seed": seed} | ({} if rank is None else {"rank": rank})
-        return make_rules(self.method.rules, settings | {"ranks": dict.fromkeys(shapes, rank)})
+        return make_rules(self.method.rules, settings | {"ranks": dict.fromkeys(shapes, rank), "original": original})
 
     def described(self) -> dict[str, Any]:
         """What a run's record says of it, JSON-able."""
@@ -78,7 +94,7 @@ class Structure:
 def restructure(
     model: nn.Module, method: str | Method | Structure, size: Any = None, seed: int = 0, **options: Any
 ) -> nn.Module:
-    """Put a method's terms in the place of every linear layer of a fresh model; the same model is returned.
+    """Put a method's terms in the place of every linear layer of a model; the same model is returned.
 
     Args:
         method: of kind "pretrain", or a whole structure, which then says size and options.
@@ -101,10 +117,34 @@ def restructure(
         layer = model.get_submodule(name)
         draw, dtype = generator(seed, found.name, name), layer.weight.dtype
         site = Site(name, base_terms(model, name), rank, rank, {}, draw, dtype, shared, bias_of(layer))  # type: ignore[arg-type]
-        made[name] = found.split(site, **chosen.options)
+        made[name] = found.split(site, **_asked(found.split, chosen.options))
     for name, split in made.items():
         put(model, name, split.terms, KEEP if split.bias is None else split.bias)
     return model
+
+
+@torch.no_grad()
+def finish(model: nn.Module, structure: Structure) -> None:
+    """Make of every trained layer what the structure's method leaves in the end; one matrix is a plain layer again."""
+    method = structure.method
+    if method.finish is None:
+        return
+    options = _asked(method.finish, structure.options)
+    for name in [name for name, module in model.named_modules() if isinstance(module, SumLinear)]:
+        layer = model.get_submodule(name)
+        draw, dtype = generator(0, method.name, name), layer.weight.dtype
+        split = method.finish(Site(name, base_terms(model, name), None, None, {}, draw, dtype), **options)  # type: ignore[arg-type]
+        if is_one_matrix(put(model, name, split.terms)):
+            unput(model, name)
+    if isinstance(model, PreTrainedModel) and not any(isinstance(m, SumLinear) for m in model.modules()):
+        unmark(model)
+
+
+def _asked(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a function names; all of them where it takes any."""
+    names = inspect.signature(function).parameters
+    several = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
+    return {name: value for name, value in options.items() if several or name in names}
 
 
 def _listed(method: Method) -> str:

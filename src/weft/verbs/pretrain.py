@@ -1,4 +1,4 @@
-"""Pre-train a model from scratch: a size, a text, an optimizer, and what stands in the place of its matrices.
+"""Pre-train a model, from scratch or further: a text, an optimizer, and what stands in the place of its matrices.
 
 The text is tokenised in the background and packed (`weft.train.stream`), the loop is transformers' Trainer, and the
 optimizer one of `weft.optim.OPTIMIZERS`, or "adamw".
@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError, unknown
 from weft.io.save import save_model
 from weft.methods import Method
 from weft.optim import Refresh, fold_weights, schedules
-from weft.optim.mup import scale_init_
 from weft.optim.state import state_bytes
 from weft.rules import Rule, Rules
 from weft.rules.refactorise import Refactorise
@@ -44,59 +43,29 @@ from weft.train.optimizers import (
     make_optimizer,
 )
 from weft.train.recipe import Recipe
-from weft.train.sizes import configuration, fresh_model
 from weft.train.sources import read_texts, source_files
 from weft.train.stream import StreamedRows
 from weft.train.trainer import train
 from weft.train.windows import evaluation_windows, token_stream
+from weft.verbs.beginning import build, check_beginning, emptied, given_model
 from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_memory
 from weft.verbs.figures import first_and_last, rehearsed
 from weft.verbs.finetune import training_device
-from weft.verbs.fresh import Structure, restructure
+from weft.verbs.fresh import Structure, finish
 from weft.verbs.plan import planned
 
 __all__ = ["build", "pretrain", "run"]
 
 
-def build(
-    size: str,
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    seed: int,
-    *,
-    structure: Structure | None = None,
-    mup: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[LlamaForCausalLM, nn.Module | None]:
-    """A fresh model of a published size, and, for width scaling, its narrow base on the meta device.
-
-    Args:
-        structure: what stands in the place of the blocks' matrices.
-        mup: the width of the base model on which lr and weight decay were tuned; initial weights are scaled
-            accordingly.
-    """
-    config = configuration(size, tokenizer, window)
-    model = fresh_model(config, seed, dtype=dtype)
-    base: nn.Module | None = None
-    if mup is not None:
-        if structure is not None:
-            raise WeftError("--mup scales dense matrices: give it without --low-rank or --method.")
-        with torch.device("meta"):
-            base = LlamaForCausalLM(configuration(size, tokenizer, window, width=mup))
-        scale_init_(model, base)
-    if structure is not None:
-        restructure(model, structure, seed=seed)
-    return model, base
-
-
 def pretrain(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     files: Sequence[Path],
     recipe: Recipe,
     directory: Path,
     *,
     structure: Structure | None = None,
+    original: nn.Module | None = None,
     optimizer: str = "adamw",
     schedule: str = "cosine",
     restart: int = 0,
@@ -114,7 +83,9 @@ def pretrain(
     Args:
         files: text, JSONL or Parquet files; each document ends with the end-of-text token.
         directory: for the token stream, checkpoints and metrics; training goes on from the last checkpoint in it.
-        structure: that the model was built with (`build`); its method's rules run around the steps.
+        structure: that the model was built with (`build`); its method's rules run around the steps, and in the end the
+            layers become what it leaves.
+        original: the model before it was (`Structure.original`), for methods whose rules follow it.
         optimizer: "adamw" or a name of `weft.optim.OPTIMIZERS`; its options (rank, refresh, scale, projection ...) as
             `options`.
         schedule: "cosine" (to a tenth), "wsd" or "constant", after `recipe.warmup` steps of warm-up.
@@ -150,12 +121,12 @@ def pretrain(
             optimizer=lambda: made,
             scheduler=lambda optim: LambdaLR(optim, plan),
             widen=False,
-            rules=_rules(model, structure, recipe, refactorise, reset_moments),
+            rules=_rules(model, structure, original, recipe, refactorise, reset_moments),
             measure=measure if evaluation is not None else None,
             callbacks=callbacks,
         )
         windows = min(rows.windows, count)
-    fold_weights(model)  # gradnormlorp's lengths and directions become the matrices that they stand for
+    _leave(model, structure)
     return {
         "steps": recipe.steps,
         "processes": processes,
@@ -175,13 +146,14 @@ def pretrain(
 def run(
     out: str | Path | None = None,
     *,
-    size: str = "9m",
+    size: str | None = None,
+    model: str | None = None,
     method: str | Method | None = None,
     optimizer: str = "adamw",
     optimizer_options: Mapping[str, Any] | None = None,
     rank: float | None = None,
     text: str | Path | Sequence[str | Path] | None = None,
-    tokenizer: str = "pico",
+    tokenizer: str | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
     eval_windows: int | None = None,
     lr: float | None = None,
@@ -199,10 +171,12 @@ def run(
     dtype: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """`weft pretrain`: make a model of `size`, train it on `text`, write a directory with `run.json` and
+    """`weft pretrain`: make a model of `size`, or take one, train it on `text`, write a directory with `run.json` and
     `metrics.jsonl`.
 
     Args:
+        size: of a fresh model; "9m" where neither size nor model is given.
+        model: a directory, Hub id or embedded name: the model to go on with instead (`--from`).
         method: of kind "pretrain": what stands in the place of the blocks' matrices; None for the matrices themselves.
         rank: with a method, of what stands there (None for a quarter of the width). Without one, of the optimizer's
             subspace, or below 1 its share of a matrix's side; None for the published one at this size.
@@ -210,7 +184,7 @@ def run(
         optimizer_options: of the optimizer: refresh, scale ...; among `settings` they count as well. By default the
             published ones, which follow the size of the model and the length of the run.
         text: files or directories; None for Python's own sources.
-        tokenizer: a model whose tokenizer to take.
+        tokenizer: a model whose tokenizer a fresh one takes; None for that of the embedded one.
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
@@ -224,46 +198,69 @@ def run(
     """
     arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run", "plan")} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings)
-    arguments["method"] = method.name if isinstance(method, Method) else method
     recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
+    size, tokenizer = check_beginning(model, size, tokenizer, mup, structure)
+    arguments |= {"size": None if model else size, "tokenizer": tokenizer, "method": getattr(method, "name", method)}
+    words = load_tokenizer(tokenizer)
     _check_rules(refactorise, reset_moments, structure, recipe.steps)
     _check_width(optimizer, mup, decay)
     _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
     files = source_files(text) if text is not None else calibration_files()
-    inputs = contents(tokenizer=tokenizer, text=files, eval_text=eval_text)
+    inputs = contents(model=model, tokenizer=tokenizer, text=files, eval_text=eval_text)
     if out is not None or not plan:
         check_output(_named(out), arguments, inputs)
     evaluation = read_texts(eval_text) if eval_text is not None else [default_text("evaluation")]
     target = training_device(device)
-    words = load_tokenizer(tokenizer)
     kind = resolve_dtype(dtype, target) or torch.bfloat16
-    shape: dict[str, Any] = {"structure": structure, "mup": mup, "dtype": kind}
+    given = None if model is None else given_model(model, recipe.window, target, kind)
+    shape: dict[str, Any] = {"given": given, "structure": structure, "mup": mup, "dtype": kind}
     empty, make = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     if plan:
-        told = {} if structure is None else structure.described()
-        return {"size": size, **told, "optimizer": optimizer, **planned(empty, make, recipe, str(target))}
+        told = _counted(structure, model, size)
+        return {**told, "optimizer": optimizer, **planned(empty, make, recipe, str(target))}
     record = begin("pretrain", arguments | asdict(recipe) | {"schedule": schedule}, seed=recipe.seed, device=target)
     evaluation_windows(len(token_stream(words, evaluation)), recipe.window, count=eval_windows)
-    model, base = build(size, words, recipe.window, recipe.seed, **shape)
-    model.to(target)  # type: ignore[arg-type]
+    original = None if structure is None or given is None else structure.original(given)
+    made, base = build(size, words, recipe.window, recipe.seed, **shape)
+    made.to(target)  # type: ignore[arg-type]
     chosen: dict[str, Any] = {
-        "structure": structure, "optimizer": optimizer, "schedule": schedule, "restart": restart,
+        "structure": structure, "original": original, "optimizer": optimizer, "schedule": schedule, "restart": restart,
         "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, **options,
     }  # fmt: skip
     if dry_run:
         with tempfile.TemporaryDirectory() as scratch:
-            done = pretrain(model, words, files, recipe, Path(scratch), callbacks=[OneStep()], **chosen)
+            done = pretrain(made, words, files, recipe, Path(scratch), callbacks=[OneStep()], **chosen)
         return rehearsed(recipe, done)
     with open_output(_named(out), arguments, inputs) as place:
         metrics = pretrain(
-            model, words, files, recipe, place.progress, evaluation=evaluation, eval_windows=eval_windows, **chosen
+            made, words, files, recipe, place.progress, evaluation=evaluation, eval_windows=eval_windows, **chosen
         )
         if int(os.environ.get("RANK", "0")) == 0:
-            save_model(model, words, place.path, run=record.write(place.path, metrics))
+            save_model(made, words, place.path, run=record.write(place.path, metrics))
             keep_logs(place)
     return {"output": str(out), **metrics}
+
+
+def _leave(model: PreTrainedModel, structure: Structure | None) -> None:
+    """After the last step: what optimizer and method leave in the model."""
+    fold_weights(model)  # gradnormlorp's lengths and directions become the matrices that they stand for
+    if structure is not None:
+        finish(model, structure)
+
+
+def _counted(structure: Structure | None, model: str | None, size: str) -> dict[str, Any]:
+    """What a plan counts. Raises WeftError where that is less than a step holds."""
+    begun = {"size": size} if model is None else {"model": model}
+    if structure is None:
+        return begun
+    if structure.follows:
+        raise WeftError(
+            f"--plan counts one model, and {structure.method.name} holds the one that it goes on with beside it; "
+            "measure a step with --dry-run."
+        )
+    return begun | structure.described()
 
 
 def _structure(
@@ -310,9 +307,14 @@ def _rank(optimizer: str, rank: float) -> float:
 
 
 def _rules(
-    model: nn.Module, structure: Structure | None, recipe: Recipe, refactorise: int | None, reset_moments: int | None
+    model: nn.Module,
+    structure: Structure | None,
+    original: nn.Module | None,
+    recipe: Recipe,
+    refactorise: int | None,
+    reset_moments: int | None,
 ) -> list[Rule]:
-    found = [] if structure is None else structure.rules(model, recipe.seed)
+    found = [] if structure is None else structure.rules(model, recipe.seed, original)
     found += [Refactorise(refactorise)] if refactorise else []
     return found + ([ResetMoments(reset_moments)] if reset_moments else [])
 
@@ -343,12 +345,14 @@ def _rehearse(
     decay: str,
     shape: Mapping[str, Any],
     every: tuple[int | None, int | None],
-) -> tuple[LlamaForCausalLM, Callable[[nn.Module], torch.optim.Optimizer]]:
+) -> tuple[PreTrainedModel, Callable[[nn.Module], torch.optim.Optimizer]]:
     """Make the model, its optimizer and its rules without storage: raises what would be raised once they are large. The
     model, and what makes the optimizer, are returned.
     """
+    given, structure = shape["given"] and emptied(shape["given"]), shape["structure"]
     with torch.device("meta"):
-        model, base = build(size, tokenizer, recipe.window, recipe.seed, **shape)
+        original = None if structure is None or given is None else structure.original(given)
+        model, base = build(size, tokenizer, recipe.window, recipe.seed, **{**shape, "given": given})
         chosen = chosen_options(optimizer, options, recipe.steps, model)
 
         def make(model: nn.Module) -> torch.optim.Optimizer:
@@ -356,7 +360,7 @@ def _rehearse(
             return make_optimizer(optimizer, model, *rates, chosen, base, decay)
 
         made = make(model)
-        rules = Rules(_rules(model, shape["structure"], recipe, *every))
+        rules = Rules(_rules(model, structure, original, recipe, *every))
         rules.bind(made)
         rules.start(model, steps=recipe.steps)
     return model, make
