@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernels.cells import bucketize, cells
+from weft.kernels.coded_product import worthwhile
 from weft.kernels.column_linear import column_linear
 from weft.kernels.lean_linear import Factor, linear
 from weft.kernels.normal_float import Format, decode, encode, levels
 from weft.kernels.prefix_attention import prefix_attention
 from weft.kernels.sparse_linear import scatter_dense, sparse_linear
 from weft.memory.cross_entropy import cut_cross_entropy, linear_cross_entropy
+from weft.terms import Int8, IntegerCode, NormalFloat
 
 Case = Callable[[], dict[str, Any]]
 Formula = Callable[..., Tensor]
@@ -66,6 +68,8 @@ def cases(size: str, device: str) -> dict[str, Case]:
     found["bucketize"] = functools.partial(buckets, draw(1024 * tokens).clamp(-1, 1))
     for bits in (2, 3, 4, 8):
         found[f"normal float {bits}"] = functools.partial(codes, W, bits)
+    for name, term in {"int8": Int8.from_matrix, "int3": int3, "int4": int4, "nf4": NormalFloat.from_matrix}.items():
+        found[f"coded product, {name}"] = functools.partial(few_tokens, term, W.bfloat16())
     return found
 
 
@@ -163,6 +167,26 @@ def buckets(unit: Tensor) -> dict[str, Any]:
     assert torch.equal(bucketize(unit, prepared), torch.bucketize(unit, edges).to(torch.uint8)), "other buckets"
     plain = cost(lambda: torch.bucketize(unit, edges))
     return cost(lambda: bucketize(unit, prepared)) | {f"plain_{key}": value for key, value in plain.items()}
+
+
+def int3(W: Tensor) -> IntegerCode:
+    return IntegerCode.from_matrix(W, 3, 64, symmetric=True)
+
+
+def int4(W: Tensor) -> IntegerCode:
+    return IntegerCode.from_matrix(W, 4, 128)
+
+
+@torch.no_grad()
+def few_tokens(make: Callable[[Tensor], Any], W: Tensor) -> dict[str, Any]:
+    """A pass of one token through a code, and the same by its dense matrix, in W's dtype."""
+    term, x = make(W), normal(1, W.shape[1], device=str(W.device)).to(W.dtype)
+    exact = x.double() @ term.dense(W.dtype).double().mT
+    plain = cost(lambda: F.linear(x, term.dense(W.dtype)))
+    error = distance(term(x), exact)
+    assert error < 2 * torch.finfo(W.dtype).eps, f"relative error {error:.1e}"
+    row = {"relative_error": error, "kernel": "Triton" if worthwhile(x) else "dense"}
+    return row | cost(lambda: term(x)) | {f"plain_{key}": value for key, value in plain.items()}
 
 
 def codes(W: Tensor, bits: int) -> dict[str, Any]:

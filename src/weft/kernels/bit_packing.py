@@ -1,7 +1,8 @@
 """Small integers without waste in bytes, most significant bit first: 8 / gcd(8, b) codes of b bits fill b / gcd(8, b)
-bytes, so that 3 bits are 8 codes in 3 bytes and 4 bits are 2 codes in one, bitsandbytes' order.
+bytes, a word, so that 3 bits are 8 codes in 3 bytes and 4 bits are 2 codes in one, bitsandbytes' order.
 
-Arithmetic is in uint8: a code lies in one byte or in two neighbours.
+Packing is in uint8: a code lies in one byte or in two neighbours. Unpacking is a shift of each word by as many places
+as it has codes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from weft.tables import table
 
 __all__ = ["pack", "packed_size", "unpack", "unpack_exported"]
 
@@ -28,6 +31,16 @@ class _Place(NamedTuple):
 def _places(bits: int) -> Iterator[_Place]:
     for end in range(bits, 8 * _width(bits) + 1, bits):
         yield _Place((end - bits) // 8, (end - 1) // 8, -end % 8)
+
+
+_WORDS = {1: torch.uint8, 3: torch.int32, 5: torch.int64, 7: torch.int64}
+"""What holds a word of so many bytes."""
+
+
+@table
+def _shifts(bits: int) -> list[int]:
+    """Of each code in its word."""
+    return list(range(8 * _width(bits) - bits, -1, -bits))
 
 
 def _width(bits: int) -> int:
@@ -62,14 +75,17 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed[:count]
     if torch.compiler.is_exporting():
         return unpack_exported(packed, bits, count)
-    words, mask = packed.view(-1, _width(bits)), 2**bits - 1
-    codes = torch.empty(len(words), _count(bits), dtype=torch.uint8, device=packed.device)
-    for k, place in enumerate(_places(bits)):
-        code = words[:, place.last] >> place.shift
-        if place.first != place.last:
-            code |= words[:, place.first] << 8 - place.shift
-        codes[:, k] = code.bitwise_and_(mask)
-    return codes.flatten()[:count]
+    bytes = packed.view(-1, _width(bits))
+    words = bytes[:, :1]
+    for i in range(1, _width(bits)):
+        words = (words.to(_WORDS[_width(bits)]) << 8) | bytes[:, i : i + 1]
+    shifts = _shifts(bits, device=packed.device, dtype=words.dtype)
+    if torch.compiler.is_compiling():
+        codes = (words >> shifts).to(torch.uint8)
+    else:  # stored as bytes at once
+        codes = torch.empty(len(words), _count(bits), dtype=torch.uint8, device=packed.device)
+        torch.bitwise_right_shift(words, shifts, out=codes)
+    return codes.bitwise_and_(2**bits - 1).flatten()[:count]
 
 
 def unpack_exported(packed: Tensor, bits: int, count: int) -> Tensor:

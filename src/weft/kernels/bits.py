@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["numbers_of", "numbers_of_exported"]
+__all__ = ["numbers_of", "numbers_of_exported", "product"]
 
 _MANTISSA = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 
@@ -16,6 +16,15 @@ _MANTISSA = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 def numbers_of(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """The floating-point numbers (..., n) that integers (..., n k) hold the bits of, lowest byte first."""
     return numbers_of_exported(bits, dtype) if torch.compiler.is_exporting() else bits.view(dtype)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a times b, which broadcasts over a, computed in the wider dtype of both and stored in `dtype`: on a GPU in one
+    pass, without a wide copy.
+    """
+    if torch.compiler.is_compiling():
+        return (a * b).to(dtype)
+    return torch.mul(a, b, out=torch.empty(a.shape, dtype=dtype, device=a.device))
 
 
 def numbers_of_exported(bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weft.tables import table
 
-__all__ = ["FORMATS", "FloatFormat", "float_codes", "float_values"]
+__all__ = ["FORMATS", "FloatFormat", "float_codes", "float_table", "float_values"]
 
 
 class FloatFormat(NamedTuple):
@@ -58,7 +58,7 @@ def _sizes(name: str) -> tuple[float, ...]:
 
 
 @table
-def _numbers(name: str) -> tuple[float, ...]:
+def float_table(name: str) -> tuple[float, ...]:
     """All numbers, by their codes."""
     return *_SIZES[name], *(-size for size in _SIZES[name])
 
@@ -90,4 +90,4 @@ def float_codes(numbers: Tensor, name: str) -> Tensor:
 
 def float_values(codes: Tensor, name: str) -> Tensor:
     """The fp32 numbers of codes."""
-    return _numbers(name, device=codes.device)[codes.int()]
+    return float_table(name, device=codes.device)[codes.int()]

@@ -29,7 +29,7 @@ from weft.kernels.bits import numbers_of
 from weft.kernels.cells import Cells, bucketize, cells
 from weft.tables import table
 
-__all__ = ["NF4", "Code", "Format", "blank", "decode", "encode", "levels"]
+__all__ = ["NF4", "Code", "Format", "blank", "block_scales", "decode", "encode", "levels"]
 
 _NF4_LEVELS = (
     -1.0,
@@ -124,7 +124,7 @@ def encode(matrix: Tensor, format: Format = NF4) -> Code:
     code_of_scales = _encode_scales(scales, format)
     if format.scale_bits is not None:
         # values are coded with the scales that decoding will see
-        scales = _scales(Code(codes=scales, **code_of_scales), format, len(scales))
+        scales = block_scales(Code(codes=scales, **code_of_scales), format, len(scales))
     # a block of zeros has scale 0 and must not divide by it
     normal = blocks / torch.where(scales > 0, scales, 1.0).unsqueeze(1)
     codes = bucketize(normal.clamp_(-1, 1), _edges(format.bits, matrix.device))
@@ -151,7 +151,7 @@ def blank(size: int, format: Format = NF4, device: torch.device | str | None = N
 def decode(code: Code, shape: tuple[int, int], format: Format = NF4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix of a code, computed in fp32 and cast last."""
     size = shape[0] * shape[1]
-    scales = _scales(code, format, -(-size // format.block))
+    scales = block_scales(code, format, -(-size // format.block))
     if format.bits == 4 and code.codes.is_cuda and _bitsandbytes_is_here():
         return decode_bitsandbytes(code.codes, scales, shape, format.block, dtype)
     values = _lookup(code.codes, format.bits, size)
@@ -213,7 +213,7 @@ def _encode_scales(scales: Tensor, format: Format) -> dict[str, Tensor]:
     return {"scales": packed, "offset": offset.float().view(torch.int32), "steps": steps.view(bits)}
 
 
-def _scales(code: Code, format: Format, count: int) -> Tensor:
+def block_scales(code: Code, format: Format, count: int) -> Tensor:
     """The scales (count,) in fp32."""
     if format.scale_bits is None:
         return numbers_of(code.scales, torch.float32)

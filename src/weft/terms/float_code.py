@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 
 from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
-from weft.kernels.float_format import FORMATS, float_codes, float_values
+from weft.kernels.coded_product import Coded
+from weft.kernels.float_format import FORMATS, float_codes, float_table, float_values
 from weft.kernels.integer_grid import grouped, ungrouped
 from weft.terms.base import Spec
 from weft.terms.quantized import Quantized
@@ -119,6 +120,11 @@ class FloatCode(Quantized):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values = grouped(float_values(self.element_codes(), self.element), self.width)
         return ungrouped(values * self.scale_matrix().unsqueeze(-1), self.in_features).to(dtype or self.carrier.dtype)
+
+    def coded(self) -> Coded:
+        format = FORMATS[self.element]
+        values = float_table(self.element, device=self.codes.device)
+        return Coded(self.codes, self.scale_matrix(), format.bits, self.width, levels=values)
 
     def spec(self) -> Spec:
         return super().spec() | {"element": self.element, "group": self.group, "scale": self.scale_dtype}

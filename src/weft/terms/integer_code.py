@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 
 from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
-from weft.kernels.bits import numbers_of
+from weft.kernels.bits import numbers_of, product
+from weft.kernels.coded_product import Coded
 from weft.kernels.integer_grid import fit, grouped, to_codes, ungrouped
 from weft.terms.base import IntegerCodes, Spec
 from weft.terms.quantized import Quantized
@@ -151,14 +152,17 @@ class IntegerCode(Quantized):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wanted = dtype or self.carrier.dtype
-        # a product that is rounded once is that of fp32, cast
-        work = wanted if wanted == self.scale_matrix().dtype else torch.float32
-        scale = self.scale_matrix().to(work).unsqueeze(-1)
-        # whole numbers up to 255 are exact in every dtype, and differences of them the fastest in the smallest
-        small = torch.int8 if self.bits < 8 else torch.int16
-        codes, zero = (t.to(small) for t in (self.integer_codes(), self.zero_points()))
-        values = (grouped(codes, self.width) - zero.unsqueeze(-1)).to(work).mul_(scale)
-        return ungrouped(values, self.in_features).to(wanted)
+        # below 8 bits codes are the same as signed bytes, and so are their differences
+        codes, zero = (
+            t.view(torch.int8) if self.bits < 8 else t.short() for t in (self.integer_codes(), self.zero_points())
+        )
+        values = grouped(codes, self.width) - zero.unsqueeze(-1)
+        return ungrouped(product(values, self.scale_matrix().float().unsqueeze(-1), wanted), self.in_features)
+
+    def coded(self) -> Coded:
+        return Coded(
+            self.codes, self.scale_matrix(), self.bits, self.width, zero=2 ** (self.bits - 1), zeros=self.zeros
+        )
 
     def exact_codes(self) -> IntegerCodes:
         scales = self.scale_matrix().float()

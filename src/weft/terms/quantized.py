@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels.bits import numbers_of
+from weft.kernels.bits import numbers_of, product
+from weft.kernels.coded_product import Coded, coded_product, worthwhile
 from weft.kernels.lean_linear import Weight, frozen_linear
-from weft.kernels.normal_float import NF4, Code, Format, blank, decode, encode
+from weft.kernels.normal_float import NF4, Code, Format, blank, block_scales, decode, encode, levels
 from weft.terms.base import IntegerCodes, Spec, Term
 
 __all__ = ["Int8", "NormalFloat", "Quantized"]
@@ -33,7 +34,12 @@ class Quantized(Term):
         if torch.compiler.is_compiling():  # exporting, too
             # the compiler's partitioner decides what is made twice
             return F.linear(x, self.dense(x.dtype))
-        return frozen_linear(x, self.dense)
+        coded = self.coded() if worthwhile(x) else None
+        return frozen_linear(x, self.dense) if coded is None else coded_product(x, coded, self.out_features)
+
+    def coded(self) -> Coded | None:
+        """The code as a product with few tokens reads it; None where only the matrix can be multiplied."""
+        return None
 
     def lean_weight(self) -> Weight | None:
         return self.dense
@@ -93,6 +99,12 @@ class NormalFloat(Quantized):
         code = Code(self.codes, self.scales, self.offset, self.steps)
         return decode(code, (self.out_features, self.in_features), self.format, dtype or self.carrier.dtype)
 
+    def coded(self) -> Coded:
+        code = Code(self.codes, self.scales, self.offset, self.steps)
+        scales = block_scales(code, self.format, -(-self.out_features * self.in_features // self.format.block))
+        table = levels(self.format.bits, device=self.codes.device)
+        return Coded(self.codes, scales, self.format.bits, self.format.block, flat=True, levels=table)
+
     def spec(self) -> Spec:
         return super().spec() | self.format._asdict()
 
@@ -124,7 +136,10 @@ class Int8(Quantized):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         scales = numbers_of(self.scales, torch.float32) / 127
-        return (self.codes.float() * scales.unsqueeze(1)).to(dtype or self.carrier.dtype)
+        return product(self.codes, scales.unsqueeze(1), dtype or self.carrier.dtype)
+
+    def coded(self) -> Coded:
+        return Coded(self.codes, numbers_of(self.scales, torch.float32) / 127, 8, self.in_features)
 
     def exact_codes(self) -> IntegerCodes:
         scales = numbers_of(self.scales, torch.float32).unsqueeze(1) / 127
