@@ -6,6 +6,7 @@ A number here only ever goes down. A failing test is a question about the change
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from statistics import median
+from types import CodeType, FrameType
+from typing import Any
 
 import pytest
 
 import weft
+from weft.verbs.compress import run
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "weft"
@@ -67,6 +71,14 @@ PUBLIC = [
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "scipy", "typer", "rich", "numpy", "peft")
 
 
+# calls that go back up, on a weight's way through `compress`: the lower function -> the higher one, and why
+UPWARD = {
+    "terms/experts.py:within_experts.<locals>.settled -> verbs/compress.py:compress",  # a decorator of verbs
+    "terms/experts.py:within_experts.<locals>.settled -> stats/calibrate.py:calibrate",
+    "stats/walk.py:walk -> verbs/placing.py:sequential.<locals>.restore",  # blocks that an interrupted run has finished
+}
+
+
 @cache
 def trees() -> dict[Path, ast.Module]:
     return {path.relative_to(SOURCE): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
@@ -109,6 +121,38 @@ def test_arrows_between_rooms_go_one_way() -> None:
             if target not in ARROWS[room] | ANYWHERE | {room}:
                 wrong.append(f"{path} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_few_calls_go_back_up_through_compress(tiny_directory: Path, tmp_path: Path) -> None:
+    """Of the pairs of functions that call each other, whatever other code lies between: imports alone are left out."""
+    found = set()
+
+    @cache
+    def place(code: CodeType) -> str:
+        inside = code.co_filename.startswith(f"{SOURCE}{os.sep}")
+        return f"{code.co_filename[len(str(SOURCE)) + 1 :]}:{code.co_qualname}" if inside else ""
+
+    def watch(frame: FrameType, event: str, argument: Any) -> None:
+        if event != "call" or not (there := place(frame.f_code)):
+            return
+        caller = frame.f_back
+        while caller is not None and not place(caller.f_code):
+            caller = caller.f_back
+        if caller is None or caller.f_code.co_name == "<module>":
+            return
+        lower, upper = (room_of(Path(at.partition(":")[0])) for at in (place(caller.f_code), there))
+        if upper not in ARROWS.get(lower, set()) | ANYWHERE | {lower}:
+            found.add(f"{place(caller.f_code)} -> {there}")
+
+    (tmp_path / "text.txt").write_text("the weight is a sum of terms\n" * 100)
+    settings = {"budget": 0.7, "calibration": tmp_path / "text.txt", "windows": 2, "window": 32}
+    for i, way in enumerate(({"method": "kfac-svd", "allocate": "best"}, {"method": "svd-llm", "sequential": True})):
+        sys.setprofile(watch)
+        try:
+            run(str(tiny_directory), tmp_path / str(i), **settings, **way)
+        finally:
+            sys.setprofile(None)
+    assert found == UPWARD
 
 
 def test_the_arrows_have_no_cycle() -> None:

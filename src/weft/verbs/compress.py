@@ -308,7 +308,7 @@ def run(
             sequential=sequential, by_block=by_block, seed=seed, progress=place.progress, track=track, **options,
         )  # fmt: skip
         metrics = {**_metrics(before, _size(source), done), "calibration": text, "calibration_tokens": tokens}
-        metrics |= coverage(source, done.allocation).facts()
+        metrics |= coverage(source, list(done.allocation)).facts()
         if report:
             measured = {"before": loss, "after": mean_loss(source, data)}
             page = frontier_page(Path(model).name, done.allocation, done.layers, measured)
