@@ -31,6 +31,7 @@ from weft.verbs import combine, evaluate, merge
 from weft.verbs import finetune as verb
 from weft.verbs.adapt import adapt, trainable
 from weft.verbs.finetune import finetune, run
+from weft.verbs.preparing import load_teacher, with_totals
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(120))
 SETTINGS = {"steps": 6, "lr": 1e-2, "window": 32, "batch": 2, "log_every": 1, "device": "cpu"}
@@ -93,9 +94,9 @@ def test_methods_that_ask_for_the_runs_length_and_rate_are_told(tiny_directory, 
     finetune(model_of(tiny_directory), tokenizer, TEXT, "soma", rank=2, **SHORT, targets="q_proj", skip=0.0)
     (rule,) = started
     assert rule.span == 4 and rule.peak == 1e-2 and rule.matrices
-    given = verb.with_totals(find("lora-sb"), Recipe(**SHORT), {})
-    assert given == {"lr": 1e-2} and verb.with_totals(find("lora"), Recipe(**SHORT), {}) == {}
-    assert verb.with_totals(find("lora-sb"), Recipe(**SHORT | {"warmup": 2}), {}) == {"lr": 1e-2, "warmup": 2}
+    given = with_totals(find("lora-sb"), Recipe(**SHORT), {})
+    assert given == {"lr": 1e-2} and with_totals(find("lora"), Recipe(**SHORT), {}) == {}
+    assert with_totals(find("lora-sb"), Recipe(**SHORT | {"warmup": 2}), {}) == {"lr": 1e-2, "warmup": 2}
 
 
 def test_sft_trains_with_its_own_optimizer_and_moves_its_entries(tiny_directory, tokenizer):
@@ -282,6 +283,8 @@ def test_an_adapter_whose_base_is_gone_says_so(tiny_directory, data, tmp_path):
         ({"data": "nowhere.txt"}, "no data at nowhere.txt"),
         ({"eval_text": "nowhere.txt"}, "no data at nowhere.txt"),
         ({"text_field": "a", "prompt_field": "b"}, "Fields were given for text and prompt"),
+        ({"teacher_top": 5}, "--teacher-top is for a teacher that you name: give --teacher MODEL too"),
+        ({"teacher": "pico", "teacher_labels": -1.0}, "The labels cannot count -1.0 times"),
     ],
 )
 def test_mistakes_are_sentences_before_the_model_is_loaded(
@@ -291,6 +294,39 @@ def test_mistakes_are_sentences_before_the_model_is_loaded(
     with pytest.raises(WeftError, match=sentence):
         run(str(tiny_directory), tmp_path / "out", **{"method": "full", "data": data, **SETTINGS, **arguments})
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def divergence(model, teacher, tokenizer):
+    """The mean KL(teacher || model) on the text, of whole logits."""
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids[:, :120]
+    with torch.no_grad():
+        q, p = (m.eval()(ids).logits.log_softmax(-1) for m in (model, teacher))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("how", [{}, {"teacher_top": 3}])
+def test_a_compressed_model_learns_of_the_dense_one(tiny_directory, tokenizer, how):
+    teacher = model_of(tiny_directory)
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(30)  # of its own opinion
+    model = model_of(tiny_directory, rank=4)
+    before, weights = divergence(model, teacher, tokenizer), snapshot(teacher)
+    finetune(model, tokenizer, TEXT, "full", **SHORT | {"steps": 12}, teacher=teacher, **how)
+    assert divergence(model, teacher, tokenizer) < 0.8 * before
+    assert not changed(teacher, weights) and not any(p.requires_grad for p in teacher.parameters())
+    with pytest.raises(WeftError, match="The teacher is the model itself"):
+        finetune(model, tokenizer, TEXT, "welore", **SHORT, teacher=model)
+
+
+def test_a_teacher_in_a_directory(tiny_directory, data, tmp_path):
+    given = {"method": "lora", "rank": 2, "data": data, **SETTINGS, "teacher": str(tiny_directory)}
+    done = run(str(tiny_directory), tmp_path / "out", **given)
+    assert done["loss_first"] < 1e-5  # lora begins as the teacher
+    assert json.loads((tmp_path / "out/run.json").read_text())["arguments"]["teacher"] == str(tiny_directory)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_directory)
+    tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(WeftError, match="has other tokens than the model, such as '<one more>'"):
+        load_teacher(str(tiny_directory), tokenizer, torch.device("cpu"))
 
 
 def program(model, data, out, method):

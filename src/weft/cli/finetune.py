@@ -82,6 +82,18 @@ def command(
         int | None,
         typer.Option(help="End after so many evaluations without a lower loss on --eval-data.", show_default=False),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn this model's predictions, not the labels: the dense model of a compressed one.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher_top: Annotated[
+        int | None,
+        typer.Option(help="Take its so many most likely tokens by themselves; all alike.", show_default=False),
+    ] = None,
+    teacher_labels: Annotated[float, typer.Option(help="Weight of the labels' own loss beside it.")] = 0.0,
     save_total_limit: SaveTotalLimit = 2,
     log_every: LogEvery = 10,
     report_to: ReportTo = "none",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["chunked_cross_entropy", "linear_cross_entropy"]
+__all__ = ["chunked_cross_entropy", "in_chunks", "linear_cross_entropy"]
 
 CHUNK_LOGITS = 2**24
 """Logits a chunk: 64 MB in fp32, 512 tokens at a vocabulary of 32 768."""
@@ -91,7 +91,7 @@ def chunked_cross_entropy(
         parameters: the trained tensors that `logits` reads.
         chunk: tokens a chunk.
     """
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if reduction == "none":
         # each token's gradient waits for its own weight, so the logits are made again in backward
         pairs = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
@@ -104,8 +104,30 @@ def chunked_cross_entropy(
         # tokens without a target cost nothing
         hidden, targets = hidden[counted], targets[counted]
     divisor = torch.tensor(total if reduction == "mean" else 1, device=hidden.device)
-    inputs = logits, chunk, options, divisor, targets, hidden
-    loss: Tensor = _ChunkedLoss.apply(*inputs, *parameters)  # type: ignore[no-untyped-call]
+
+    def summed(rows: Tensor, part: slice) -> Tensor:
+        return F.cross_entropy(logits(rows), targets[part], reduction="sum", **options)
+
+    return in_chunks(summed, hidden, parameters, chunk, divisor)
+
+
+def in_chunks(
+    summed: Callable[[Tensor, slice], Tensor],
+    hidden: Tensor,
+    parameters: Sequence[Tensor],
+    chunk: int,
+    divisor: Tensor,
+) -> Tensor:
+    """The sum over all chunks of summed(hidden[part], part) / divisor, whose gradient is made beside it.
+
+    Args:
+        summed: (k, in), the slice of tokens that they are -> their loss; it lives for one chunk.
+        hidden: (tokens, in).
+        parameters: the trained tensors that `summed` reads.
+        chunk: tokens a chunk.
+        divisor: a number, on the device of `hidden`.
+    """
+    loss: Tensor = _ChunkedLoss.apply(summed, chunk, divisor, hidden, *parameters)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -152,15 +174,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Callable[[Tensor], Tensor],
+        summed: Callable[[Tensor, slice], Tensor],
         chunk: int,
-        options: dict[str, Any],
         divisor: Tensor,
-        targets: Tensor,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[3:]
         total = None
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         # a sum over many chunks in half precision drifts: fp32 or wider
@@ -168,8 +188,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, max(len(hidden), 1), chunk):
             rows = hidden[start : start + chunk].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
-                losses = F.cross_entropy(logits(rows), targets[start : start + chunk], reduction="sum", **options)
-                loss = losses / divisor
+                loss = summed(rows, slice(start, start + chunk)) / divisor
             total = loss.detach() if total is None else total + loss.detach()
             wanted = [t for t, need in zip((rows, *parameters), needs, strict=True) if need]
             grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
@@ -185,4 +204,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # the upstream gradient is one number
-        return None, None, None, None, None, *(None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)
+        return None, None, None, *(None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)

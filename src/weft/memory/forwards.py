@@ -7,7 +7,8 @@ own forward for calls it does not know.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from weft.kernels.lean_linear import linear
 from weft.kernels.recompute import recompute, source_of
-from weft.memory.logits import Logits
+from weft.memory.logits import Logits, Taught
 from weft.terms import SumLinear
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "elementwise",
     "fused_gated_mlp",
     "gated_mlp",
+    "has_open_head",
     "loss_alone",
     "original",
     "plain_linear",
+    "promising",
     "sum_linear",
 ]
 
@@ -120,25 +123,38 @@ def causal_lm(module: Any, *args: Any, **kwargs: Any) -> Any:
     return loss_alone(module, *args, **kwargs) if module.training else original(module, *args, **kwargs)
 
 
-def loss_alone(module: Any, *args: Any, **kwargs: Any) -> Any:
+def loss_alone(module: Any, *args: Any, taught: Taught | None = None, **kwargs: Any) -> Any:
     """A language model given labels: the loss without the logits, `logits` None in the output."""
-    head = module.get_output_embeddings()
-    width = getattr(head, "out_features", None)
-    sharded_alone = "FSDP" in type(head).__name__  # its weight is whole only within its own forward
-    watched = head is not None and bool(head._forward_hooks or head._forward_pre_hooks)
-    if kwargs.get("labels") is None or width is None or sharded_alone or watched:
+    if kwargs.get("labels") is None or not has_open_head(module):
         return original(module, *args, **kwargs)
-    before = head.__dict__.get("forward")
-    head.forward = partial(_promise, head, before or partial(original, head), width)
-    try:
+    with promising(module, taught):
         output = original(module, *args, **kwargs)
+    if isinstance(output, tuple):
+        return tuple(item.tensor() if isinstance(item, Logits) else item for item in output)
+    return type(output)(**{key: value for key, value in output.items() if not isinstance(value, Logits)})
+
+
+def has_open_head(module: Any) -> bool:
+    """Whether the output head is a linear layer of known width that nobody watches, its weight at hand outside of its
+    own forward.
+    """
+    head = module.get_output_embeddings()
+    watched = head is not None and bool(head._forward_hooks or head._forward_pre_hooks)
+    return getattr(head, "out_features", None) is not None and "FSDP" not in type(head).__name__ and not watched
+
+
+@contextmanager
+def promising(module: Any, taught: Taught | None = None) -> Iterator[None]:
+    """The output head of a language model gives `Logits` within the block, with what is learned of a teacher's."""
+    head = module.get_output_embeddings()
+    before = head.__dict__.get("forward")
+    head.forward = partial(_promise, head, before or partial(original, head), taught)
+    try:
+        yield
     finally:
         del head.forward
         if before is not None:
             head.forward = before
-    if isinstance(output, tuple):
-        return tuple(item.tensor() if isinstance(item, Logits) else item for item in output)
-    return type(output)(**{key: value for key, value in output.items() if not isinstance(value, Logits)})
 
 
 def _gate(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -150,7 +166,7 @@ def _gate_halves(act: nn.Module, gate_up: Tensor) -> Tensor:
     return _gate(act, *gate_up.chunk(2, dim=-1))
 
 
-def _promise(head: nn.Module, forward: Callable[[Tensor], Tensor], width: int, hidden: Tensor) -> Logits:
+def _promise(head: Any, forward: Callable[[Tensor], Tensor], taught: Taught | None, hidden: Tensor) -> Logits:
     trained = [p for p in head.parameters() if p.requires_grad]
     weight = head.weight if isinstance(head, nn.Linear) and head.bias is None else None
-    return Logits(hidden, forward, trained, width, weight)
+    return Logits(hidden, forward, trained, head.out_features, weight, taught=taught)

@@ -24,7 +24,7 @@ from weft.memory.forwards import LeanForward
 from weft.terms import SumLinear
 from weft.terms.layers import is_conv1d
 
-__all__ = ["LeanReport", "lean", "lean_report", "unlean", "without_logits"]
+__all__ = ["LeanReport", "language_model", "lean", "lean_report", "unlean", "without_logits"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -110,7 +110,7 @@ def without_logits(model: nn.Module) -> Iterator[None]:
     None in its output. One whose forward something else has replaced, or whose head is watched by hooks, goes on as it
     does.
     """
-    whole = _language_model(model)
+    whole = language_model(model)
     if whole is None or "forward" in whole.__dict__:
         yield
         return
@@ -123,7 +123,7 @@ def without_logits(model: nn.Module) -> Iterator[None]:
 
 def _plan(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., Any] | str | None]]:
     """Every module with its lean forward, the reason why it has none, or None where there is nothing to save."""
-    whole = _language_model(model)
+    whole = language_model(model)
     if whole is None:
         yield "", model, "it has no output head, so its loss stays as it is"
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -185,7 +185,7 @@ def _wave(rows: int, columns: int) -> Tensor:
     return torch.arange(1, rows * columns + 1, dtype=torch.float32).mul(2.7).sin().view(rows, columns)
 
 
-def _language_model(model: nn.Module) -> nn.Module | None:
+def language_model(model: nn.Module) -> nn.Module | None:
     """The outermost module that takes labels and has an output head."""
     for module in model.modules():
         head = getattr(module, "get_output_embeddings", None)

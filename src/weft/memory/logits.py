@@ -8,6 +8,7 @@ makes the logits after all, and goes on with the tensor, so that no use of them 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from weft.memory.cross_entropy import CHUNK_LOGITS, chunked_cross_entropy, cut_cross_entropy, linear_cross_entropy
+from weft.memory.cross_entropy import (
+    CHUNK_LOGITS,
+    chunked_cross_entropy,
+    cut_cross_entropy,
+    in_chunks,
+    linear_cross_entropy,
+)
+from weft.memory.lesson import Lesson
 
-__all__ = ["Logits"]
+__all__ = ["Logits", "Taught"]
 
 _LOSS_OPTIONS = {"ignore_index", "reduction", "label_smoothing"}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What is learned of a teacher's logits of the same tokens.
+
+    Args:
+        lessons: gets the tokens of each loss that was one of learning.
+    """
+
+    lesson: Lesson
+    logits: Logits
+    lessons: list[int] = field(default_factory=list)
 
 
 class Logits:
@@ -33,6 +54,7 @@ class Logits:
         width: the size of the vocabulary.
         weight: the head's whole matrix (width, in) where it is one without a bias, for a fused kernel.
         steps: element-wise functions, in order.
+        taught: what is learned of a teacher's logits of the same tokens, in the place of the labels.
     """
 
     def __init__(
@@ -43,9 +65,11 @@ class Logits:
         width: int,
         weight: Tensor | None = None,
         steps: tuple[Callable[[Tensor], Tensor], ...] = (),
+        taught: Taught | None = None,
     ) -> None:
         self._hidden, self._head, self._parameters = hidden, head, parameters
         self._width, self._weight, self._steps = width, weight, steps
+        self._taught = taught
         self._made: Tensor | None = None
 
     @property
@@ -88,13 +112,13 @@ class Logits:
         parts = index if isinstance(index, tuple) else (index,)
         whole_last = Ellipsis not in parts and len(parts) < len(self.shape)
         if whole_last or (len(parts) == len(self.shape) and parts[-1] == slice(None) and Ellipsis not in parts[1:]):
-            return self._of(self._hidden[index])
+            return self._of(lambda hidden: hidden[index])
         return self.tensor()[index]
 
     def view(self, *shape: Any) -> Any:
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if sizes and sizes[-1] == self._width:
-            return self._of(self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1]))
+            return self._of(lambda hidden: hidden.reshape(*sizes[:-1], hidden.shape[-1]))
         return self.tensor().reshape(*sizes)
 
     reshape = view
@@ -124,11 +148,16 @@ class Logits:
             z = step(z)
         return z
 
-    def _of(self, hidden: Tensor) -> Logits:
-        return Logits(hidden, self._head, self._parameters, self._width, self._weight, self._steps)
+    def _of(self, tokens: Callable[[Tensor], Tensor]) -> Logits:
+        """Those of other tokens, or in another shape; a teacher's go along."""
+        taught = None if self._taught is None else replace(self._taught, logits=self._taught.logits._of(tokens))
+        return Logits(
+            tokens(self._hidden), self._head, self._parameters, self._width, self._weight, self._steps, taught
+        )
 
     def _then(self, step: Callable[[Tensor], Tensor]) -> Logits:
-        return Logits(self._hidden, self._head, self._parameters, self._width, self._weight, (*self._steps, step))
+        steps = (*self._steps, step)
+        return Logits(self._hidden, self._head, self._parameters, self._width, self._weight, steps, self._taught)
 
     def _scaled(self, function: Callable[..., Tensor], other: Any) -> Any:
         return (
@@ -141,16 +170,38 @@ class Logits:
 def _cross_entropy(input: Any, target: Any, weight: Tensor | None = None, **options: Any) -> Tensor | None:
     """The loss in chunks, or None for arguments it does not cover."""
     options = {key: value for key, value in options.items() if value is not None}
+    if not options.get("label_smoothing"):
+        options.pop("label_smoothing", None)
     plain = isinstance(input, Logits) and isinstance(target, Tensor) and len(input.shape) == 2
     if not plain or weight is not None or target.is_floating_point() or not options.keys() <= _LOSS_OPTIONS:
         return None
     target = target.to(input.device)
+    if input._taught is not None:
+        if "label_smoothing" in options:
+            return None
+        return _lesson(input, input._taught, target, **options)
     fused = input._weight is not None and all(step is Tensor.float for step in input._steps)
-    if fused and not options.get("label_smoothing") and cut_cross_entropy(input._hidden, input._weight):
-        options.pop("label_smoothing", None)
+    if fused and "label_smoothing" not in options and cut_cross_entropy(input._hidden, input._weight):
         return linear_cross_entropy(input._hidden, input._weight, target, **options)
     chunk = max(CHUNK_LOGITS // input._width, 1)
     return chunked_cross_entropy(input._hidden, target, input._logits, input._parameters, chunk, **options)
+
+
+def _lesson(
+    student: Logits, taught: Taught, target: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """What the student has to learn, over the tokens that count."""
+    taught.lessons.append(len(target))
+    lesson, teacher, counted = taught.lesson, taught.logits, target != ignore_index
+    mine, theirs, target = student._hidden[counted], teacher._hidden[counted], target[counted]
+
+    def summed(rows: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            known = teacher._logits(theirs[part])
+        return lesson.losses(known, student._logits(rows), target[part]).sum()
+
+    divisor = target.new_tensor(len(target) if reduction == "mean" else 1)
+    return in_chunks(summed, mine, student._parameters, max(CHUNK_LOGITS // student._width, 1), divisor)
 
 
 def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:

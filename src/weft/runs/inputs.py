@@ -30,8 +30,8 @@ def contents(**inputs: str | Path | Sequence[str | Path] | None) -> Contents:
     """The digests of the files that each input names; inputs that are None, or name no file here, are left out.
 
     Args:
-        inputs: "model", "adapter" and "tokenizer" are directories, Hub ids (as far as they are on this machine) or
-            embedded names; any other is data, as `weft.train.sources.read_documents` takes it.
+        inputs: "model", "teacher", "adapter" and "tokenizer" are directories, Hub ids (as far as they are on this
+            machine) or embedded names; any other is data, as `weft.train.sources.read_documents` takes it.
     """
     found = {}
     for what, paths in inputs.items():
@@ -43,7 +43,7 @@ def contents(**inputs: str | Path | Sequence[str | Path] | None) -> Contents:
     return found
 
 
-_MODELS = ("model", "adapter", "tokenizer")
+_MODELS = ("model", "teacher", "adapter", "tokenizer")
 
 
 def changes(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:

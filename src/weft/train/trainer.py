@@ -31,6 +31,8 @@ from transformers import (
 )
 
 from weft.memory import lean, lean_report, unlean
+from weft.memory.lesson import Lesson
+from weft.memory.teaching import taught
 from weft.rules import Rule, Rules
 from weft.seeds import derived_seed
 from weft.signals import finishing, listening
@@ -63,6 +65,7 @@ def train(
     more: Callable[[float], Mapping[str, float]] = lambda lr: {},
     measure: Callable[[], Mapping[str, float]] | None = None,
     judge: Rows | None = None,
+    teacher: tuple[nn.Module, Lesson] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train the parameters that require a gradient, in place, and return what was logged.
@@ -76,6 +79,7 @@ def train(
         more: learning rate -> further figures to log.
         measure: figures to log every `recipe.eval_every` steps, such as a perplexity; must leave the model as it is.
         judge: rows whose mean loss is logged as often, as `eval_loss`, and decides which checkpoint is best.
+        teacher: a model whose predictions are learned in the place of the labels, and what of them.
         callbacks: further ones of transformers.
 
     Trainable parameters in half precision are trained in fp32 and given back in their own dtype.
@@ -90,6 +94,7 @@ def train(
         finishing(),
         wide(model) if widen else nullcontext(),
         leaned(model, recipe.lean),
+        taught(model, *teacher) if teacher else nullcontext(),
         checkpointing(model, recipe.checkpointing),
         kept_config(model),
     ):
@@ -108,7 +113,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         start = last_checkpoint(directory)
-        parts = {"the training data": rows.digest(), "the frozen weights of the model": weights_digest(model)}
+        told = {"the teacher": f"{weights_digest(teacher[0])} {teacher[1]}"} if teacher else {}
+        parts = {**told, "the training data": rows.digest(), "the frozen weights of the model": weights_digest(model)}
         check_identity(directory, parts, start is not None, trainer.is_world_process_zero())
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     return metrics.records()

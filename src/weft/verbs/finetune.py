@@ -19,13 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from weft.embedded.text import calibration_files
 from weft.errors import WeftError
-from weft.grafts import Graft
 from weft.io.adapters import write_adapter
 from weft.io.save import adapter_card, save_model
-from weft.methods.base import Method
 from weft.progress import say
-from weft.records import Record, find
-from weft.rules import Rule, make_rules
+from weft.records import find
 from weft.runs.calibration import say_default
 from weft.runs.inputs import contents
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
@@ -38,19 +35,18 @@ from weft.train.metrics import OneStep
 from weft.train.optimizers import check_options, chosen_options, make_optimizer
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
-from weft.train.sources import Document, Fields, Skipped, Text, plain_text, read_documents, read_texts
+from weft.train.sources import Document, Fields, Skipped, Text, read_documents, read_texts
 from weft.train.trainer import train
-from weft.train.windows import calibration_batches, evaluation_windows, token_stream
-from weft.verbs.adapt import adapt, effective_rates, merge_adapter, parameter_groups
+from weft.train.windows import evaluation_windows, token_stream
+from weft.verbs.adapt import effective_rates, merge_adapter, parameter_groups
 from weft.verbs.adapt import make_optimizer as adapter_optimizer
-from weft.verbs.adapt import rules as adapter_rules
 from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memory, reset_peak_memory
 from weft.verbs.figures import rehearsed, summary
+from weft.verbs.preparing import check_teacher, lesson_of, load_teacher, prepare
 
 __all__ = ["finetune", "run"]
 
 KINDS = ("compress", "adapt", "graft", "train")
-CALIBRATION_WINDOWS = 32  # of the training data, for adapters that start from statistics
 
 
 def finetune(
@@ -65,6 +61,9 @@ def finetune(
     evaluation: str | Sequence[str] | None = None,
     eval_windows: int | None = None,
     eval_data: str | Sequence[str | Document] | None = None,
+    teacher: PreTrainedModel | None = None,
+    teacher_top: int | None = None,
+    teacher_labels: float = 0.0,
     directory: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     skipped: Skipped | None = None,
@@ -82,6 +81,10 @@ def finetune(
         evaluation: text whose perplexity is measured before, after, and every `eval_every` steps.
         eval_windows: how many windows of it; all by default.
         eval_data: documents held out, as `data`, whose mean loss is logged every `eval_every` steps.
+        teacher: a model of the same tokens, on the same device, whose predictions are learned in the place of the
+            labels: the divergence KL(teacher || model), see `weft.memory.lesson`. It is frozen.
+        teacher_top: look at the teacher's so many most likely tokens by themselves (after TopKLD).
+        teacher_labels: weight of the labels' own loss beside that.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
         callbacks: of transformers, beside weft's own.
         skipped: gets the chats that are left out because the template refuses them; None leaves none out.
@@ -98,6 +101,7 @@ def finetune(
     recipe, options = split_settings(settings)
     check_judging(recipe, eval_data is not None)
     check_context(model, recipe.window)
+    lesson = lesson_of(model, teacher, teacher_top, teacher_labels)
     rows = _rows(model, tokenizer, data, recipe, skipped)
     judge = None if eval_data is None else _rows(model, tokenizer, eval_data, recipe, skipped)
     chosen = find(method, *KINDS)
@@ -126,20 +130,13 @@ def finetune(
             more=lambda lr: scaled_rates(model, lr),
             measure=measure if evaluation is not None else None,
             judge=judge,
+            teacher=lesson,
             callbacks=callbacks,
         )
-    seconds = time.perf_counter() - began
-    return Result(
-        {
-            **summary(model, rows, recipe, log),
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory(device),
-            "packed": rows.packed,
-            **({"optimizer_options": choice} if optimizer else {}),
-            **{f"{name}_before": value for name, value in before.items()},
-            **measure(),
-        }
-    )
+    done = summary(model, rows, recipe, log)
+    done |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(device), "packed": rows.packed}
+    done |= {"optimizer_options": choice} if optimizer else {}
+    return Result({**done, **{f"{name}_before": value for name, value in before.items()}, **measure()})
 
 
 def as_documents(data: str | Sequence[str | Document]) -> list[Document]:
@@ -165,55 +162,6 @@ def check_judging(recipe: Recipe, judged: bool) -> None:
     for name, asked in (("load-best", recipe.load_best), ("early-stopping", recipe.early_stopping)):
         if asked and not judged:
             raise WeftError(f"--{name} goes by the loss on data held out: give --eval-data.")
-
-
-def prepare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    method: Record,
-    rank: int | None,
-    recipe: Recipe,
-    options: Mapping[str, Any],
-) -> list[Rule]:
-    """Put adapters or a graft on where the method is one, freeze what is not trained; the rules to train with. An
-    adapter that came with the model, of the same method, is trained further.
-    """
-    if any(adapter.method == method.name for adapter in adapters_of(model).values()) and not (rank or options):
-        say(f"The model's own {method.name} adapter is trained further.")
-        return adapter_rules(model)
-    options = with_totals(method, recipe, options)
-    if isinstance(method, Graft):
-        batches = calibration(tokenizer, documents, recipe) if method.start else None
-        adapt(model, method, batches=batches, seed=recipe.seed, **options)
-        return []
-    assert isinstance(method, Method)
-    if method.kind == "adapt":
-        batches = calibration(tokenizer, documents, recipe) if method.needs else None
-        adapt(model, method, rank, batches=batches, seed=recipe.seed, **options)
-        return adapter_rules(model)
-    chosen = method.options(options)
-    method.freeze(model)
-    return make_rules(method.rules, {"rank": rank, "seed": recipe.seed, **chosen})
-
-
-def with_totals(method: Record, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, and the run's own `lr`, with its warm-up, where the method has options of these names: lora-sb
-    starts from the first step that training would take. Rules learn of the steps when they start.
-    """
-    if "lr" not in method.defaults:
-        return dict(options)
-    warmup = {"warmup": recipe.warmup} if recipe.warmup and "warmup" in method.defaults else {}
-    return {"lr": recipe.lr, **warmup, **options}
-
-
-def calibration(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], recipe: Recipe
-) -> list[dict[str, torch.Tensor]]:
-    """Windows of the training data, as many as it has up to 32."""
-    texts = [plain_text(document) for document in documents]
-    windows = min(CALIBRATION_WINDOWS, max(1, len(token_stream(tokenizer, texts)) // recipe.window))
-    return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed, recipe.bos)
 
 
 def stepping(
@@ -263,6 +211,9 @@ def run(
     eval_text: str | Path | Sequence[str | Path] | None = None,
     eval_windows: int | None = None,
     eval_data: str | Path | Sequence[str | Path] | None = None,
+    teacher: str | None = None,
+    teacher_top: int | None = None,
+    teacher_labels: float = 0.0,
     split: str = "train",
     text_field: str | None = None,
     prompt_field: str | None = None,
@@ -285,6 +236,8 @@ def run(
         data: files or directories as `weft.train.sources.read_documents` takes them; None for Python's own sources.
         eval_text: text to measure perplexity on, before and after; of it, `eval_windows` windows.
         eval_data: data held out, read as `data`, whose loss is logged every `eval_every` steps.
+        teacher: a model whose predictions are learned in the place of the labels; `teacher_top` and `teacher_labels`
+            say how, as in `finetune`.
         skip_bad: records in which something is wrong that may be left out; they are listed.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
         **settings: fields of `Recipe` (steps, lr, window, batch, seed ...), and options of the method.
@@ -301,9 +254,10 @@ def run(
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
     check_judging(recipe, eval_data is not None)
+    check_teacher(teacher, teacher_top, teacher_labels)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     files = calibration_files() if data is None else data
-    inputs = contents(model=model, data=files, eval_text=eval_text, eval_data=eval_data)
+    inputs = contents(model=model, teacher=teacher, data=files, eval_text=eval_text, eval_data=eval_data)
     check_output(out, arguments, inputs)
     if data is None:
         say_default(model, "training", "Python's own sources", "--data")
@@ -319,9 +273,11 @@ def run(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if evaluation is not None:  # says whether the text is too short
         evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
+    known = None if teacher is None else load_teacher(teacher, tokenizer, target, trust_remote_code=trust_remote_code)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     stepper = {"optimizer": optimizer, "optimizer_options": optimizer_options}
     what: dict[str, Any] = {"method": method, "rank": rank, "skipped": skipped, **stepper}
+    what |= {"teacher": known, "teacher_top": teacher_top, "teacher_labels": teacher_labels}
     if dry_run:
         return _rehearsal(recipe, source, tokenizer, documents, **what, **settings)
     with open_output(out, arguments, inputs) as place:

@@ -1,0 +1,113 @@
+"""What `weft finetune` does to a model before it trains: adapters put on, the rest frozen, a teacher found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from weft.errors import WeftError
+from weft.grafts import Graft
+from weft.memory.lesson import Lesson
+from weft.methods.base import Method
+from weft.progress import say
+from weft.records import Record
+from weft.rules import Rule, make_rules
+from weft.runs.loading import load_model, load_tokenizer
+from weft.terms.adapters import adapters_of
+from weft.train.recipe import Recipe
+from weft.train.sources import Document, plain_text
+from weft.train.windows import calibration_batches, token_stream
+from weft.verbs.adapt import adapt
+from weft.verbs.adapt import rules as adapter_rules
+
+__all__ = ["calibration", "check_teacher", "lesson_of", "load_teacher", "prepare", "with_totals"]
+
+CALIBRATION_WINDOWS = 32  # of the training data, for adapters that start from statistics
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    method: Record,
+    rank: int | None,
+    recipe: Recipe,
+    options: Mapping[str, Any],
+) -> list[Rule]:
+    """Put adapters or a graft on where the method is one, freeze what is not trained; the rules to train with. An
+    adapter that came with the model, of the same method, is trained further.
+    """
+    if any(adapter.method == method.name for adapter in adapters_of(model).values()) and not (rank or options):
+        say(f"The model's own {method.name} adapter is trained further.")
+        return adapter_rules(model)
+    options = with_totals(method, recipe, options)
+    if isinstance(method, Graft):
+        batches = calibration(tokenizer, documents, recipe) if method.start else None
+        adapt(model, method, batches=batches, seed=recipe.seed, **options)
+        return []
+    assert isinstance(method, Method)
+    if method.kind == "adapt":
+        batches = calibration(tokenizer, documents, recipe) if method.needs else None
+        adapt(model, method, rank, batches=batches, seed=recipe.seed, **options)
+        return adapter_rules(model)
+    chosen = method.options(options)
+    method.freeze(model)
+    return make_rules(method.rules, {"rank": rank, "seed": recipe.seed, **chosen})
+
+
+def with_totals(method: Record, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given, and the run's own `lr`, with its warm-up, where the method has options of these names: lora-sb
+    starts from the first step that training would take. Rules learn of the steps when they start.
+    """
+    if "lr" not in method.defaults:
+        return dict(options)
+    warmup = {"warmup": recipe.warmup} if recipe.warmup and "warmup" in method.defaults else {}
+    return {"lr": recipe.lr, **warmup, **options}
+
+
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], recipe: Recipe
+) -> list[dict[str, torch.Tensor]]:
+    """Windows of the training data, as many as it has up to 32."""
+    texts = [plain_text(document) for document in documents]
+    windows = min(CALIBRATION_WINDOWS, max(1, len(token_stream(tokenizer, texts)) // recipe.window))
+    return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed, recipe.bos)
+
+
+def check_teacher(teacher: Any, top: int | None, labels: float) -> Lesson:
+    """What is learned of the teacher. Raises WeftError for a choice that makes no sense, or one without a teacher."""
+    for option, given in (("top", top is not None), ("labels", labels != 0)):
+        if given and teacher is None:
+            raise WeftError(f"--teacher-{option} is for a teacher that you name: give --teacher MODEL too.")
+    return Lesson(top, labels)
+
+
+def lesson_of(
+    model: nn.Module, teacher: nn.Module | None, top: int | None, labels: float
+) -> tuple[nn.Module, Lesson] | None:
+    """The teacher, frozen, and what is learned of it; None where there is none.
+
+    Raises WeftError for a teacher that is the model itself.
+    """
+    lesson = check_teacher(teacher, top, labels)
+    if teacher is None:
+        return None
+    if teacher is model:
+        raise WeftError("The teacher is the model itself, which changes while it learns; give another, loaded anew.")
+    return teacher.requires_grad_(False), lesson
+
+
+def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, **how: Any) -> PreTrainedModel:
+    """The teacher of that name. Raises WeftError where its tokens are others than the model's."""
+    theirs, mine = load_tokenizer(name, **how).get_vocab(), tokenizer.get_vocab()
+    if theirs != mine:
+        strange = next(iter({token for token, _ in theirs.items() ^ mine.items()}))
+        raise WeftError(
+            f"The teacher {name} has other tokens than the model, such as {strange!r}: it cannot teach it; give the "
+            "model that this one was made of."
+        )
+    return load_model(name, device=device, **how)
