@@ -73,6 +73,12 @@ def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float
         "LOST": (1e-3, {"optimizer": "adamw", "structure": ("lost", rank)}),
         "CoLA": (1e-3, {"optimizer": "adamw", "structure": ("cola", rank)}),
         "Monarch": (1e-3, {"optimizer": "adamw", "structure": ("monarch", None, {"blocks": 4})}),
+        "low-rank factors, Spectron": (1e-3, {"optimizer": "spectron", "structure": ("low-rank", rank)}),
+        "SST": (1e-3, {"optimizer": "adamw", "structure": ("sst", rank)}),
+        "Maestro": (1e-3, {"optimizer": "adamw", "structure": ("maestro", None)}),
+        "TRP, from scratch": (1e-3, {"optimizer": "adamw", "structure": ("trp", None)}),
+        "SPDF, sparse phase": (1e-3, {"optimizer": "adamw", "structure": ("spdf", None)}),
+        "N:M gradient flow, 2:4": (1e-3, {"optimizer": "adamw", "structure": ("nm-gradient-flow", None)}),
         "weight compander": (1e-3, {"optimizer": "adamw", "structure": ("weight-compander", None)}),
     }
 

@@ -34,7 +34,7 @@ OPTIONS = {
     "adamw": {}, "galore": {"rank": 4, "refresh": 3}, "galore_8bit": {"rank": 4, "refresh": 3},
     "fira": {"rank": 4, "refresh": 3}, "frugal": {"rank": 0.25, "refresh": 3}, "apollo": {"rank": 4, "refresh": 3},
     "apollo_mini": {"refresh": 3}, "dct_adamw": {"rank": 4}, "gradnormlorp": {"rank": 4, "refresh": 3},
-    "muon": {}, "scale": {}, "sinkgd": {}, "sign": {},
+    "muon": {}, "spectron": {}, "scale": {}, "sinkgd": {}, "sign": {},
     "adagrad": {}, "adagrad_norm": {"lr": 0.1}, "mfac": {"gradients": 4, "lr": 0.1},
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ from weft.optim.record import Optimizer
 from weft.optim.scale import scale
 from weft.optim.seed_log import SeedLog
 from weft.optim.sinkgd import sign, sinkgd
+from weft.optim.spectron import spectron
 from weft.optim.weightnorm import fold_weights, normalize_weights
 from weft.optim.whole import adagrad, adagrad_norm, adamw
 from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
@@ -70,5 +71,6 @@ __all__ = [
     "scale",
     "sign",
     "sinkgd",
+    "spectron",
     "split_parameters",
 ]

@@ -12,6 +12,7 @@ from weft.optim.record import Optimizer, optimizer
 from weft.optim.scale import scale
 from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.sm3 import SM3
+from weft.optim.spectron import spectron
 from weft.optim.whole import adagrad, adagrad_norm, adamw
 from weft.optim.zeroth_order import mezo
 from weft.records import Table
@@ -76,6 +77,10 @@ OPTIMIZERS: Table[Optimizer] = Table(
         optimizer(
             muon, "muon", "Orthogonal steps along the momentum of the blocks' matrices; AdamW beside them.",
             "Jordan et al., 2024; Liu et al., 2025, arXiv 2502.16982",
+        ),
+        optimizer(
+            spectron, "spectron", "Muon whose steps of two factors are bounded by their norms; AdamW beside them.",
+            "Janson et al., 2026, arXiv 2602.12429",
         ),
         optimizer(
             scale, "scale", "Normalised gradients without state, momentum for the head alone; AdamW for vectors.",

@@ -8,16 +8,26 @@ be far too large, since Adam would take its empty second moment for a settled on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from weft.rules.base import Rule
 from weft.rules.schedule import in_time
 
-__all__ = ["ResetMoments"]
+__all__ = ["ResetMoments", "zero_moments"]
 
 _MOMENTS = ("exp_avg", "momentum")  # how their names begin, 8-bit codes and their scales included
 _AGES = ("step", "age")  # of a parameter's moments, and of each column's where these come and go
+
+
+def zero_moments(state: Mapping[str, Any]) -> None:
+    """Set a parameter's moments and their ages to zero, in an optimizer's state of it."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and (name in _AGES or name.startswith(_MOMENTS)):
+            value.zero_()
 
 
 class ResetMoments(Rule):
@@ -46,6 +56,4 @@ class ResetMoments(Rule):
             return
         for parameter, state in self.optimizer.state.items():
             if not self.mine or id(parameter) in self.mine:
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and (name in _AGES or name.startswith(_MOMENTS)):
-                        value.zero_()
+                zero_moments(state)

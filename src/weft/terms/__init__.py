@@ -37,6 +37,7 @@ from weft.terms.random_products import RandomProducts
 from weft.terms.random_store import RandomStore
 from weft.terms.removed import Removed
 from weft.terms.replacement import Replacement
+from weft.terms.sampled_spectral import SampledSpectral
 from weft.terms.scaled_code import ScaledCode
 from weft.terms.shard_sum import ShardSum
 from weft.terms.shifted import Shifted
@@ -80,6 +81,7 @@ __all__ = [
     "RandomStore",
     "Removed",
     "Replacement",
+    "SampledSpectral",
     "ScaledCode",
     "ShardSum",
     "Shifted",
@@ -113,6 +115,7 @@ TERMS: dict[str, type[Term]] = {
         Sparse,
         Masked,
         Fading,
+        SampledSpectral,
         CoreLowRank,
         GatedLowRank,
         Shifted,
