@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -62,13 +63,25 @@ def test_tasks_of_the_harness(smaller: Path, task_file: Path, tmp_path: Path) ->
         evaluate.run(str(smaller), tasks=[str(tmp_path / "absent.yaml")])
 
 
-def test_the_harness_own_command_opens_a_weft_directory(smaller: Path, task_file: Path, tmp_path: Path) -> None:
-    """It looks into transformers' table of quantisers before any model is imported."""
+def test_the_harness_own_command_opens_a_weft_directory(smaller: Path, task_file: Path) -> None:
     pytest.importorskip("lm_eval")
-    code = "import weft, sys; from lm_eval.__main__ import cli_evaluate; sys.argv[0] = 'lm_eval'; cli_evaluate()"
     words = ["--model", "hf", "--model_args", f"pretrained={smaller}", "--tasks", str(task_file), "--device", "cpu"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=600)
+    command = [str(Path(sys.executable).with_name("lm_eval")), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "sums" in done.stdout, done.stderr[-2000:]
+
+
+def test_programs_that_know_nothing_of_weft_open_its_directories(smaller: Path) -> None:
+    """Where weft is installed, Python's start has it imported before transformers, and imports nothing else."""
+    files = {str(file) for file in importlib.metadata.files("weft") or ()}
+    assert {"weft_startup.pth", "_weft_startup.py"} <= files
+    code = (
+        "import sys; assert 'weft' not in sys.modules and 'torch' not in sys.modules; import transformers as hf;"
+        f"print(hf.AutoConfig.from_pretrained({str(smaller)!r}).quantization_config['quant_method']);"
+        "from transformers.quantizers import AutoQuantizationConfig as A; print(A.from_dict({'quant_method': 'weft'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith("weft"), done.stderr[-2000:]
 
 
 def test_without_the_harness_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
