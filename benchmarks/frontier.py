@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq": ("gptq", {"allocate": "equal"}),
     "gptq, widths by layer": ("gptq", {"allocate": "best"}),
     "awq": ("awq", {"allocate": "equal"}),
+    "baq": ("baq", {"allocate": "equal"}),
     "kfac-svd": ("kfac-svd", {}),
     "pifa": ("pifa", {}),
     "gptq2 + eora": ([("gptq", {"bits": 2, "group": 128}), "eora"], {"allocate": "equal"}),

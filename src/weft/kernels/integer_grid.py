@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Grid", "fit", "grouped", "to_codes", "ungrouped"]
+__all__ = ["Grid", "fit", "grouped", "of_range", "to_codes", "ungrouped"]
 
 _SHRINKS = [1 - i / 100 for i in range(80)]
 _NORM = 2.4
@@ -62,15 +62,22 @@ def fit(
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    grid = _of_range(low, high, bits, symmetric, scale_dtype)
+    grid = of_range(low, high, bits, symmetric, scale_dtype)
     return _shrunk(numbers, grid, low, high, symmetric, scale_dtype) if clip else grid
 
 
-def _of_range(low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype | None) -> Grid:
+def of_range(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool = False, scale_dtype: torch.dtype | None = None
+) -> Grid:
+    """The grid from low to high, in which zero lies; scales are rounded to `scale_dtype` (None: not at all).
+
+    Raises:
+        OverflowError: a scale is beyond the largest number of `scale_dtype`.
+    """
     last = 2**bits - 1
     scale = (high - low) / last
     stored = scale.to(scale_dtype or scale.dtype).to(scale.dtype)
-    if torch.isinf(stored).any():
+    if scale_dtype is not None and torch.isinf(stored).any():
         raise OverflowError(f"a scale of {float(scale.max()):.3g} is beyond {scale_dtype}")
     if symmetric:
         return Grid(stored, torch.full_like(stored, 2 ** (bits - 1)), bits)
@@ -84,7 +91,7 @@ def _shrunk(
     scale, zero = grid.scale.clone(), grid.zero.clone()
     least = torch.full_like(scale, torch.inf)
     for shrink in _SHRINKS:
-        tried = _of_range(shrink * low, shrink * high, grid.bits, symmetric, scale_dtype)
+        tried = of_range(shrink * low, shrink * high, grid.bits, symmetric, scale_dtype)
         error = (tried.values(to_codes(numbers, tried)) - numbers).abs_().pow_(_NORM).sum(-1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)

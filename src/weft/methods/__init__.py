@@ -18,6 +18,7 @@ from weft.methods import (
     asvd,
     auto,
     awq,
+    baq,
     bone,
     ce_ssl,
     cola,
@@ -112,6 +113,7 @@ _PAGES: tuple[ModuleType, ...] = (
     gptq,
     awq,
     adadim,
+    baq,
     eora,
     lorc,
     # several of the above, chosen by layer

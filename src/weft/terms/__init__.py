@@ -13,6 +13,7 @@ from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
 from weft.terms.bottleneck import Bottleneck
 from weft.terms.coded_factors import CodedFactors, PackedFactors
+from weft.terms.column_code import ColumnCode
 from weft.terms.columns import Columns
 from weft.terms.companded import Companded
 from weft.terms.core_low_rank import CoreLowRank
@@ -55,6 +56,7 @@ __all__ = [
     "BlockAffine",
     "Bottleneck",
     "CodedFactors",
+    "ColumnCode",
     "Columns",
     "Companded",
     "CoreLowRank",
@@ -109,6 +111,7 @@ TERMS: dict[str, type[Term]] = {
         FloatCode,
         ScaledCode,
         TransposedCode,
+        ColumnCode,
         LowRank,
         PivotedLowRank,
         Spectral,
