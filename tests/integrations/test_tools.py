@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import weft
 from weft.errors import WeftError
 from weft.terms import SumLinear
-from weft.verbs import evaluate
+from weft.verbs import evaluate, merge
 
 TASK = """task: sums
 dataset_path: json
@@ -82,6 +82,32 @@ def test_programs_that_know_nothing_of_weft_open_its_directories(smaller: Path) 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.startswith("weft"), done.stderr[-2000:]
+
+
+def test_mergekit_averages_what_weft_merged(tiny_directory: Path, tmp_path: Path) -> None:
+    """Two adapters merged by weft are plain models, and mergekit's linear mean of them is the mean of their weights."""
+    pytest.importorskip("mergekit")
+    weights = []
+    for seed in range(2):
+        model = weft.adapt(AutoModelForCausalLM.from_pretrained(tiny_directory), "lora", 2)
+        for parameter in weft.trainable(model).parameters.values():
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(seed))
+        weft.save_adapter(model, tmp_path / f"adapter{seed}")
+        merge.run(str(tiny_directory), tmp_path / f"model{seed}", adapter=tmp_path / f"adapter{seed}", device="cpu")
+        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"model{seed}").state_dict())
+    models = [{"model": str(tmp_path / f"model{seed}"), "parameters": {"weight": 0.5}} for seed in range(2)]
+    (tmp_path / "mean.yaml").write_text(json.dumps({"merge_method": "linear", "dtype": "float32", "models": models}))
+    command = [
+        str(Path(sys.executable).with_name("mergekit-yaml")),
+        str(tmp_path / "mean.yaml"),
+        str(tmp_path / "mean"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mean = AutoModelForCausalLM.from_pretrained(tmp_path / "mean").state_dict()
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (weights[0][name] + weights[1][name]) / 2, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in mean)
 
 
 def test_without_the_harness_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
