@@ -15,7 +15,7 @@ from tests.verbs.test_chains import llama
 from weft.allocate import Allocation, Shape
 from weft.errors import WeftError
 from weft.linalg.principal import weighted_loss
-from weft.methods import METHODS
+from weft.methods import METHODS, gptq
 from weft.methods.combined import candidates
 from weft.runs.pieces import Store
 from weft.stats.calibrate import calibrate
@@ -67,6 +67,25 @@ def test_curves_of_all_candidates_are_one_curve_in_one_unit() -> None:
         codes = {c.size[1]: c.loss for c in info.choices if c.method == "nf"}
         both = [c for c in info.choices if c.method == "nf+eora"]
         assert both and all(c.loss < codes[c.size[1][0]] for c in both)
+
+
+def test_a_chain_takes_over_what_its_first_method_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of gptq over a layer, and the same curves as those of the chain by itself."""
+    model, passes, quantise = llama(1), [], gptq.quantise
+
+    def counted(W: Any, how: Any, bits: int, *rest: Any, **more: Any) -> Any:
+        passes.append(bits)
+        return quantise(W, how, bits, *rest, **more)
+
+    monkeypatch.setattr(gptq, "quantise", counted)
+    both = surveyed(model, plan_of(model, "gptq:group=32+eora,gptq:group=32"))
+    assert len(passes) == 7 * len(both)  # 2 to 8 bits
+    chain = surveyed(model, plan_of(model, "gptq:group=32+eora"))
+    assert len(passes) == 14 * len(both)
+    for name, info in both.items():
+        mine = {c.size: c.loss for c in info.choices if c.method == "gptq:group=32+eora"}
+        assert mine == {c.size: c.loss for c in chain[name].choices if c.method}
+        assert {c.method for c in info.choices} == {"", "gptq:group=32", "gptq:group=32+eora"}
 
 
 def test_each_layer_gets_the_structure_that_suits_it() -> None:

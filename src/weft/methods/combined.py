@@ -56,10 +56,12 @@ class ChainSplit(Splitter):
     first: Candidate
     second: Candidate
 
-    def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:
-        """The first method's terms are made once for all sizes of the second."""
+    def each(
+        self, site: Site, sizes: Sequence[Size], *, known: Mapping[Size, Split] | None = None, **options: Any
+    ) -> Iterator[tuple[Size, Split]]:
+        """The first method's terms are made once for all sizes of the second; those `known` by size are not made."""
         original = site.weight(site.dtype) if site.original is None else site.original
-        for (head, split), tails in _by_first(self.first, site, sizes):
+        for (head, split), tails in _by_first(self.first, site, sizes, known or {}):
             bias = site.bias if split.bias is None else split.bias
             after = replace(site, terms=split.terms, bias=bias, original=original)
             for tail, more in self.second.each(after, tails):
@@ -76,25 +78,38 @@ class ChainSplit(Splitter):
 
 
 def _by_first(
-    first: Candidate, site: Site, sizes: Sequence[tuple[Size, Size]]
+    first: Candidate, site: Site, sizes: Sequence[tuple[Size, Size]], known: Mapping[Size, Split]
 ) -> Iterator[tuple[tuple[Size, Split], list[Size]]]:
     """The first's terms of each of its sizes, with the second's sizes that go with it."""
     tails: dict[Size, list[Size]] = {}
     for head, tail in sizes:
         tails.setdefault(head, []).append(tail)
-    yield from zip(first.each(site, list(tails)), tails.values(), strict=True)
+    yield from (((head, known[head]), tails[head]) for head in tails if head in known)
+    for head, split in first.each(site, [head for head in tails if head not in known]):
+        yield (head, split), tails[head]
 
 
 class MixtureSplit(Splitter):
     """The terms of the candidate that a size names."""
 
     def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:
-        """One candidate after another."""
+        """One candidate after another; a chain takes over what its first method alone has made."""
         found, by_name = candidates(options["methods"]), dict[str, list[Size]]()
         for name, size in sizes:
             by_name.setdefault(name, []).append(size)
-        for name, theirs in by_name.items():
-            for size, split in found[name].each(site, theirs):
+        alone = [name for name in by_name if not isinstance(found[name].method.split, ChainSplit)]
+        made = dict[str, dict[Size, Split]]()
+        for name in alone:
+            begins = any(_first(other) == found[name] for other in found.values())
+            for size, split in found[name].each(site, by_name[name]):
+                if begins:
+                    made.setdefault(name, {})[size] = split
+                yield (name, size), split
+        for name in (name for name in by_name if name not in alone):
+            chain = found[name].method.split
+            assert isinstance(chain, ChainSplit)
+            known = next((splits for one, splits in made.items() if found[one] == chain.first), {})
+            for size, split in chain.each(site, by_name[name], known=known):
                 yield (name, size), split
 
     def sizes(self, shape: Shape, options: Mapping[str, Any]) -> list[tuple[Size, int]]:
@@ -109,6 +124,12 @@ class MixtureSplit(Splitter):
     def needs(self, options: Mapping[str, Any]) -> list[str]:
         """Those of all candidates."""
         return [need for candidate in candidates(options["methods"]).values() for need in candidate.needs]
+
+
+def _first(candidate: Candidate) -> Candidate | None:
+    """What a chain begins with; None for one that is no chain."""
+    split = candidate.method.split
+    return split.first if isinstance(split, ChainSplit) else None
 
 
 def thinned(sizes: Sequence[tuple[Size, int]], count: int = STEPS) -> list[tuple[Size, int]]:
