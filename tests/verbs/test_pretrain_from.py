@@ -122,7 +122,7 @@ def test_a_weft_model_goes_on_as_it_is(go, tmp_path):
         ({"method": "spdf", "optimizer": "galore", "optimizer_options": {"rank": 4}}, "no trainable matrix"),
         ({"method": "spdf", "refactorise": 2}, "works on trained LowRank terms"),
         ({"window": 65}, "The window is 65 tokens and the model's context 64"),
-        ({"method": "pela", "plan": True}, "--plan counts one model, and pela holds"),
+        ({"method": "pela", "plan": True}, "--plan counts one model and its pass, and pela holds the model"),
         ({"model": "nowhere/at/all"}, "There is no directory"),
     ],
 )

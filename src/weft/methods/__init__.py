@@ -23,6 +23,7 @@ from weft.methods import (
     ce_ssl,
     cola,
     compacter,
+    conadv,
     corda,
     deft,
     dora,
@@ -132,6 +133,8 @@ _PAGES: tuple[ModuleType, ...] = (
     pela,
     spdf,
     nm_gradient_flow,
+    # made for either, and dense
+    conadv,
     # training of what is there
     full,
     # starts of a low-rank product

@@ -33,6 +33,7 @@ from weft.optim.scale import scale
 from weft.optim.seed_log import SeedLog
 from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.spectron import spectron
+from weft.optim.sso import SSO
 from weft.optim.weightnorm import fold_weights, normalize_weights
 from weft.optim.whole import adagrad, adagrad_norm, adamw
 from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
@@ -40,6 +41,7 @@ from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
 __all__ = [
     "MFAC",
     "OPTIMIZERS",
+    "SSO",
     "AdaptiveBatch",
     "Entries",
     "EntryAdamW",

@@ -13,6 +13,7 @@ from weft.optim.scale import scale
 from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.sm3 import SM3
 from weft.optim.spectron import spectron
+from weft.optim.sso import SSO
 from weft.optim.whole import adagrad, adagrad_norm, adamw
 from weft.optim.zeroth_order import mezo
 from weft.records import Table
@@ -115,6 +116,11 @@ OPTIMIZERS: Table[Optimizer] = Table(
             SM3, "sm3", "One accumulator a row and one a column, for scattered entries of a matrix.",
             "Anil et al., 2019, arXiv 1901.11150",
             loop="It must be told which entries of a matrix it holds; train by the method sft with grow='ma'.",
+        ),
+        optimizer(
+            SSO, "sso", "Several steps on a quadratic around the model's outputs, for one call of a costly loss.",
+            "Lavington et al., 2023, arXiv 2302.02607",
+            loop=f"It asks for outputs and a loss apart, which the training loop does not offer; {_OWN_LOOP}.",
         ),
         optimizer(
             AdaptiveBatch, "adaptive_batch", "A batch that grows with the noise of the gradient, beside any optimizer.",

@@ -27,6 +27,8 @@ class FeatureDistillation(Rule):
         alpha: the weight; 0 leaves the original out of the steps.
     """
 
+    uncounted = "the model that it goes on with"
+
     def __init__(self, original: nn.Module | None, alpha: float) -> None:
         self.original, self.alpha = _given(original), alpha
         self.handles: list[RemovableHandle] = []

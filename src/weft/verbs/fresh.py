@@ -70,14 +70,10 @@ class Structure:
                 )
         return rank
 
-    @property
-    def follows(self) -> bool:
-        """Whether the method's rules follow the model as it was before it was restructured."""
-        return any("original" in inspect.signature(make).parameters for make in self.method.rules)
-
     def original(self, model: nn.Module) -> nn.Module | None:
         """A frozen copy of the model that is to be restructured, where the method's rules follow it."""
-        return copy.deepcopy(model).requires_grad_(False).eval() if self.follows else None
+        asked = any("original" in inspect.signature(make).parameters for make in self.method.rules)
+        return copy.deepcopy(model).requires_grad_(False).eval() if asked else None
 
     def rules(self, model: nn.Module, seed: int, original: nn.Module | None = None) -> list[Rule]:
         """What happens around the training steps of a model of this structure; `original` of the model it was."""

@@ -255,10 +255,11 @@ def _counted(structure: Structure | None, model: str | None, size: str) -> dict[
     begun = {"size": size} if model is None else {"model": model}
     if structure is None:
         return begun
-    if structure.follows:
+    held = [what for make in structure.method.rules if (what := getattr(make, "uncounted", ""))]
+    if held:
         raise WeftError(
-            f"--plan counts one model, and {structure.method.name} holds the one that it goes on with beside it; "
-            "measure a step with --dry-run."
+            f"--plan counts one model and its pass, and {structure.method.name} holds {held[0]} besides; measure a "
+            "step with --dry-run."
         )
     return begun | structure.described()
 
