@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from weft.memory import lean
+from weft.plan.step import planned, step_bytes
 from weft.runs.loading import load_tokenizer
 from weft.train.optimizers import make_optimizer
 from weft.train.recipe import Recipe
 from weft.train.sizes import SIZES
 from weft.verbs.fresh import Structure
-from weft.verbs.plan import planned, step_bytes
 from weft.verbs.pretrain import build
 
 METHODS = (None, "low-rank", "sltrain", "lost", "cola", "monarch", "weight-compander")

@@ -44,6 +44,7 @@ KINDS = {
     "allocate": "Allocations: how a budget is spread over layers",
     "merge": "Merging: several adapters become one",
     "mix": "Mixing: several outputs become one",
+    "select": "Selection: which data to train on, or to be measured by",
     "measure": "Measures: what a matrix, or its change, looks like",
     "law": "Scaling laws: what a size, a budget or a code costs in loss",
 }

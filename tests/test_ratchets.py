@@ -31,6 +31,7 @@ ARROWS = {
     "linalg": set(),
     "merging": {"linalg"},
     "scaling": set(),
+    "select": set(),
     "measures": {"linalg"},
     "kernels": set(),
     "embedded": set(),
@@ -43,6 +44,7 @@ ARROWS = {
     "memory": {"terms", "kernels"},
     "io": {"terms"},
     "train": {"rules", "optim", "memory", "terms"},
+    "plan": {"memory", "terms", "train"},
 }
 ARROWS["runs"] = {"io", "train", "embedded", "terms", "stats", "allocate", "linalg"}
 ARROWS["grafts"] = {"runs", "io", "stats", "terms", "linalg", "kernels", "methods", "rules", "optim"}

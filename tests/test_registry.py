@@ -109,6 +109,10 @@ MAY_NAME: dict[str, set[str]] = {
     "train/recipe.py": {"linear"},  # a schedule
     "verbs/demo.py": {"kfac-svd", "best", "welore", "svd", "uniform", "svd-llm"},  # what the demonstration shows
     "verbs/export.py": {"lora"},  # what PEFT's files call a product of two factors
+    "verbs/plan.py": {
+        *("full", "lora", "dora", "lora-xs", "int8", "nf4", "nf3", "rtn", "adamw", "galore", "apollo", "muon"),
+        *("low-rank", "sltrain", "cola"),
+    },  # what is planned where nothing is named
     "verbs/pretrain.py": {"low-rank"},  # what --low-rank is
     "verbs/quantize.py": {"nf", "nf4"},  # the codes of a number of bits, and those of none given
 }

@@ -113,6 +113,8 @@ def test_other_threads_just_run() -> None:
 
 CALLS = {
     "inspect": ["inspect", "pico"],
+    "select": ["select", "d.jsonl", "-o", "k.jsonl"],
+    "plan": ["plan", "pico", "--memory", "8GB"],
     "compress": ["compress", "pico", "-o", "out"],
     "finetune": ["finetune", "pico", "-o", "out"],
     "evaluate": ["eval", "pico"],
@@ -145,7 +147,7 @@ def test_every_verb_says_so_in_one_sentence(
     answer = CliRunner().invoke(app, CALLS[verb])
     assert answer.exit_code == 130, answer.output
     by = "" if name == "SIGINT" else f" by {name}"
-    resumes = verb in ("compress", "finetune", "pretrain", "demo")
+    resumes = verb in ("compress", "finetune", "pretrain", "demo", "select")
     way_on = "the same command goes on from the last finished step" if resumes else "nothing was written"
     assert answer.stderr == f"weft: Interrupted{by}; {way_on}.\n" and answer.stdout == ""
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,10 @@ from weft.errors import WeftError, unknown
 
 __all__ = ["Record", "Table", "find", "load_entry_points", "parsed_value", "register", "tables"]
 
-ROOMS = ("weft.methods", "weft.optim", "weft.merging", "weft.grafts", "weft.allocate", "weft.measures", "weft.scaling")
+ROOMS = (
+    *("weft.methods", "weft.optim", "weft.merging", "weft.grafts", "weft.allocate", "weft.measures", "weft.scaling"),
+    "weft.select",
+)
 """The rooms that have a table."""
 
 

@@ -20,9 +20,11 @@ from weft.cli import (
     inspect,
     merge,
     methods,
+    plan,
     pretrain,
     quantize,
     scale,
+    select,
 )
 from weft.cli.answer import answering
 
@@ -45,6 +47,8 @@ app.command("merge")(answering(merge.command))
 app.command("combine")(answering(combine.command))
 app.command("quantize")(answering(quantize.command))
 app.command("export")(answering(export.command))
+app.command("plan")(answering(plan.command))
+app.command("select")(answering(select.command, resumes=True))
 app.command("methods")(answering(methods.command))
 app.add_typer(scale.app, name="scale")
 app.command("demo")(answering(demo.command, resumes=True))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from weft.errors import WeftError
@@ -111,7 +112,7 @@ def check_readable(model: nn.Module, layers: Iterable[str]) -> None:
     kinds: dict[type, str] = {}
     for layer in layers:
         for tensor in model.get_submodule(layer).parameters():
-            if type(tensor) not in (Tensor, nn.Parameter, DTensor):
+            if type(tensor) not in (Tensor, nn.Parameter, DTensor, FakeTensor):  # the last has none, in a plan
                 kinds.setdefault(type(tensor), layer)
     for kind, layer in kinds.items():
         try:

@@ -6,12 +6,18 @@ decides the single edge that a cell may hold.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_map
 
-__all__ = ["Cells", "bucketize", "cells"]
+__all__ = ["Cells", "bucketize", "cells", "once"]
+
+T = TypeVar("T")
 
 # from 2^-24 to 1, 256 cells between two powers of 2; the first takes all that is smaller
 _FIRST = (127 - 24) << 8
@@ -39,6 +45,23 @@ def cells(edges: Tensor) -> Cells:
     if bool((torch.searchsorted(rising, highest) - below > 1).any()):
         raise ValueError("Two edges lie in one cell; use torch.bucketize.")
     return Cells(below.to(edges.device), torch.cat([rising, torch.tensor([torch.inf])]).to(edges.device))
+
+
+def once(table: Callable[[Any, torch.device], T]) -> Callable[[Any, torch.device], T]:
+    """A function of (sort, device) that makes tensors, each of which it makes once. Amid tensors without values
+    (FakeTensorMode), they have theirs all the same, and none without is kept.
+    """
+    kept = functools.cache(table)
+
+    @functools.wraps(table)
+    def made(sort: Any, device: torch.device) -> T:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+            return kept(sort, device)
+        with unset_fake_temporarily():
+            found = kept(sort, torch.device("cpu"))
+        return tree_map(lambda tensor: tensor.to(device), found)  # type: ignore[no-any-return]
+
+    return made
 
 
 def bucketize(unit: Tensor, table: Cells) -> Tensor:

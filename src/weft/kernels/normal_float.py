@@ -26,7 +26,7 @@ from torch import Tensor
 
 from weft.kernels.bit_packing import pack, packed_size, unpack
 from weft.kernels.bits import numbers_of
-from weft.kernels.cells import Cells, bucketize, cells
+from weft.kernels.cells import Cells, bucketize, cells, once
 from weft.tables import table
 
 __all__ = ["NF4", "Code", "Format", "blank", "block_scales", "decode", "encode", "levels"]
@@ -111,7 +111,7 @@ def _levels_of_byte(bits: int) -> list[list[float]]:
     return [[_LEVELS[bits][byte >> shift & 2**bits - 1] for shift in shifts] for byte in range(256)]
 
 
-@functools.cache
+@once
 def _edges(bits: int, device: torch.device) -> Cells:
     values = levels(bits, device=device)
     return cells((values[1:] + values[:-1]) / 2)

@@ -6,7 +6,6 @@ kept in.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels.cells import Cells, bucketize, cells
+from weft.kernels.cells import Cells, bucketize, cells, once
 from weft.optim.base import Field, Inner, Matrix, Move, Rows, Scalar, State
 
 __all__ = ["SGD", "Adafactor", "Adam", "Adam8bit", "AdamW", "Lion"]
@@ -109,7 +108,7 @@ def AdamW(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Adam:
     return Adam(betas, eps, "torch")
 
 
-@functools.lru_cache(maxsize=8)
+@once
 def _dynamic_code(signed: bool, device: torch.device) -> Tensor:
     """256 values in [-1, 1] or [0, 1] (Dettmers 2016's dynamic tree): 7 decades, finer near the top, with 0 and 1."""
     extra = 0 if signed else 1
@@ -132,7 +131,7 @@ def _encode(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     return bucketize(unit, _edges(signed, unit.device)).flatten(-2)[..., : x.shape[-1]], scale
 
 
-@functools.cache
+@once
 def _edges(signed: bool, device: torch.device) -> Cells:
     code = _dynamic_code(signed, device)
     return cells((code[1:] + code[:-1]) / 2 if signed else code[:-1])

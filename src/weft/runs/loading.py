@@ -35,6 +35,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "model_class",
     "resolve",
     "resolve_device",
     "resolve_dtype",
@@ -174,7 +175,7 @@ def load_model(
     wanted = resolve_dtype(dtype, target)
     config = load_config(name, trust_remote_code=trust_remote_code)
     with _explained(name):
-        model, info = _model_class(config).from_pretrained(
+        model, info = model_class(config).from_pretrained(
             resolve(name),
             dtype=wanted or "auto",
             device_map=None if target.type == "cpu" else {"": target},
@@ -241,7 +242,7 @@ def _base_of_adapter(path: Path) -> str:
         ) from None
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def model_class(config: PreTrainedConfig) -> Any:
     """The class of transformers that the checkpoint was saved from, or the auto class that leads to it."""
     architecture = next(iter(config.architectures or []), None)
     for auto_class, path in (getattr(config, "auto_map", None) or {}).items():

@@ -21,7 +21,7 @@ from weft.files import write_json
 __all__ = ["check_identity", "tensors_digest", "weights_digest"]
 
 FILE = "weft_identity.json"
-CHUNK = 2**22  # numbers handled at a time
+CHUNK = 2**20
 
 
 def check_identity(directory: Path, parts: Mapping[str, str], resumed: bool, write: bool) -> None:
@@ -72,5 +72,5 @@ def _sums(tensor: Tensor) -> tuple[int, int]:
         part = bits[start : start + CHUNK].long()
         places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
         plain += int(part.sum())
-        placed += int((part * (places * 2654435761)).sum())  # Knuth's multiplicative hashing
+        placed += int(places.mul_(2654435761).mul_(part).sum())  # Knuth's multiplicative hashing
     return plain % 2**64, placed % 2**64

@@ -1,81 +1,393 @@
-"""What a training step would hold, without one: the step is run on tensors without values, and what is alive counted.
+"""What fits: the memory of a job by every method, from a model's configuration alone.
 
-It is the very step that training takes (its lean forward, its terms, its optimizer), so nothing here knows a method.
+The model is made without storage, with a few blocks that stand for all, and the job's own step is run on tensors
+without values (`weft.plan`). Nothing here knows what a method keeps: its own code says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from weft.errors import WeftError
-from weft.memory import lean
-from weft.memory.live import Live
-from weft.train.recipe import Recipe
+from weft.allocate import Budget
+from weft.errors import WeftError, unknown
+from weft.grafts import Graft
+from weft.memory import lean as make_lean
+from weft.memory.cross_entropy import CHUNK_LOGITS
+from weft.methods import METHODS
+from weft.methods.base import Method
+from weft.optim import OPTIMIZERS
+from weft.plan import BLOCKS, Held, Stepped, Supposed, held, stepped, unmasked
+from weft.plan.layers import blocks_of
+from weft.progress import track
+from weft.records import find
+from weft.runs.loading import resolve_dtype
+from weft.terms.layers import linear_layers
+from weft.train.optimizers import chosen_options, find_optimizer
+from weft.train.optimizers import make_optimizer as named_optimizer
+from weft.train.trainer import HALF, checkpointing, wide
+from weft.verbs.adapt import adapt, make_optimizer
+from weft.verbs.evaluate import check_causal
+from weft.verbs.fresh import Structure, restructure
+from weft.verbs.quantize import quantize, schemes
+from weft.verbs.sources import Source, source_of
 
-__all__ = ["planned", "step_bytes"]
+__all__ = ["DEFAULTS", "Job", "jobs", "run"]
+
+DEFAULTS = {
+    "finetune": ("full", "full+galore", "full+apollo", "lora", "nf4+lora", "int8+lora", "dora", "lora-xs"),
+    "pretrain": ("adamw", "galore", "apollo", "muon", "low-rank", "sltrain", "cola", "low-rank+galore"),
+    "serve": ("dense", "int8", "nf4", "nf3", "rtn"),
+}
+"""What is planned where nothing is named. A name is of one method, or of several with + between them."""
+_KINDS = {"finetune": ("adapt", "graft", "train", "compress"), "pretrain": ("pretrain",), "serve": ()}
+_TRIED = 2**28
+"""Logits of the largest batch that is run, in chunks of 2^24."""
 
 
-def planned(
-    model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer], recipe: Recipe, device: str = "cpu"
+@dataclass(frozen=True)
+class Job:
+    """What is done, by name: a code of the weights, a method or structure, an optimizer."""
+
+    name: str
+    scheme: str | None = None
+    method: str | None = None
+    optimizer: str | None = None
+
+    @classmethod
+    def parse(cls, name: str, task: str) -> Job:
+        """Raises WeftError for a name that means nothing in this task."""
+        parts: dict[str, str] = {}
+        for part in name.split("+"):
+            kind = _kind(part, task)
+            if kind in parts:
+                raise WeftError(f"{name!r} names two of a kind: {parts[kind]} and {part}; give one of them.")
+            parts[kind] = part
+        parts.pop("dense", None)
+        if task == "finetune" and "method" not in parts:
+            parts["method"] = "full" if "scheme" not in parts else "lora"
+        return cls(name, **parts)
+
+    @property
+    def record(self) -> Method | Graft | None:
+        """That of the method."""
+        return None if self.method is None else find(self.method)  # type: ignore[return-value]
+
+
+def _kind(part: str, task: str) -> str:
+    known: dict[str, Mapping[str, Any]] = {
+        "scheme": schemes() if task != "pretrain" else {},
+        "dense": {"dense": None} if task == "serve" else {},
+    }
+    known["optimizer"] = OPTIMIZERS if task != "serve" else {}
+    for kind, names in known.items():
+        if part in names:
+            return kind
+    if _KINDS[task]:
+        return "method" if find(part, *_KINDS[task]) else ""
+    raise unknown("form of the weights", part, [*known["scheme"], "dense"])
+
+
+def jobs(task: str, methods: str | Sequence[str] = ()) -> list[Job]:
+    """The jobs of a task: those named, with commas or as a list, or the usual ones; "all" is every method there is.
+
+    Raises WeftError for an unknown task or method.
+    """
+    if task not in DEFAULTS:
+        raise unknown("task to plan", task, DEFAULTS)
+    names = [n.strip() for n in (methods.split(",") if isinstance(methods, str) else methods) if n.strip()]
+    if names == ["all"]:
+        names = _every(task)
+    return [Job.parse(name, task) for name in names or DEFAULTS[task]]
+
+
+def _every(task: str) -> list[str]:
+    kinds = {"finetune": ("adapt", "train"), "pretrain": ("pretrain",), "serve": ()}[task]
+    more = [name for name, method in METHODS.items() if method.kind in kinds]
+    return list(dict.fromkeys([*DEFAULTS[task], *more, *(schemes() if task == "serve" else ())]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is the same for all methods of a plan."""
+
+    task: str
+    memory: int
+    batch: int
+    window: int
+    rank: int | None
+    lean: bool
+    checkpointing: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def training(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.task != "serve"
+
+
+def run(
+    model: str | None = None,
+    *,
+    size: str | None = None,
+    memory: str,
+    task: str = "finetune",
+    methods: str | Sequence[str] = (),
+    batch: int = 1,
+    window: int = 512,
+    rank: int | None = None,
+    lean: bool = True,
+    checkpointing: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """The bytes of a step of this model, which has no storage and is of no use afterwards; see `step_bytes`.
+    """`weft plan`: what each method would hold of a model, of which nothing but the configuration is read.
 
     Args:
-        make: the optimizer of a model.
+        size: a published size of `weft pretrain`, in the place of a model.
+        memory: what there is, such as 8GB (10^9 bytes) or 24GiB.
+        task: finetune, pretrain or serve.
+        methods: names with commas between them, such as lora,nf4+lora,full+galore, or "all"; the usual ones by default.
+        batch: the rows for which the parts are given; the largest that fits is found besides.
+        device: cpu or cuda; the machine need not have it. `seed` is accepted as by every verb; nothing here is random.
+
+    Raises:
+        WeftError: memory below what any of the methods takes for one row; and whatever is no size, method or model.
     """
-    model.train()
-    if recipe.lean:
-        lean(model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device=device)
-        ids = torch.zeros(recipe.batch, recipe.window, dtype=torch.long, device=device)
-        parameters = sum(p.numel() for p in model.parameters())
-        return {"parameters": parameters, **step_bytes(model, make(model), ids)}
-
-
-def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> dict[str, Any]:
-    """The bytes of the second of two steps: weights (with the buffers), gradients, moments (the optimizer's state),
-    activations (what the forward pass leaves for the backward pass), peak (all that is alive at the same time), and
-    workspace, the rest: below zero where the others are never all alive at once.
-
-    A subspace optimizer's own workspace within its step is not counted, its state is. Memory that kernels use for
-    themselves, and an allocator's waste, are not seen.
-    """
-    plans = getattr(optimizer, "planned_bytes", None)  # of one whose step asks for values
-    of_state: int | None = None if plans is None else plans()
-    found: dict[str, Any] = {}
-    with Live() as live:
-        weights = live.count([*model.parameters(), *model.buffers(), ids])
-        for _ in range(2):
-            start, live.peak = live.now, live.now
-            loss = model(input_ids=ids, labels=ids).loss
-            found["activations_bytes"] = live.now - start
-            loss.backward()
-            del loss
-            found["gradients_bytes"] = live.now - start
-            _step(optimizer, of_state is None)
-            optimizer.zero_grad()
-        moments = live.now - weights if of_state is None else of_state
-        peak = live.peak + (of_state or 0)
-    found |= {"weights_bytes": weights, "moments_bytes": moments, "peak_bytes": peak}
-    parts = ("weights_bytes", "gradients_bytes", "moments_bytes", "activations_bytes")
-    ordered = {name: found[name] for name in parts}
-    return ordered | {"workspace_bytes": peak - sum(ordered.values()), "peak_bytes": peak}
-
-
-def _step(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
-    if not wanted:
-        return
-    try:
-        optimizer.step()
-    except RuntimeError as error:  # it asks for the value of a tensor that has none
-        name = type(optimizer).__name__
+    asked_for = jobs(task, methods)
+    if not memory:
+        raise WeftError("Say what memory there is, such as --memory 8GB.")
+    budget = Budget.parse(memory)
+    if budget.unit != "bytes":
+        raise WeftError(f"--memory {memory!r} is no size: give one such as 8GB or 24GiB.")
+    for name, value, lowest in (("batch", batch, 1), ("window", window, 2)):
+        if value < lowest:
+            raise WeftError(f"--{name} is {value}: give at least {lowest}.")
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = source_of(model, size, window, trust_remote_code=trust_remote_code)
+    check_causal(source.config)
+    fallback = torch.bfloat16 if size is not None else source.dtype
+    asked = Asked(
+        task=task, memory=int(budget.value), batch=batch, window=window, rank=rank, lean=lean,
+        checkpointing=checkpointing, device=target, dtype=resolve_dtype(dtype, target) or fallback,
+    )  # fmt: skip
+    rows = [_row(job, source, asked) for job in track(asked_for, "plans")]
+    known = [row for row in rows if row["peak_bytes"] is not None]
+    if known and all(row["batch"] == 0 for row in known):
+        least = min(known, key=lambda row: row["least_bytes"])
         raise WeftError(
-            f"The memory of {name} cannot be planned, for its step depends on values; choose another optimizer, or "
-            "measure a step with --dry-run."
-        ) from error
+            f"{memory} is too little for {source.name}: {task} takes at least {_words(least['least_bytes'])}, by "
+            f"{least['name']} with one row of {window} tokens, of which the weights are {_words(least['weights'])}."
+        )
+    facts: dict[str, Any] = {
+        "model": source.name,
+        "task": task,
+        "device": target.type,
+        "dtype": str(asked.dtype).split(".")[1],
+    }
+    facts |= {"parameters": source.parameters, "memory_bytes": asked.memory, "window": window, "rows": batch}
+    return {**facts, "methods": rows}
+
+
+def _row(job: Job, source: Source, asked: Asked) -> dict[str, Any]:
+    """What is known of one job."""
+    try:
+        return _Plan(job, source, asked).row()
+    except (WeftError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        parts = ("fits", "peak_bytes", "weights", "gradients", "optimizer", "activations", "workspace", "batch")
+        return {"name": job.name, **dict.fromkeys(parts), "reason": " ".join(str(error).split())[:200]}
+
+
+class _Plan:
+    """One job on a few blocks, or on all where they are not equal."""
+
+    def __init__(self, job: Job, source: Source, asked: Asked) -> None:
+        self.job, self.asked, self.whole, self.mode = (
+            job,
+            asked,
+            source.whole,
+            FakeTensorMode(allow_non_fake_inputs=True),
+        )
+        record = job.record
+        alone = record is not None and (isinstance(record, Graft) or record.share is not None)
+        self.blocks = BLOCKS["training" if asked.training else "inference"]
+        self.layers = None if alone or not source.equal or source.layers <= self.blocks else source.layers
+        self.model = self._made(source.empty(self.blocks if self.layers else source.layers, asked.dtype))
+        self.vocabulary = source.config.get_text_config().vocab_size
+        self.known: dict[int, Held] = {}
+
+    def row(self) -> dict[str, Any]:
+        """The parts at the batch that was asked for, and the largest batch."""
+        asked, here = self.asked, self.asked.batch
+        passes = self.passes(here)
+        step, peak = self.step(), self.peak(here)
+        parts = {"weights": passes.weights, "gradients": passes.gradients if asked.training else 0}
+        parts |= {"optimizer": step.state, "activations": passes.activations, "workspace": step.workspace}
+        largest = self.largest()
+        row = {"name": self.job.name, "fits": peak <= asked.memory, "peak_bytes": peak, **parts, "batch": largest}
+        if asked.training:
+            row |= self.modes() | {"logits": self.logits()}
+        else:
+            row |= {"kv_cache": self.cache(passes)}
+        return row | {"disk": self.disk(step), "least_bytes": min(peak, self.peak(1))}
+
+    def passes(self, batch: int) -> Held:
+        """What the passes over so many rows hold."""
+        if batch not in self.known:
+            self.known[batch] = self._held("training" if self.asked.training else "inference", batch)
+        return self.known[batch]
+
+    def step(self) -> Stepped:
+        """What the optimizer holds, once."""
+        if "stepping" not in self.__dict__:
+            self.stepping = Stepped(0, 0)
+            if self.asked.training:
+                with self._inside():
+                    self.stepping = stepped(self.model, self._optimizer, self.layers)
+        return self.stepping
+
+    def peak(self, batch: int) -> int:
+        """The most that is held at the same time."""
+        passes, step = self.passes(batch), self.step()
+        return max(passes.peak + step.state, passes.weights + passes.gradients + step.state + step.workspace)
+
+    def largest(self) -> int:
+        """The largest batch that fits: what a row takes follows from two batches, of which the second is near."""
+        memory, low = self.asked.memory, self.asked.batch
+        if self.peak(low) > memory:
+            low = 1
+            if self.peak(1) > memory:
+                return 0
+        here, most = self.passes(low), _TRIED // (self.asked.window * self.vocabulary)
+        fixed = here.weights + here.gradients + self.step().state
+        guess = int((memory - fixed) * low // max(here.peak - fixed, 1))
+        high = max(low + 1, min(guess, most))
+        found = self._between(low, high)
+        for _ in range(2):  # where another moment than those two batches' is the fullest
+            if low < found <= most and self.peak(found) > memory:
+                found = self._between(low, found)
+        return max(low, found)
+
+    def _between(self, low: int, high: int) -> int:
+        """The largest batch by what two others hold between any two borders."""
+        left = self.asked.memory - self.step().state
+        pairs = zip(self.passes(low).peaks, self.passes(high).peaks, strict=True)
+        return min(low + int((left - few) // max((many - few) / (high - low), 1.0)) for few, many in pairs)
+
+    def modes(self) -> dict[str, int]:
+        """Activations of the other ways to keep them."""
+        return {
+            "activations_plain": self._held("forward", self.asked.batch, "plain").activations,
+            "activations_checkpointed": self._held("forward", self.asked.batch, "checkpointed").activations,
+        }
+
+    def logits(self) -> int:
+        """Bytes of the logits that are there at the same time, in fp32."""
+        tokens = self.asked.batch * self.asked.window
+        return (
+            4 * self.vocabulary * (min(tokens, max(CHUNK_LOGITS // self.vocabulary, 1)) if self.asked.lean else tokens)
+        )
+
+    def cache(self, passes: Held) -> int:
+        """Bytes of keys and values of all rows at the end of their windows, with the logits of one token each."""
+        return passes.activations
+
+    def disk(self, step: Stepped) -> int:
+        """Bytes that are written at most: two checkpoints of what is trained with the optimizer, and the output."""
+        more = 0 if self.layers is None else self.layers - self.blocks
+        trained = self._bytes(lambda p: p.requires_grad, more)
+        if not self.asked.training:
+            return self.passes(self.asked.batch).weights
+        adapts = self.job.method is not None and getattr(self.job.record, "kind", "") == "adapt"
+        return 2 * (trained + step.state) + (trained if adapts else self.passes(self.asked.batch).weights)
+
+    def _bytes(self, chosen: Callable[[nn.Parameter], bool], more: int) -> int:
+        blocks = blocks_of(self.model)
+        whole = sum(p.nbytes for p in self.model.parameters() if chosen(p))
+        return whole + (
+            0 if not more or blocks is None else more * sum(p.nbytes for p in blocks[1].parameters() if chosen(p))
+        )
+
+    def _held(self, passes: Any, batch: int, mode: str = "") -> Held:
+        lean, again = (
+            (mode == "" and self.asked.lean),
+            (mode == "checkpointed" or (not mode and self.asked.checkpointing)),
+        )
+        make_lean(self.model, lean)
+        with ExitStack() as stack:
+            for context in (checkpointing(self.model, again), self._inside(), self._autocast()):  # type: ignore[arg-type]
+                stack.enter_context(context)
+            found = held(self.model, self._inputs(batch), self.layers, passes)
+        if found is None:
+            raise WeftError("its blocks do not follow one another, so that a few cannot stand for all.")
+        return found
+
+    def _inside(self) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for context in (self.mode, Supposed(), unmasked()):
+            stack.enter_context(context)
+        if self.asked.training:
+            stack.enter_context(wide(self.model))
+        return stack
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        half = self.asked.device.type == "cuda" or any(p.dtype in HALF for p in self.model.parameters())
+        return torch.autocast(self.asked.device.type, torch.bfloat16, enabled=half and self.asked.training)
+
+    def _inputs(self, batch: int) -> dict[str, Any]:
+        ids = torch.zeros(batch, self.asked.window, dtype=torch.long, device=self.asked.device)
+        if self.asked.training:
+            return {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
+        return {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
+
+    def _made(self, model: nn.Module) -> nn.Module:
+        """The model as the job trains or serves it."""
+        job, record, asked = self.job, self.job.record, self.asked
+        if asked.task == "pretrain" and job.method is not None:
+            with torch.device("meta"):
+                restructure(model, Structure.of(job.method, asked.rank))
+        with self.mode, Supposed(), unmasked():
+            model.to_empty(device=asked.device)
+            model.tie_weights()  # type: ignore[operator]
+            if job.scheme is not None:
+                quantize(model, job.scheme)
+            if asked.task == "finetune" and isinstance(record, Method) and record.kind != "adapt":
+                record.freeze(model)
+            elif asked.task == "finetune" and record is not None:
+                _put(model, record, asked.rank)
+        return model.train(asked.training)
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        name = self.job.optimizer or ("adamw" if self.asked.task == "pretrain" else None)
+        if name is None:
+            return make_optimizer(model, 1e-4)
+        find_optimizer(name)
+        adapts = getattr(self.job.record, "kind", None) == "adapt"
+        own = {} if self.asked.rank is None or adapts or self.job.method else {"rank": self.asked.rank}
+        return named_optimizer(name, model, 1e-4, 0.0, 0, chosen_options(name, own, 1000, self.whole))
+
+
+def _put(model: nn.Module, record: Method | Graft, rank: int | None) -> None:
+    """An adapter or a graft; of one whose ranks follow from the data, with the same rank everywhere."""
+    ids = torch.zeros(1, 32, dtype=torch.long, device=next(model.parameters()).device)
+    batches = [{"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}]
+    if isinstance(record, Graft):
+        adapt(model, record, batches=batches if record.start else None)
+        return
+    ranks: Mapping[str, int] | None = None
+    if record.spread is not None:
+        ranks = dict.fromkeys(linear_layers(model), rank or 16)
+    adapt(model, record, rank, batches=batches if record.needs else None, ranks=ranks)
+
+
+def _words(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:,.1f} MB"

@@ -25,6 +25,7 @@ from weft.io.save import save_model
 from weft.methods import Method
 from weft.optim import Refresh, fold_weights, schedules
 from weft.optim.state import state_bytes
+from weft.plan.step import planned
 from weft.rules import Rule, Rules
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
@@ -52,7 +53,6 @@ from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_me
 from weft.verbs.figures import first_and_last, rehearsed
 from weft.verbs.finetune import training_device
 from weft.verbs.fresh import Structure, finish
-from weft.verbs.plan import planned
 
 __all__ = ["build", "pretrain", "run"]
 
@@ -188,7 +188,7 @@ def run(
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
-        plan: make nothing, and say what a step would hold in bytes (`weft.verbs.plan`); `out` may then be None.
+        plan: make nothing, and say what a step would hold in bytes (`weft.plan.step`); `out` may then be None.
         **settings: fields of `Recipe` (steps, window, batch, seed ...), and options of the method, or else of the
             optimizer.
 

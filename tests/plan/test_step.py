@@ -13,10 +13,10 @@ from weft.cli import app
 from weft.errors import WeftError
 from weft.memory import lean
 from weft.memory.live import Live
+from weft.plan.step import planned, step_bytes
 from weft.train.optimizers import make_optimizer
 from weft.train.recipe import Recipe
 from weft.verbs.fresh import Structure, restructure
-from weft.verbs.plan import planned, step_bytes
 from weft.verbs.pretrain import run
 
 RECIPE = Recipe(window=64, batch=4)

@@ -1,0 +1,201 @@
+"""What a step holds of a model of many equal blocks, counted on a few of them.
+
+The forward pass enters block after block, each of which leaves its activations, a. The backward pass leaves them again
+in the opposite order, each changing what is held by c, as its gradients come and its activations go. Between two
+borders the most that is held is counted by itself. With n further blocks like the last, of weights w, it grows by
+
+    n w                              before the last block
+    n w + n a                        within the last, and up to its gradient
+    n w + max(n a, n (a + c))        within the last, backwards
+    n w + n (a + c)                  in all blocks before it, and afterwards
+
+which is no estimate: it is what the whole model would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from weft.memory.live import Live
+from weft.terms.layers import block_stacks
+
+__all__ = ["BLOCKS", "Borders", "Held", "Stepped", "blocks_of", "held", "stepped"]
+
+BLOCKS = {"training": 2, "forward": 2, "inference": 3}
+"""Of the model that is counted, the last of which stands for all others: a pass that leaves nothing frees what the
+block before the last one gave, which only a third shows.
+"""
+Passes = Literal["training", "forward", "inference"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a forward and a backward pass, or of a forward pass alone."""
+
+    weights: int
+    activations: int  # what the forward pass leaves
+    gradients: int  # of a training step; of other passes, what is still there at their end
+    peaks: tuple[int, ...]  # the most between every two borders, weights included
+
+    @property
+    def peak(self) -> int:
+        """The most at all."""
+        return max(self.peaks)
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Bytes of an optimizer."""
+
+    state: int
+    workspace: int  # of a step beside weights, gradients and state
+
+
+class Borders:
+    """What was alive, and at most since the border before, at every border that a pass crosses."""
+
+    def __init__(self, live: Live, blocks: nn.ModuleList) -> None:
+        self.live, self.blocks = live, blocks
+        self.found: dict[str, tuple[int, int]] = {}  # border -> (alive, most since the border before)
+        self.forward = True
+
+    def cross(self, border: str) -> None:
+        """The pass is there now."""
+        self.found.setdefault(border, (self.live.now, self.live.peak))
+        self.live.peak = self.live.now
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block, the passes of the model are followed."""
+        hooks = [
+            block.register_forward_pre_hook(self._enter(i), with_kwargs=True) for i, block in enumerate(self.blocks)
+        ]
+        hooks += [block.register_forward_hook(self._exit(i)) for i, block in enumerate(self.blocks)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _enter(self, i: int) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self.forward:  # and not when checkpointing runs it again
+                self.cross(f"enter {i}")
+
+        return enter
+
+    def _exit(self, i: int) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not self.forward:
+                return
+            self.cross(f"exit {i}")
+            if isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self.cross(f"back {i}"))  # type: ignore[no-untyped-call]
+
+        return leave
+
+    def crossed(self, borders: tuple[str, ...]) -> bool:
+        """Whether the pass went over all of these, in this order."""
+        return tuple(name for name in self.found if name in borders) == borders
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList | None:
+    """The one stack of blocks of a model; None where it has none or several."""
+    stacks = block_stacks(model)
+    return next(iter(stacks.values())) if len(stacks) == 1 else None
+
+
+def held(
+    model: nn.Module, inputs: Mapping[str, Any], layers: int | None = None, passes: Passes = "training"
+) -> Held | None:
+    """What the passes over `inputs` hold; with `layers`, of a model of so many blocks where `model` has `BLOCKS`.
+
+    None where the blocks are not crossed one after another, so that nothing can be said of more of them.
+
+    Args:
+        passes: "training" is a forward and a backward pass; "forward" the former alone, with what it leaves for the
+            latter; "inference" one that leaves nothing but its output, cache included.
+    """
+    blocks = blocks_of(model)
+    with Live() as live, torch.set_grad_enabled(passes != "inference"):
+        weights = live.count([*model.parameters(), *model.buffers()])
+        live.count(tensor for tensor in inputs.values() if isinstance(tensor, Tensor))
+        borders = Borders(live, nn.ModuleList() if blocks is None else blocks)
+        borders.cross("start")
+        with borders.watched():
+            output = model(**inputs)
+            after = live.now
+            borders.forward = False
+            if passes == "training":
+                loss = output.loss
+                del output
+                loss.backward()
+                del loss
+        borders.cross("end")
+    start, end = borders.found["start"][0], borders.found["end"][0]
+    model.zero_grad()
+    peaks = tuple(peak for _, peak in borders.found.values())
+    whole = Held(weights, after - start, max(end - start, 0), peaks)
+    return whole if layers is None else _stretched(whole, borders, layers, passes == "training")
+
+
+def _stretched(whole: Held, borders: Borders, layers: int, backward: bool) -> Held | None:
+    found, last = borders.found, len(borders.blocks) - 1
+    forward = [f"{way} {i}" for i in range(last + 1) for way in ("enter", "exit")]
+    back = [f"back {i}" for i in range(last, -1, -1)] if backward else []
+    if last < 1 or [name for name in found if name != "back -1"] != ["start", *forward, *back, "end"]:
+        return None
+    more = layers - last - 1
+    weight = sum(t.nbytes for t in [*borders.blocks[last].parameters(), *borders.blocks[last].buffers()])
+    kept = found[f"exit {last}"][0] - found[f"exit {last - 1}"][0]
+    left = kept + (found[f"back {last - 1}"][0] - found[f"back {last}"][0] if backward else 0)
+    moved = dict.fromkeys(["start", *forward], 0) | {f"exit {last}": max(more * kept, 0), f"back {last}": more * kept}
+    moved |= {f"back {last - 1}": more * max(kept, left)}
+    peaks = (peak + moved.get(name, more * left) + more * weight for name, (_, peak) in found.items())
+    return Held(
+        whole.weights + more * weight,
+        whole.activations + more * kept,
+        whole.gradients + more * left,
+        tuple(peaks),
+    )
+
+
+def stepped(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer], layers: int | None = None) -> Stepped:
+    """What the optimizer of a model holds; with `layers`, of so many blocks where `model` has `BLOCKS`."""
+    most = _step(model, make)
+    blocks = blocks_of(model)
+    if layers is None or blocks is None:
+        return most
+    last, count = blocks[-1], len(blocks)
+    del blocks[-1]
+    try:
+        fewer = _step(model, make)
+    finally:
+        blocks.append(last)
+    more = layers - count
+    workspace = most.workspace + more * (most.workspace - fewer.workspace)
+    return Stepped(most.state + more * (most.state - fewer.state), workspace)
+
+
+def _step(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> Stepped:
+    """The second step of an optimizer: what it keeps, and needs besides."""
+    with Live() as live:
+        live.count(model.parameters())
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        before = live.now
+        optimizer = make(model)
+        optimizer.step()
+        after, live.peak = live.now, live.now
+        optimizer.step()
+        peak = live.peak
+    model.zero_grad()
+    return Stepped(after - before, peak - after)

@@ -1,0 +1,99 @@
+"""A model without weights: its configuration, and the model of some of its blocks, which has no storage."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from weft.errors import WeftError
+from weft.plan.layers import blocks_of
+from weft.runs.loading import load_config, load_tokenizer, model_class
+from weft.train.sizes import configuration
+
+__all__ = ["Source", "source_of"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a plan is made of."""
+
+    name: str
+    config: PreTrainedConfig
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the model."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the checkpoint; fp32 where it does not say."""
+        return getattr(self.config, "dtype", None) or torch.float32
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the whole model."""
+        return sum(p.numel() for p in self.whole.parameters())
+
+    @cached_property
+    def whole(self) -> nn.Module:
+        """All blocks, on the meta device."""
+        return self.empty(self.layers, self.dtype)
+
+    @cached_property
+    def equal(self) -> bool:
+        """Whether all blocks are of the same shapes."""
+        blocks = blocks_of(self.whole)
+        return blocks is not None and len({_shapes(block) for block in blocks}) == 1
+
+    def empty(self, layers: int, dtype: torch.dtype) -> nn.Module:
+        """The model with so many blocks, on the meta device.
+
+        Raises WeftError for a model in codes that weft does not know.
+        """
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        codes = getattr(config, "quantization_config", None)
+        if codes is not None:
+            del config.quantization_config
+        cls = model_class(config)
+        with torch.device("meta"):
+            model: nn.Module = (getattr(cls, "_from_config", None) or cls.from_config)(config, dtype=dtype)
+            if codes is not None:
+                _code(model, codes, self.name)
+        return model
+
+
+def source_of(model: str | None, size: str | None, window: int, *, trust_remote_code: bool = False) -> Source:
+    """That of a directory, a Hub id or the embedded model, or of a published size.
+
+    Raises WeftError for none or both, and as `load_config` does.
+    """
+    if (model is None) == (size is None):
+        raise WeftError("Give a model to plan for, or --size: one of the two.")
+    if size is not None:
+        return Source(size, configuration(size, load_tokenizer("pico"), window))
+    return Source(str(model), load_config(str(model), trust_remote_code=trust_remote_code))
+
+
+def _code(model: nn.Module, codes: Any, name: str) -> None:
+    """The sums of terms that the configuration names, in the place of the layers."""
+    quantizer = AutoHfQuantizer.from_config(codes)
+    if quantizer.quantization_config.quant_method != "weft":
+        raise WeftError(f"{name} is in the codes of another tool, of whose memory weft knows nothing; plan its base.")
+    quantizer._process_model_before_weight_loading(model)
+
+
+def _shapes(block: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, tuple(t.shape), t.dtype) for name, t in [*block.named_parameters(), *block.named_buffers()])

@@ -1,0 +1,159 @@
+"""A plan made of two blocks is the plan of all; what a plan says is what the job holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from weft.cli import app
+from weft.errors import WeftError
+from weft.kernels.normal_float import NF4, encode
+from weft.memory import lean
+from weft.plan import BLOCKS, Held, Supposed, held, stepped, unmasked
+from weft.train.optimizers import make_optimizer
+from weft.verbs.adapt import adapt
+from weft.verbs.plan import DEFAULTS, Job, jobs, run
+
+LAYERS = 4
+
+
+def config(layers: int = LAYERS) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path):
+    config().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]})
+    )
+    return str(tmp_path)
+
+
+def facts(found: Held) -> tuple[int, ...]:
+    return found.weights, found.activations, found.gradients, found.peak
+
+
+def inputs() -> dict[str, object]:
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    return {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
+
+
+@pytest.mark.parametrize(("method", "saved"), [(None, True), ("lora", False)])
+def test_two_blocks_say_what_the_whole_holds(method, saved):
+    found = []
+    for layers, stands_for in ((BLOCKS["training"], LAYERS), (LAYERS, None)):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config(layers))
+        with mode, Supposed(), unmasked():
+            model.to_empty(device="cpu")
+            if method is not None:
+                adapt(model, method, 4)
+        lean(model.train(), saved)
+        with mode, Supposed(), unmasked():
+            steps = stepped(model, lambda m: make_optimizer("adamw", m, 1e-3, 0.0, 0, {}), stands_for)
+            found.append((held(model, inputs(), stands_for), steps))
+    (few, step), (whole, same) = found
+    assert facts(few) == facts(whole) and step == same
+
+
+@pytest.mark.parametrize("passes", ["forward", "inference"])
+def test_a_forward_pass_alone_stretches_too(passes):
+    given = inputs() | {"use_cache": passes == "inference"}
+    found = []
+    for layers, stands_for in ((BLOCKS[passes], LAYERS), (LAYERS, None)):
+        model = LlamaForCausalLM(config(layers)).train(passes == "forward")
+        with Supposed(), unmasked():
+            found.append(held(model, given, stands_for, passes))
+    assert facts(found[0]) == facts(found[1])
+    if passes == "inference":
+        cache = 2 * LAYERS * 2 * 32 * 64 * 4
+        assert found[0].activations == pytest.approx(cache + 2 * 32 * 300 * 4, rel=0.01)
+
+
+def test_a_plan_is_what_a_real_step_holds(directory):
+    (said,) = run(directory, memory="1GB", methods="lora", batch=2, window=32, rank=4, device="cpu")["methods"]
+    model = lean(adapt(LlamaForCausalLM(config()), "lora", 4).train())
+    real = held(model, inputs())
+    steps = stepped(model, lambda m: make_optimizer("adamw", m, 1e-3, 0.0, 0, {}))
+    assert said["weights"] == real.weights
+    assert said["gradients"] == pytest.approx(real.gradients, rel=0.02)
+    assert said["optimizer"] == steps.state
+    assert said["activations"] == pytest.approx(real.activations, rel=0.02)
+    assert said["peak_bytes"] == pytest.approx(real.peak + steps.state, rel=0.02)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(directory):
+    ask = {"methods": "full", "window": 32, "device": "cpu"}
+    (one,) = run(directory, memory="1GB", **ask)["methods"]
+    memory = 3 * one["peak_bytes"]
+    (told,) = run(directory, memory=f"{memory}B", **ask)["methods"]
+    peaks = [run(directory, memory="1GB", batch=told["batch"] + i, **ask)["methods"][0]["peak_bytes"] for i in (0, 1)]
+    assert told["batch"] > 1 and peaks[0] <= memory < peaks[1]
+
+
+def test_the_exact_call(directory):
+    line = f"plan {directory} --memory 8GB --task finetune --methods lora,nf4+lora --window 32 --json"
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(result.stdout)["methods"]}
+    parts = {"name", "fits", "peak_bytes", "weights", "gradients", "optimizer", "activations", "workspace", "batch"}
+    assert all(parts <= row.keys() and row["fits"] for row in rows.values())
+    assert rows["nf4+lora"]["weights"] < rows["lora"]["weights"]
+    table = CliRunner().invoke(app, f"plan {directory} --memory 8GB --methods lora --window 32".split())
+    assert table.exit_code == 0 and "largest batch" in table.stdout
+
+
+@pytest.mark.parametrize("task", ["pretrain", "serve"])
+def test_other_tasks(directory, task):
+    names = {"pretrain": "adamw,sltrain", "serve": "dense,nf4"}[task]
+    found = run(directory, memory="1GB", task=task, methods=names, window=32, device="cpu")
+    assert [row["fits"] for row in found["methods"]] == [True, True], found
+    assert found["parameters"] == LlamaForCausalLM(config()).num_parameters()
+
+
+def test_a_model_whose_blocks_differ_is_planned_whole(tmp_path):
+    from weft.verbs.quantize import quantize
+
+    model = LlamaForCausalLM(config())
+    quantize(model, "nf4", targets="*.0.*")
+    model.save_pretrained(tmp_path)
+    (said,) = run(str(tmp_path), memory="1GB", task="serve", methods="dense", window=32, device="cpu")["methods"]
+    assert said["weights"] == pytest.approx(held(model, inputs(), passes="inference").weights, rel=0.01)
+
+
+def test_bad_input_is_one_sentence(directory):
+    for arguments, words in (
+        ({"memory": "100KB"}, "100KB is too little for .*: finetune takes at least .* MB, by .*lora"),
+        ({"memory": "8"}, "The budget '8' is out of range|is no size"),
+        ({"memory": "8GB", "task": "finetun"}, "no task to plan called 'finetun'; the nearest are: finetune"),
+        ({"memory": "8GB", "methods": "lroa"}, "lora"),
+        ({"memory": "8GB", "methods": "nf4+int8"}, "names two of a kind: nf4 and int8"),
+        ({"memory": "8GB", "batch": 0}, "--batch is 0"),
+        ({"memory": "8GB", "size": "9m"}, "one of the two"),
+    ):
+        with pytest.raises(WeftError, match=words):
+            run(directory, **{"methods": "nf4+lora", "window": 32, "device": "cpu", **arguments})
+
+
+def test_names_of_jobs():
+    assert Job.parse("nf4+lora+muon", "finetune") == Job("nf4+lora+muon", "nf4", "lora", "muon")
+    assert Job.parse("galore", "finetune") == Job("galore", None, "full", "galore")
+    assert {job.name for job in jobs("serve")} == set(DEFAULTS["serve"])
+    assert len(jobs("finetune", "all")) > 30
+
+
+def test_tables_made_amid_tensors_without_values_have_theirs():
+    with FakeTensorMode(allow_non_fake_inputs=True), Supposed():
+        encode(torch.empty(64, 64), NF4)
+    code = encode(torch.linspace(-1, 1, 64).view(1, 64), NF4)
+    assert code.codes.float().sum() > 0

@@ -1,0 +1,157 @@
+"""Choosing data: what the methods promise, duplicates, and the verb."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+from weft.cli import app
+from weft.errors import WeftError
+from weft.runs.loading import load_model, load_tokenizer
+from weft.select import Duplicates
+from weft.select.clusters import spherical_k_means
+from weft.verbs.embedding import embedded, weighted_mean
+from weft.verbs.select import run, select
+
+
+def unit(n: int, d: int = 8, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def test_rds_plus_lets_each_query_choose_in_turn():
+    E, Q = unit(50), unit(3, seed=1)
+    E[7] = Q[2]
+    found = select(E, "rds-plus", 9, query=Q)
+    order = found.order.tolist()
+    assert order[2] == 7 and found.scores[7] == pytest.approx(1, abs=1e-6) and len(set(order)) == 9
+    taken: set[int] = set()
+    for place, choice in enumerate(order):  # an independent loop: the nearest that none has taken
+        left = [i for i in range(50) if i not in taken]
+        assert choice == max(left, key=lambda i: float(E[i] @ Q[place % 3]))
+        taken.add(choice)
+    assert sorted(select(E, "rds-plus", 50, query=Q).order.tolist()) == list(range(50))
+
+
+def test_data_pruning_scores_by_the_nearest_prototype():
+    E = unit(40)
+    one = select(E, "data-pruning", 40, clusters=1)
+    mean = F.normalize(E.mean(0), dim=0)
+    torch.testing.assert_close(one.scores, 1 - E @ mean, atol=1e-5, rtol=1e-4)
+    assert select(E, "data-pruning", 40, clusters=40).scores.abs().max() < 1e-5
+    hard = select(E, "data-pruning", 8, clusters=4, floor=0.0).order.tolist()
+    assert set(hard[:4]) <= set(select(E, "data-pruning", 16, clusters=4, floor=0.0).order.tolist())
+    turned = E @ torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(2)))[0]
+    assert set(select(turned, "data-pruning", 8, clusters=4, floor=0.0).order.tolist()) == set(hard)
+    easy = select(E, "data-pruning", 8, clusters=4, floor=0.0, hard=False).order.tolist()
+    assert not set(easy) & set(hard)
+
+
+def test_data_pruning_keeps_a_part_of_every_cluster():
+    E = torch.cat([F.normalize(torch.eye(8)[i] + 0.01 * unit(20, seed=i) * (i + 1), dim=1) for i in range(4)])
+    kept = select(E, "data-pruning", 20, clusters=4, floor=1.0).order
+    assert (kept // 20).bincount().tolist() == [5, 5, 5, 5]
+    assert (select(E, "data-pruning", 20, clusters=4, floor=0.0).order // 20).bincount(minlength=4)[3] > 5
+
+
+def test_scales_stand_for_all_and_their_weights_sum_to_one():
+    E = unit(30)
+    found = select(E, "scales-plus-plus", 6)
+    assert float(found.scores.sum()) == pytest.approx(1, abs=1e-5) and len(found.order) == 6
+    whole = select(E, "scales-plus-plus", 30)
+    torch.testing.assert_close(whole.scores, torch.full((30,), 1 / 30))
+    assert spherical_k_means(E, 6, 3).equal(spherical_k_means(E, 6, 3))
+
+
+def test_the_mean_leaves_padding_out_and_weighs_later_tokens():
+    h = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([h, torch.full((1, 3, 4), 9.0)], 1)
+    mask = torch.tensor([[1] * 5 + [0] * 3])
+    by_hand = sum((t + 1) / 15 * h[0, t] for t in range(5))
+    torch.testing.assert_close(weighted_mean(padded, mask)[0], F.normalize(by_hand, dim=0))
+
+
+def test_a_batch_embeds_as_its_texts_do_alone(tiny_directory):
+    model, tokenizer = load_model(tiny_directory), load_tokenizer(tiny_directory)
+    texts = ["a", "a longer text of many words", "some words"]
+    together = torch.cat([*embedded(model, tokenizer, texts, 16, 3)])
+    alone = torch.cat([*embedded(model, tokenizer, texts, 16, 1)])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+def test_duplicates_exact_and_near():
+    seen = Duplicates()
+    words = [f"word{i}" for i in range(200)]
+    assert seen.of(" ".join(words), 0) is None
+    assert seen.of("  ".join(words).upper(), 1) == (0, True)
+    assert seen.of(" ".join([*words[:198], "other", "end"]), 2) == (0, False)
+    assert seen.of(" ".join(reversed(words)), 3) is None and seen.of("", 4) is None
+
+
+@pytest.fixture
+def data(tmp_path):
+    lines = [{"text": f"def f{i}(x): return {i} + x * {i * i}", "id": i} for i in range(20)]
+    lines.append({"text": lines[3]["text"], "id": 20})
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "query.jsonl").write_text(json.dumps({"text": lines[5]["text"]}) + "\n")
+    return path
+
+
+def test_the_exact_call(data, tiny_directory):
+    here = data.parent
+    line = f"select {data} --method rds-plus --model {tiny_directory} --query {here / 'query.jsonl'} --keep 20% "
+    line += f"-o {here / 'kept.jsonl'} --report {here / 'page.html'} --json"
+    result = CliRunner().invoke(app, line.split())
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    kept = [json.loads(line)["id"] for line in (here / "kept.jsonl").read_text().splitlines()]
+    assert said["kept"] == len(kept) == 4 and 5 in kept and kept == sorted(kept) and said["duplicates"] == 1
+    page = (here / "page.html").read_text()
+    assert "Not kept (17)" in page and "Kept (4)" in page and not (here / "kept.jsonl.partial").exists()
+
+
+def test_an_interrupted_selection_goes_on(data, tiny_directory, monkeypatch):
+    here, ask = data.parent, {"model": str(tiny_directory), "method": "data-pruning", "keep": "5"}
+    monkeypatch.setattr("weft.verbs.select._STEP", 8)
+    real, calls = embedded, []
+
+    def stops(*arguments):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(arguments[2])
+        return real(*arguments)
+
+    monkeypatch.setattr("weft.verbs.select.embedded", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, here / "kept.jsonl", **ask)
+    assert len(list((here / "kept.jsonl.partial").glob("*.safetensors"))) == 2
+    with pytest.raises(WeftError, match="unfinished work of another command"):
+        run(data, here / "kept.jsonl", **ask, window=8)
+    calls.clear()
+    run(data, here / "kept.jsonl", **ask)
+    assert len(calls) == 1
+    monkeypatch.setattr("weft.verbs.select.embedded", real)
+    run(data, here / "again.jsonl", **ask)
+    assert (here / "kept.jsonl").read_bytes() == (here / "again.jsonl").read_bytes()
+
+
+def test_bad_input_is_one_sentence(data, tiny_directory, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{oops\n')
+    for change, words in (
+        ({}, "give them by --query"),
+        ({"method": "rds"}, "nearest are"),
+        ({"method": "data-pruning", "keep": "3 bits"}, "neither a share"),
+        ({"method": "data-pruning", "keep": "900"}, "only 21 records"),
+        ({"method": "data-pruning", "data": bad}, "line 2"),
+        ({"method": "data-pruning", "data": tmp_path / "none.jsonl"}, "no file of records"),
+        ({"method": "data-pruning", "out": tmp_path / "k.txt"}, "must end in .jsonl"),
+        ({"method": "data-pruning", "folds": 3}, "no option 'folds'"),
+    ):
+        with pytest.raises(WeftError, match=words):
+            run(**{"data": data, "out": tmp_path / "k.jsonl", "model": str(tiny_directory), **change})
+    assert not list(tmp_path.glob("k.jsonl*"))
