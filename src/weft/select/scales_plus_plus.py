@@ -21,8 +21,9 @@ __all__ = ["SELECTION", "choose"]
 
 
 def choose(E: Tensor, count: int, query: Tensor | None = None, seed: int = 0) -> Chosen:
-    """Of E (n, d), one of each of `count` clusters, the largest first, or fewer where examples are equal; its score is the
-    share of examples that it stands for, 0 of all others.
+    """Of E (n, d), one of each of `count` clusters, the largest first, or fewer where examples are equal.
+
+    A score is the share of examples that one stands for, 0 of all that stand for none.
     """
     centres = spherical_k_means(E, count, seed)
     likeness, cluster = nearest_centres(E, centres)
