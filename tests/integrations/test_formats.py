@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ from weft.verbs.export import run
 
 QWENS = ("qwen2", "qwen3")
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+def small(kind: str) -> Any:
+    """A model of that type in fp32."""
+    sizes = {key: value for key, value in tiny().config.to_dict().items() if key in SIZES}
+    config = AutoConfig.for_model(kind, **sizes, head_dim=128 if kind == "qwen3" else 16, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize("bits, group, symmetric", [(4, 32, True), (4, 32, False), (8, 32, True), (3, 32, False)])
@@ -121,6 +130,43 @@ def test_gguf_is_read_by_its_own_reader_and_by_transformers(
     torch.testing.assert_close(logits(again), logits(model), **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_lora_is_read_by_ggufs_reader(kind: str, tmp_path: Path) -> None:
+    """B A, with the rows of queries and keys where the base's file has them, is what the adapter adds to the weight."""
+    gguf = pytest.importorskip("gguf")
+    model = weft.adapt(small(kind), "lora", 2, alpha=6)
+    for parameter in weft.trainable(model).parameters.values():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    weft.export(model, tmp_path / "lora", "gguf-lora")
+    read = gguf.GGUFReader(tmp_path / "lora/adapter.gguf")
+    said = {name: read.fields[name].contents() for name in ("general.type", "adapter.type", "adapter.lora.alpha")}
+    assert list(said.values()) == ["adapter", "lora", 0.0]
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in read.tensors}
+    with weft.disable(model):
+        weft.export(model, tmp_path / "base", "gguf", dtype=torch.float32)
+    weft.export(model, tmp_path / "both", "gguf", dtype=torch.float32)
+    base, both = (
+        {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(tmp_path / place).tensors}
+        for place in ("base/model.gguf", "both/model.gguf")
+    )
+    assert found.keys() == {
+        f"{name}.lora_{side}" for name in base if not torch.equal(base[name], both[name]) for side in "ab"
+    }
+    assert any("attn_q" in name for name in found)
+    for name in {name.rpartition(".")[0] for name in found}:
+        added = found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
+        torch.testing.assert_close(base[name] + added, both[name], atol=1e-5, rtol=1e-5)
+
+
+def test_what_no_lora_file_holds_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    with pytest.raises(WeftError, match="has no adapter"):
+        weft.export(tiny(), tmp_path / "out", "gguf-lora")
+    with pytest.raises(WeftError, match="no LoRA of llama.cpp"):
+        weft.export(weft.adapt(tiny(), "dora", 2), tmp_path / "out", "gguf-lora")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "kind, dtype",
     [
@@ -132,10 +178,8 @@ def test_gguf_is_read_by_its_own_reader_and_by_transformers(
 )
 def test_gguf_of_a_dense_model(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    sizes = {key: value for key, value in tiny().config.to_dict().items() if key in SIZES}
-    config = AutoConfig.for_model(kind, **sizes, head_dim=128 if kind == "qwen3" else 16, tie_word_embeddings=False)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = small(kind).to(dtype)
+    config = model.config
     weft.compress(model, "svd", budget=0.8)
     done = weft.export(model, tmp_path / "out", "gguf")
     assert done["dtype"] == str(dtype).removeprefix("torch.") and done["dense"] == 7

@@ -286,5 +286,5 @@ def test_on_the_command_line(tiny_directory: Path, tmp_path: Path) -> None:
 
 
 def test_every_format_has_its_name() -> None:
-    assert list(FORMATS) == ["compressed-tensors", "gptq", "gguf", "hf"]
+    assert list(FORMATS) == ["compressed-tensors", "gptq", "gguf", "gguf-lora", "hf"]
     assert all(FORMATS[name].name == name for name in FORMATS)

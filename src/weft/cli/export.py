@@ -16,7 +16,9 @@ __all__ = ["command"]
 def command(
     model: Model,
     out: Out,
-    format: Annotated[str, typer.Option(help="compressed-tensors, gptq, gguf, or hf: a plain dense model.")] = "hf",
+    format: Annotated[
+        str, typer.Option(help="compressed-tensors, gptq, gguf, gguf-lora, or hf: a plain dense model.")
+    ] = "hf",
     **common: Unpack[Loading],
 ) -> None:
     """Write a model in a format that servers read, exactly, or say which layer cannot be."""

@@ -25,6 +25,7 @@ from weft.io.adapters import LooseAdapter
 from weft.io.base import base_of
 from weft.io.cards import export_card
 from weft.io.formats import Coded, Export, Format, Stored, coded_layers, find_format
+from weft.io.formats.gguf_lora import factors_of
 from weft.io.precision import as_stored
 from weft.io.quantizer import marked_as
 from weft.io.save import write_companions
@@ -32,8 +33,8 @@ from weft.progress import say
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from weft.runs.output import check_output, open_output
 from weft.runs.record import Result, Run, begin
-from weft.terms import SumLinear
-from weft.terms.adapters import Adapter
+from weft.terms import SumLinear, Term
+from weft.terms.adapters import Adapter, adapters_of
 from weft.terms.experts import names_an_expert
 from weft.terms.hooks import check_at_hand
 from weft.verbs.adapters import check_ungrafted
@@ -125,6 +126,8 @@ class _Plan:
     layers: Mapping[str, Coded]
     dense: list[str]
     dtype: torch.dtype
+    beside: Mapping[str, Mapping[str, Term]]
+    """Low-rank terms by layer, which are written as an adapter."""
 
 
 def _plan(
@@ -149,7 +152,30 @@ def _plan(
             f"No layer of this model is in integer codes{_kinds(model, sums)}; --format hf writes it dense."
         )
     chosen = _dtype(model, format, layers, dtype)
-    return _Plan(format, layers, [name for name in sums if name not in layers], chosen)
+    if format.adapter is not None:
+        return _Plan(format, {}, [], chosen, _low_rank(model))
+    beside = _beside(layers)
+    return _Plan(format, layers, [name for name in sums if name not in layers], chosen, beside)
+
+
+def _beside(layers: Mapping[str, Coded]) -> dict[str, Mapping[str, Term]]:
+    return {name: layer.beside for name, layer in layers.items() if layer.beside}
+
+
+def _low_rank(model: PreTrainedModel) -> dict[str, Mapping[str, Term]]:
+    """The terms by layer of the adapters in use; without one, the factors beside codes."""
+    found: dict[str, dict[str, Term]] = {}
+    for adapter in adapters_of(model).values():
+        if adapter.extras:
+            raise WeftError(f"The adapter {adapter.name!r} brings {next(iter(adapter.extras))}, which no LoRA holds.")
+        for layer, terms in adapter.terms.items() if adapter.active else ():
+            found.setdefault(layer, {}).update(terms)
+    beside = found or _beside(coded_layers(model))
+    if not beside:
+        raise WeftError("This model has no adapter; give the directory of one that weft or PEFT wrote.")
+    for layer, own in beside.items():
+        factors_of(layer, own)  # which says what is no LoRA
+    return dict(beside)
 
 
 def _kinds(model: nn.Module, sums: list[str]) -> str:
@@ -205,17 +231,10 @@ def _write(
         "dtype": str(plan.dtype).removeprefix("torch."),
         "coded": len(plan.layers),
         "dense": len(plan.dense),
-        "adapter": _write_adapter(model, plan, path, out),
+        "adapter": len(plan.beside),
     }
-    with _standing_in(model, plan), as_stored(model, plan.dtype):
-        made = Export(model, plan.layers, plan.dtype, tokenizer)
-        config = format.config(made)
-        with marked_as(model, config):
-            if format.write is None:
-                model.save_pretrained(path)
-                write_companions(model, tokenizer, path)
-            else:
-                format.write(made, path)
+    _write_adapter(model, plan, path, out)
+    config = None if format.adapter is not None else _write_model(model, plan, path, tokenizer)
     for name, value in format.files(config or {}).items():
         write_json(path / name, value)
     metrics["bytes"] = sum(file.stat().st_size for file in path.iterdir() if file.suffix in _WEIGHTS)
@@ -224,17 +243,33 @@ def _write(
     return metrics
 
 
-def _write_adapter(model: PreTrainedModel, plan: _Plan, path: Path, out: Path) -> int:
-    """The low-rank terms beside codes, as PEFT's files; returns how many layers have some."""
-    terms = {
-        name: {"default" if i == 0 else f"default_{i}": term for i, term in enumerate(layer.beside.values())}
-        for name, layer in plan.layers.items()
-        if layer.beside
-    }
-    if terms:
+def _write_model(
+    model: PreTrainedModel, plan: _Plan, path: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any] | None:
+    """The model itself; returns its quantization_config."""
+    with _standing_in(model, plan), as_stored(model, plan.dtype):
+        made = Export(model, plan.layers, plan.dtype, tokenizer)
+        config = plan.format.config(made)
+        with marked_as(model, config):
+            if plan.format.write is None:
+                model.save_pretrained(path)
+                write_companions(model, tokenizer, path)
+            else:
+                plan.format.write(made, path)
+    return config
+
+
+def _write_adapter(model: PreTrainedModel, plan: _Plan, path: Path, out: Path) -> None:
+    """The low-rank terms, in the format's own way or, beside codes, as PEFT's files."""
+    if plan.format.adapter is not None:
+        plan.format.adapter(model, plan.beside, path)
+    elif plan.beside:
+        terms = {
+            name: {"default" if i == 0 else f"default_{i}": term for i, term in enumerate(beside.values())}
+            for name, beside in plan.beside.items()
+        }
         base = replace(base_of(model, terms), name=str(out))
         LooseAdapter(Adapter("default", "lora", terms), base).save(path / ADAPTER, format="peft")
-    return len(terms)
 
 
 @contextmanager

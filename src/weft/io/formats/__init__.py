@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weft.errors import unknown
-from weft.io.formats import compressed_tensors, gguf, gptq, hf
+from weft.io.formats import compressed_tensors, gguf, gguf_lora, gptq, hf
 from weft.io.formats.base import Coded, Export, Format, Stored, coded_layers
 
 __all__ = ["FORMATS", "Coded", "Export", "Format", "Stored", "coded_layers", "find_format"]
@@ -14,6 +14,7 @@ FORMATS: dict[str, Format] = {
         compressed_tensors,
         gptq,
         gguf,
+        gguf_lora,
         hf,
     )
 }

@@ -117,6 +117,8 @@ class Format:
         files: (that configuration) -> further JSON files by name.
         codes_only: whether a model without a layer in codes has no place in it.
         write: (export, directory) -> None writes the model; None for safetensors files as transformers writes them.
+        adapter: (model, low-rank terms by layer, directory) -> None writes the adapters on a model, or its factors
+            beside codes, in a format that holds these and not the model.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Format:
     files: Callable[[dict[str, Any]], Mapping[str, Any]] = no_files
     codes_only: bool = False
     write: Callable[[Export, Path], None] | None = None
+    adapter: Callable[[PreTrainedModel, Mapping[str, Mapping[str, Term]], Path], None] | None = None
 
 
 def coded_layers(model: nn.Module) -> dict[str, Coded]:

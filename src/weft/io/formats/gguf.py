@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from weft.errors import WeftError
 from weft.io.formats.base import Export, Format, rounds
 from weft.terms.base import IntegerCodes
 
-__all__ = ["FORMAT"]
+__all__ = ["ARCHITECTURES", "FORMAT", "as_rotated", "tensor_names"]
 
 FILE = "model.gguf"
 BLOCK = 32
@@ -130,9 +130,28 @@ def _plain(tensor: Tensor) -> tuple[str, np.ndarray]:
     return "BF16", tensor.view(torch.uint8).numpy()
 
 
-def _reordered(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The two halves of every head's rows interleaved: how llama.cpp rotates pairs."""
+def as_rotated(architecture: str, config: PreTrainedConfig, name: str, rows: np.ndarray) -> np.ndarray:
+    """The rows; of a Llama's queries and keys, the halves of every head interleaved: llama.cpp rotates pairs."""
+    if architecture != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return rows
+    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def tensor_names(architecture: str, blocks: int) -> Callable[[str], str]:
+    """The name of transformers -> GGUF's, which raises WeftError where it has none."""
+    import gguf
+
+    kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    names = gguf.get_tensor_name_map(kind, blocks)
+
+    def own(name: str) -> str:
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise WeftError(f"GGUF has no name for the tensor {name} in a {architecture} model.")
+        return str(found)
+
+    return own
 
 
 def _write(export: Export, directory: Path) -> None:
@@ -144,16 +163,10 @@ def _write(export: Export, directory: Path) -> None:
     _write_sizes(writer, config)
     if export.tokenizer is not None:
         _write_vocabulary(writer, export.tokenizer, config.vocab_size)
-    kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    names = tensor_names(architecture, config.num_hidden_layers)
     for name, type_name, array in _tensors(export):
-        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = _reordered(array, heads)
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if own is None:
-            raise WeftError(f"GGUF has no name for the tensor {name} in a {architecture} model.")
-        writer.add_tensor(own, array, raw_dtype=gguf.GGMLQuantizationType[type_name])
+        array = as_rotated(architecture, config, name, array)
+        writer.add_tensor(names(name), array, raw_dtype=gguf.GGMLQuantizationType[type_name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
