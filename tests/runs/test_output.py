@@ -6,13 +6,14 @@ import errno
 import importlib
 import inspect
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
 from weft.errors import WeftError
 from weft.files import replacing, write_text
-from weft.runs.output import _PLACES, check_output, open_output
+from weft.runs.output import _PLACES, _await, check_output, open_output
 
 ARGUMENTS = {"model": "pico", "budget": 0.6}
 
@@ -183,6 +184,25 @@ def test_other_processes_of_a_run_neither_clear_nor_publish(tmp_path: Path, monk
         assert (main.path / "f").exists() and not (tmp_path / "out").exists()
         monkeypatch.setenv("RANK", "0")
     assert (tmp_path / "out" / "f").exists()
+
+
+def test_other_processes_wait_until_the_first_has_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would find their files, and take them for the work of an unknown command."""
+    monkeypatch.setenv("RANK", "1")
+    said, partial = tmp_path / "out.partial" / "arguments.json", tmp_path / "out.partial"
+
+    def first() -> None:
+        assert not partial.exists()
+        partial.mkdir()
+        write_text(said, "{}")
+
+    timer = threading.Timer(0.2, first)
+    timer.start()
+    with open_output(tmp_path / "out", ARGUMENTS):
+        assert said.exists()
+    timer.join()
+    with pytest.raises(WeftError, match="The first process has not written .*nowhere"):
+        _await(tmp_path / "nowhere", 0.05)
 
 
 def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:

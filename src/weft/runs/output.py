@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ def open_output(
             write_json(partial / "arguments.json", _decisive(arguments))
             if inputs:
                 write_json(partial / "inputs.json", inputs)
+        elif os.environ.get("GROUP_RANK", "0") == "0":  # on the first machine: another may have a disk of its own
+            _await(partial / "arguments.json")
         resumed = _has_steps(partial)
         for directory in (progress, output):
             directory.mkdir(parents=True, exist_ok=True)
@@ -107,6 +110,15 @@ def open_output(
                 "it goes on from the last finished step."
             ) from error
         raise
+
+
+def _await(path: Path, seconds: float = 600.0) -> None:
+    """Until the first process, which checks that nobody else's work is there, has said that it is ours."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise WeftError(f"The first process has not written {path}; see what it says.")
+        time.sleep(0.02)
 
 
 def _decisive(arguments: Mapping[str, Any]) -> dict[str, Any]:
