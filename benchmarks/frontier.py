@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf, widths by layer": ("nf", {"allocate": "best"}),
     "gptq": ("gptq", {"allocate": "equal"}),
     "gptq, widths by layer": ("gptq", {"allocate": "best"}),
+    "gptq, clipped": ([("gptq", {"clip": True})], {"allocate": "equal"}),
     "awq": ("awq", {"allocate": "equal"}),
     "baq": ("baq", {"allocate": "equal"}),
     "kfac-svd": ("kfac-svd", {}),
@@ -57,6 +58,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf2 + eora, by auto": ("auto", {"methods": "nf2+eora"}),
     "nf3 + eora, by auto": ("auto", {"methods": "nf3+eora"}),
     "auto": ("auto", {}),
+    "auto, unclipped": ("auto", {"methods": "gptq,gptq:group=128,kfac-svd,gptq:group=128+eora"}),
     "auto, lems": ("auto", {"allocate": "lems"}),
 }
 """What is measured: methods and how they are called. What is "allocated" takes no more bytes than the row without."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.errors import WeftError
-from weft.kernels.integer_grid import fit, grouped, to_codes
+from weft.kernels.integer_grid import fit, grouped, of_range, to_codes
 from weft.terms import IntegerCode, build
 
 
@@ -55,6 +55,24 @@ def test_codes_are_the_nearest_and_the_error_within_half_a_step(bits, symmetric)
     torch.testing.assert_close((term.dense() - W).abs(), least, atol=1e-6, rtol=1e-5)
     # a zero point is rounded to a whole number too, which moves the range's ends by up to half a step
     assert ((term.dense() - W).abs() <= (0.5 if symmetric else 1.0) * step * (1 + 1e-3)).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clipping_finds_the_best_of_all_ranges(bits, symmetric):
+    """The search ends where no smaller range can be better, and not before."""
+    groups = grouped(normal(12, 64) * torch.logspace(-3, 1, 12).unsqueeze(1), 32)
+    groups[0] = 0
+    groups[1, 0, 3] = 40.0
+    found = fit(groups, bits, symmetric=symmetric, clip=True)
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    grids = [of_range(low * (1 - i / 100), high * (1 - i / 100), bits, symmetric) for i in range(80)]
+    errors = [(grid.values(to_codes(groups, grid)) - groups).abs().pow(2.4).sum(-1) for grid in grids]
+    error = (found.values(to_codes(groups, found)) - groups).abs().pow(2.4).sum(-1)
+    torch.testing.assert_close(error, torch.stack(errors).amin(0), rtol=1e-5, atol=1e-12)
 
 
 def test_clipping_lowers_the_error_that_it_says_it_searches():

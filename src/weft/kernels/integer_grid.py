@@ -89,9 +89,12 @@ def _shrunk(
     numbers: Tensor, grid: Grid, low: Tensor, high: Tensor, symmetric: bool, scale_dtype: torch.dtype | None
 ) -> Grid:
     scale, zero = grid.scale.clone(), grid.zero.clone()
-    least = torch.full_like(scale, torch.inf)
+    least, extreme = torch.full_like(scale, torch.inf), torch.maximum(high, -low)
     for shrink in _SHRINKS:
         tried = of_range(shrink * low, shrink * high, grid.bits, symmetric, scale_dtype)
+        beyond = ((1 - shrink) * extreme - tried.scale).clamp(min=0).pow(_NORM)  # what the largest number alone loses
+        if not numbers.is_cuda and bool((beyond >= least).all()):  # and loses more at every smaller range
+            break
         error = (tried.values(to_codes(numbers, tried)) - numbers).abs_().pow_(_NORM).sum(-1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
