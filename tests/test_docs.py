@@ -17,6 +17,7 @@ from weft.cli import app
 from weft.embedded.text import default_text
 from weft.merging import MERGERS
 from weft.methods import _PAGES, METHODS
+from weft.select import SELECTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -74,7 +75,7 @@ def test_weft_commands_parse(name: str) -> None:
         command = group.commands[verb]  # type: ignore[attr-defined]
         context = command.make_context(verb, list(arguments))
         method = context.params.get("method")
-        known = MERGERS if verb == "combine" else [*METHODS, "rms-svd"]
+        known = {"combine": [*MERGERS], "select": [*SELECTIONS]}.get(verb, [*METHODS, "rms-svd"])
         assert method is None or method in known, f"{name}: weft {verb} --method {method}"
 
 
