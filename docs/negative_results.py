@@ -18,6 +18,7 @@ def negative_results_page() -> str:
         "Recovery": (_recovery(), "recovery.py"),
         "Pre-training": (_pretraining(), "pretrain_table.py"),
         "Optimizer steps": (_steps(), "optim_step.py"),
+        "Losses": (_losses(), "cross_entropy.py"),
         "Training without a backward pass": (_zeroth_order(), "zeroth_order.py"),
         "Adapters": (_adapters(), "adapters.py --data DIRECTORY"),
     }
@@ -32,6 +33,20 @@ def negative_results_page() -> str:
         lines += ["", f"## {heading}", "", *(f"- {entry}" for entry in entries)]
         lines += ["", f"Measured by `python benchmarks/{script}`."]
     return "\n".join(lines) + "\n"
+
+
+def _losses() -> Iterator[str]:
+    record = _results("cross_entropy_cpu.json")
+    error = {(row["dtype"], row["way"]): row["errors"][0] for row in record["rows"] if not row["trained"]}
+    ours, torchs = error["bfloat16", "weft"], error["bfloat16", "torch, filtered"]
+    if torchs > 10 * ours:
+        yield (
+            f"**torch's own `linear_cross_entropy` is not for heads in bf16.** Its loss is off by {torchs:.1e}, "
+            f"relative to fp64, and that of weft's chunks by {ours:.1e} (torch {record['torch']}, a CPU, "
+            f"{record['tokens']} tokens, {record['vocabulary']:,} classes); in fp32 it is off by "
+            f"{error['float32', 'torch, filtered']:.1e}. So weft takes it for heads in fp32 and "
+            "fp64, and keeps its own chunks for the others."
+        )
 
 
 def _compression() -> Iterator[str]:
