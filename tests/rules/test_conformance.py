@@ -11,7 +11,8 @@ from weft.methods import METHODS
 from weft.rules import Rule
 from weft.testing_rules import PROPERTIES, check_method_rules, check_rule, on_adapter
 
-RULED = [name for name, method in METHODS.items() if method.rules]
+# the suite starts a rule on an adapter; those of structures to pre-train in are held by the tests of these methods
+RULED = [name for name, method in METHODS.items() if method.rules and method.kind == "adapt"]
 
 
 @pytest.mark.parametrize("name", RULED)

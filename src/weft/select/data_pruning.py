@@ -4,8 +4,9 @@
     score = 1 - max_k e . c_k over the centres c of k-means on embeddings e of unit length
     keep the hardest (large scores) of much data, the easiest of little
 
-Hard includes mislabelled and garbage: filter first. Deviations: embeddings are the model's own last states, as in
-`rds-plus`; `floor` is the share of each cluster that is kept in any case, which the paper calls class balance.
+Hard includes mislabelled and garbage: filter first.
+Deviations: embeddings are the model's own last states, as in `rds-plus`; `floor` is the share of each cluster that is
+kept in any case, which the paper calls class balance.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """rds-plus: the examples nearest to those of the task, each of which chooses in turn (Ivison et al., 2025, arXiv
 2503.01807).
 
-    e = sum_t t h_t / sum_t t over the last hidden states h_t of a text, of unit length       (`weft.verbs.embedding`)
+    e = sum_t t h_t / sum_t t over the last hidden states h_t of a text, of unit length
     round after round, each query takes its nearest example by e . q that none has taken
+
+`weft.verbs.embedding` makes e.
 
 Source: github.com/hamishivi/automated-instruction-selection.
 Deviations: padding has no part in the weights, which the released code lets it have.
