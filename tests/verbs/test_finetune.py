@@ -27,7 +27,7 @@ from weft.terms.put import put
 from weft.train.checkpoints import last_checkpoint
 from weft.train.recipe import Recipe
 from weft.train.sources import Completion
-from weft.verbs import combine, evaluate, merge
+from weft.verbs import combine, evaluate, merge, preparing
 from weft.verbs import finetune as verb
 from weft.verbs.adapt import adapt, trainable
 from weft.verbs.finetune import finetune, run
@@ -195,6 +195,30 @@ def test_prompts_are_data_too(tiny_directory, tokenizer):
     documents = [Completion(f"add {i} and {i}:", f" {2 * i}") for i in range(20)]
     result = finetune(model_of(tiny_directory), tokenizer, documents, "full", **SHORT)
     assert result["examples"] == 20 and result["packed"] and result["loss_last"] < result["loss_first"]
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "eva", "corda", "lora-sb", "ce-ssl"])
+def test_adapters_start_from_the_batches_that_training_sees(method, tiny_directory, tokenizer, monkeypatch):
+    """Masked prompts, borders of documents and all, in the order of training."""
+    documents = [Completion(f"add {i} and {i}: ", f"{2 * i}") for i in range(60)]
+    model, first, trained = model_of(tiny_directory), [], []
+
+    def adapting(*arguments, batches, **options):
+        first.extend(batches)
+        return adapt(*arguments, batches=batches, **options)
+
+    def watch(module, arguments, given):
+        if module.training:
+            trained.append({key: given[key].clone() for key in ("input_ids", "labels", "position_ids")})
+
+    monkeypatch.setattr(preparing, "adapt", adapting)
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    result = finetune(model, tokenizer, documents, method, rank=2, lean=False, **{**SHORT, "steps": 4})
+    assert result["packed"] and len(first) >= 2 and len(trained) == 4
+    for ours, theirs in zip(first, trained, strict=False):
+        assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    labels = torch.cat([batch["labels"].flatten() for batch in first])
+    assert 0 < (labels != -100).float().mean() < 0.5  # prompts are longer than what is learned
 
 
 def test_run_writes_a_directory_that_transformers_opens(tiny_directory, data, tmp_path):

@@ -106,7 +106,7 @@ def finetune(
     judge = None if eval_data is None else _rows(model, tokenizer, eval_data, recipe, skipped)
     chosen = find(method, *KINDS)
     choice = optimizer_settings(optimizer, optimizer_options or {}, rank, chosen.kind == "adapt", recipe.steps)
-    rules = prepare(model, tokenizer, as_documents(data), chosen, rank, recipe, options)
+    rules = prepare(model, rows, chosen, rank, recipe, options)
     if optimizer is not None:
         choice = chosen_options(optimizer, choice, recipe.steps, model)
 

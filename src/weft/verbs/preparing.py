@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,21 +18,19 @@ from weft.records import Record
 from weft.rules import Rule, make_rules
 from weft.runs.loading import load_model, load_tokenizer
 from weft.terms.adapters import adapters_of
+from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
-from weft.train.sources import Document, plain_text
-from weft.train.windows import calibration_batches, token_stream
 from weft.verbs.adapt import adapt
 from weft.verbs.adapt import rules as adapter_rules
 
 __all__ = ["calibration", "check_teacher", "lesson_of", "load_teacher", "prepare", "with_totals"]
 
-CALIBRATION_WINDOWS = 32  # of the training data, for adapters that start from statistics
+CALIBRATION_ROWS = 32  # of the training data, for adapters that start from statistics
 
 
 def prepare(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
+    rows: Rows,
     method: Record,
     rank: int | None,
     recipe: Recipe,
@@ -46,12 +44,12 @@ def prepare(
         return adapter_rules(model)
     options = with_totals(method, recipe, options)
     if isinstance(method, Graft):
-        batches = calibration(tokenizer, documents, recipe) if method.start else None
+        batches = calibration(rows, recipe) if method.start else None
         adapt(model, method, batches=batches, seed=recipe.seed, **options)
         return []
     assert isinstance(method, Method)
     if method.kind == "adapt":
-        batches = calibration(tokenizer, documents, recipe) if method.needs else None
+        batches = calibration(rows, recipe) if method.needs else None
         adapt(model, method, rank, batches=batches, seed=recipe.seed, **options)
         return adapter_rules(model)
     chosen = method.options(options)
@@ -69,13 +67,14 @@ def with_totals(method: Record, recipe: Recipe, options: Mapping[str, Any]) -> d
     return {"lr": recipe.lr, **warmup, **options}
 
 
-def calibration(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], recipe: Recipe
-) -> list[dict[str, torch.Tensor]]:
-    """Windows of the training data, as many as it has up to 32."""
-    texts = [plain_text(document) for document in documents]
-    windows = min(CALIBRATION_WINDOWS, max(1, len(token_stream(tokenizer, texts)) // recipe.window))
-    return calibration_batches(tokenizer, texts, windows, recipe.window, recipe.batch, recipe.seed, recipe.bos)
+def calibration(rows: Rows, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
+    """The batches that training sees first (of one process), up to 32 rows: in them as in its loss, prompts, templates
+    and borders of documents count.
+    """
+    order = list(rows.order(min(CALIBRATION_ROWS, len(rows)), recipe.seed))
+    return [
+        collate([rows[i] for i in order[start : start + recipe.batch]]) for start in range(0, len(order), recipe.batch)
+    ]
 
 
 def check_teacher(teacher: Any, top: int | None, labels: float) -> Lesson:
