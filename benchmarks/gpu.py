@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -115,6 +116,13 @@ def training_step(item: Item, dry: bool, device: str) -> None:
         item(name, lambda name=name: {"tokens": args.steps * args.window * args.batch, **run(name, every[name][0], 0)})
 
 
+def devices_step(item: Item, dry: bool, device: str) -> None:
+    import devices
+
+    for name, work in itertools.islice(devices.cases(), 1 if dry else None):
+        item(name, functools.partial(devices.compare, work, device))
+
+
 STEPS: dict[str, tuple[float, Callable[[Item, bool, str], None]]] = {  # name -> share of the time, work
     "kernels": (1.0, kernels_step),
     "optimizer steps": (3.0, optimizer_step),
@@ -122,6 +130,7 @@ STEPS: dict[str, tuple[float, Callable[[Item, bool, str], None]]] = {  # name ->
     "factorisation": (1.0, factorisation_step),
     "layers": (1.0, layers_step),
     "training": (2.0, training_step),
+    "methods": (1.5, devices_step),
 }
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,9 @@ def cases(size: str, device: str) -> dict[str, Case]:
     for trained in (True, False):
         name = f"linear cross-entropy, {'trained' if trained else 'frozen'} head"
         found[name] = functools.partial(cross_entropy, 2 * tokens, inn, vocabulary, trained, device)
+    found["linear cross-entropy, trained head, own chunks"] = functools.partial(
+        cross_entropy, 2 * tokens, inn, vocabulary, True, device, own=True
+    )
     found["bucketize"] = functools.partial(buckets, draw(1024 * tokens).clamp(-1, 1))
     for bits in (2, 3, 4, 8):
         found[f"normal float {bits}"] = functools.partial(codes, W, bits)
@@ -91,8 +96,10 @@ def without_prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return prefix_attention(q, k, v, *none, None, width**-0.5)
 
 
-def cross_entropy(tokens: int, inn: int, vocabulary: int, trained: bool, device: str) -> dict[str, Any]:
-    """Of `tokens` tokens in bf16, with a head that is trained or not."""
+def cross_entropy(
+    tokens: int, inn: int, vocabulary: int, trained: bool, device: str, own: bool = False
+) -> dict[str, Any]:
+    """Of `tokens` tokens in bf16, with a head that is trained or not; by weft's chunks even where another kernel is."""
     hidden, head = normal(tokens, inn, device=device), normal(vocabulary, inn, device=device) / inn**0.5
     targets = torch.arange(tokens, device=device) * 7919 % vocabulary
     frozen = [] if trained else [1]
@@ -102,11 +109,16 @@ def cross_entropy(tokens: int, inn: int, vocabulary: int, trained: bool, device:
         return F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets)
 
     def fast(hidden: Tensor, head: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, head, targets)
+        with mock.patch("weft.memory.cross_entropy.cut_cross_entropy", no_kernel) if own else nullcontext():
+            return linear_cross_entropy(hidden, head, targets)
 
     row = compared(fast, plain, [hidden, head], torch.bfloat16, frozen)
     half = [t.bfloat16().requires_grad_(i not in frozen) for i, t in enumerate((hidden, head))]
-    return row | {"kernel": "chunks" if cut_cross_entropy(*half) is None else "cut-cross-entropy"}
+    return row | {"kernel": "chunks" if own or cut_cross_entropy(*half) is None else "cut-cross-entropy"}
+
+
+def no_kernel(hidden: Tensor, weight: Tensor) -> None:
+    return None
 
 
 def compared(

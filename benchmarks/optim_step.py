@@ -1,4 +1,4 @@
-"""Step time, refresh time, operations and state of subspace optimizers, weft's and the released packages', in turn.
+"""Step time, refresh time, work and state of subspace optimizers, weft's and the released packages', in turn.
 
     python benchmarks/optim_step.py                          # LLaMA-60M shapes on a CPU
     python benchmarks/optim_step.py --device cuda --size 1b --dtype bfloat16
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from operations import Operations
 from shapes import SIZES, Shape, build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -139,6 +140,10 @@ def measure(
             "matmul_gflop": counter.get_total_flops() / 1e9,
             "state_mb": state_bytes(optimizer) / 1e6,
         }
+        if "compiled" not in name:  # whose operations are fused out of sight
+            with Operations() as operations:
+                optimizer.step()
+            results[name] |= {"operations": operations.total, "moved_gb": sum(operations.bytes.values()) / 1e9}
     built.clear()
     for name in names:
         if name.startswith("AdamW"):
@@ -155,7 +160,8 @@ def measure(
 
 
 def print_table(results: dict[str, Any]) -> None:
-    print(f"{'optimizer':<26}{'step ms':>10}{'refresh ms':>12}{'GFLOP':>9}{'state MB':>10}   against its peer")
+    work = f"{'GFLOP':>9}{'operations':>12}{'moved GB':>10}{'state MB':>10}"
+    print(f"{'optimizer':<26}{'step ms':>10}{'refresh ms':>12}{work}   against its peer")
     for name, row in results.items():
         peer = results.get(OPTIMIZERS[name][1] or "")
         ratio = ""
@@ -164,7 +170,8 @@ def print_table(results: dict[str, Any]) -> None:
             refresh = peer[kind] / max(row[kind], 1e-3)
             ratio = f"step {peer['step_ms'] / row['step_ms']:.2f}x, refresh {refresh:.1f}x faster"
         refresh_ms = f"{row['refresh_ms']:.1f}" if "refresh_ms" in row else "-"
-        numbers = f"{row['step_ms']:>10.1f}{refresh_ms:>12}{row['matmul_gflop']:>9.1f}{row['state_mb']:>10.1f}"
+        counted = f"{row['operations']:>12}{row['moved_gb']:>10.1f}" if "operations" in row else f"{'-':>12}{'-':>10}"
+        numbers = f"{row['step_ms']:>10.1f}{refresh_ms:>12}{row['matmul_gflop']:>9.1f}{counted}{row['state_mb']:>10.1f}"
         print(f"{name:<26}{numbers}   {ratio}")
 
 

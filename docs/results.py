@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from gpu_results import device_lines, gpu_tables
+
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
@@ -20,6 +22,8 @@ def results_page() -> str:
         "Pre-training": (pretraining_tables(), "pretrain_table.py"),
         "Optimizer steps": (step_table(), "optim_step.py"),
         "Optimizer memory": (memory_table(), "optim_memory.py"),
+        "On a GPU": (gpu_tables(), "gpu.py --out DIRECTORY"),
+        "Methods on a GPU and on a CPU": (device_lines(), "devices.py --json FILE"),
         "Training without a backward pass": (zeroth_order_table(), "zeroth_order.py"),
         "Adapters": (adapter_tables(), "adapters.py --data DIRECTORY"),
     }

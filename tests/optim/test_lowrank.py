@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import weft.optim as wo
+from benchmarks.operations import Operations
 from weft.errors import WeftError
 from weft.optim.adagrad import AdaGrad, AdaGradNorm
 from weft.optim.inner import SGD, Adafactor, Adam, Adam8bit, AdamW, Lion
@@ -189,6 +190,40 @@ def test_pieces_combine_and_batching_changes_nothing(inner: Any, moments: Any, m
                 ends.append(torch.cat([p.detach().flatten() for p in params]))
         assert ends[0].isfinite().all()
         assert (ends[0] - ends[1]).abs().max() < 1e-6, projection
+
+
+@pytest.mark.parametrize(("name", "each"), [("galore", 2), ("apollo", 4)])
+def test_a_step_copies_no_gradient_and_starts_few_operations(name: str, each: int) -> None:
+    """A weight more costs its two products (galore), or a draw, a product, a norm and an addition (apollo)."""
+    totals = []
+    for count in (4, 8):
+        params = [nn.Parameter(torch.randn(48, 32, generator=rng(i))) for i in range(count)]
+        optimizer = wo.OPTIMIZERS[name]([{"params": params, "rank": 4}], lr=1e-2, refresh=100)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with Operations() as work:
+            optimizer.step()
+        assert max(work.bytes[copy] for copy in ("stack", "cat", "clone", "copy_", "_to_copy")) < 48 * 32 * 4
+        totals.append(work.total)
+    assert totals[1] - totals[0] == 4 * each
+
+
+@pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
+def test_subspaces_are_chosen_from_few_gradients_at_a_time(moments: Any, monkeypatch: Any) -> None:
+    ends = []
+    for stacked in (1, 100):
+        with monkeypatch.context() as patch:
+            patch.setattr("weft.optim.lowrank._BATCH", {"cpu": 2 * 24 * 32} if stacked == 1 else {"cpu": 100 * 24 * 32})
+            params = [nn.Parameter(torch.randn(32, 24, generator=rng(i), dtype=torch.float64)) for i in range(7)]
+            optimizer = wo.LowRank(params, 1e-2, projection=Subspace(3), moments=moments, refresh=2)
+            for step in range(5):
+                for i, p in enumerate(params):
+                    p.grad = torch.randn(p.shape, generator=rng(10 * step + i), dtype=torch.float64)
+                optimizer.step()
+            assert len(optimizer._batches) == 1 and optimizer._batches[0].limit == (2 if stacked == 1 else 100)
+            ends.append(torch.stack([p.detach() for p in params]))
+    torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-10)
 
 
 def test_transposing_weight_and_gradient_transposes_the_update() -> None:

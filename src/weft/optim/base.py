@@ -69,7 +69,8 @@ class Rows:
     def norm(self, x: Tensor) -> Tensor:
         """Frobenius norms of `x (k, n, s)`, all rows counted: `(k, 1, 1)` in fp32 or fp64."""
         high = torch.promote_types(x.dtype, torch.float32)
-        return self.sum(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high).square()).sqrt()
+        here: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high)
+        return here if self.group is None else self.sum(here.square()).sqrt()
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,11 @@ class Projection(ABC):
     """Which subspace of the s columns the inner rule sees.
 
     orthonormal: P^T P = I, so that moments can be rotated between bases. indexed: P is a choice of basis vectors, so
-    that rotating is a remap, after which each column of R has its own age.
+    that rotating is a remap, after which each column of R has its own age. dense: the frame holds P (k, s, r) as a
+    tensor, whatever the number of gradients in the `X` that it is asked for with.
     """
 
+    dense: ClassVar[bool] = False
     orthonormal: ClassVar[bool] = True
     indexed: ClassVar[bool] = False
 
@@ -168,6 +171,11 @@ class Residual(ABC):
     """What becomes of the part of the gradient outside the subspace. corrected: the inner c multiplies it as well."""
 
     corrected: ClassVar[bool] = False
+
+    @property
+    def keeps_gradient(self) -> bool:
+        """E is X itself, for any list of gradients (n, s) too."""
+        return False
 
     @abstractmethod
     def term(self, X: Tensor, R: Tensor, N: Tensor, frame: Frame, rows: Rows) -> tuple[Tensor, Scalar]:

@@ -108,8 +108,11 @@ def part(state: State, ids: Sequence[int]) -> Iterator[State]:
 class Batch:
     """Members of one shape, layout, dtype and recipe, and their state stacked along a leading dimension."""
 
-    def __init__(self, group: int, recipe: Recipe, projection: Projection, members: list[Member]) -> None:
+    def __init__(
+        self, group: int, recipe: Recipe, projection: Projection, members: list[Member], limit: int, apart: bool
+    ) -> None:
         self.group, self.recipe, self.projection, self.members = group, recipe, projection, members
+        self.limit, self.apart = limit, apart  # gradients that may be stacked at once; whether a step never does it
         self.matrix, self.layout = members[0].matrix, members[0].layout
         self.rows: Rows = self.layout.rows(self.matrix.rows) if not members[0].transposed else Rows(self.matrix.rows)
         self.inner_fields = recipe.inner.fields(self._projected())
@@ -168,9 +171,13 @@ class Batch:
         sharded = field.rows and not self.members[0].transposed
         return self.layout.wrap(tensor, field.shape) if sharded else tensor
 
+    def views(self, ids: Sequence[int]) -> list[Tensor]:
+        """The gradients (n, s) of some members, as they are."""
+        return [self.members[i].view(self.members[i].parameter.grad) for i in ids]  # type: ignore[arg-type]
+
     def gradients(self, ids: Sequence[int]) -> Tensor:
         """X (k, n, s) of some members; half precision becomes fp32 on a CPU, where half products are slow."""
-        views = [self.members[i].view(self.members[i].parameter.grad) for i in ids]  # type: ignore[arg-type]
+        views = self.views(ids)
         if len(views) == 1:
             X = views[0].unsqueeze(0)
         elif self.members[0].transposed:  # stack as they lie in memory
@@ -206,6 +213,29 @@ class Batch:
             torch._foreach_mul_(targets, keep)
         if targets is not weights:
             torch._foreach_copy_(weights, self._rounded(wide, seed, rows).unbind(0))
+
+    def add_products(self, ids: Sequence[int], N: Tensor, P: Tensor, factor: float, lr: float, decay: float) -> None:
+        """W <- W - lr factor N P^T with decoupled weight decay, where each product is added as it is made."""
+        weights = self._decayed(ids, lr, decay, first=True)
+        for W, n, p in zip(weights, N.to(P.dtype), P, strict=True):
+            W.addmm_(n, p.mT, alpha=-lr * factor)
+        self._decayed(ids, lr, decay, first=False)
+
+    def add_scaled(
+        self, ids: Sequence[int], E: Sequence[Tensor], f: Tensor, factor: float, lr: float, decay: float
+    ) -> None:
+        """W <- W - lr factor f E with decoupled weight decay, for E (n, s) of each member and f (k, n or 1, 1)."""
+        weights = self._decayed(ids, lr, decay, first=True)
+        for W, one, scale in zip(weights, E, f, strict=True):
+            W.addcmul_(one, scale, value=-lr * factor)
+        self._decayed(ids, lr, decay, first=False)
+
+    def _decayed(self, ids: Sequence[int], lr: float, decay: float, *, first: bool) -> list[Tensor]:
+        """The weights (n, s), decayed if the inner rule does it at this point."""
+        weights = [self.members[i].view(self.members[i].parameter) for i in ids]
+        if decay and first is self.recipe.inner.decay_first:
+            torch._foreach_mul_(weights, 1 - lr * decay)
+        return weights
 
     def _rounded(self, wide: Tensor, seed: int, rows: slice) -> Tensor:
         if self.recipe.rounding == "master":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +27,20 @@ class NormGrowth:
     def fields(self, matrix: Matrix) -> dict[str, Field]:
         return {"norm": Field((), torch.promote_types(matrix.dtype, torch.float32))}
 
-    def factor(self, E: Tensor, f: Scalar, state: State, rows: Rows) -> Tensor:
+    def factor(self, E: Tensor | Sequence[Tensor], f: Scalar, state: State, rows: Rows) -> Tensor:
         """1/c (k, 1, 1) for the term f * E (k, n, s); remembers the limited norm."""
-        high = torch.promote_types(E.dtype, torch.float32)
-        norm = rows.norm(torch.linalg.vector_norm(E, dim=-1, keepdim=True, dtype=high) * f)
+        norm = rows.norm(_row_norms(E) * f)
         last = state["norm"].to(norm.dtype)[:, None, None]
-        growth = torch.where(last > 0, norm / (last + 1e-8), torch.zeros_like(norm))
-        factor = self.gamma / growth.clamp(min=self.gamma)
+        most = (last + 1e-8) * self.gamma
+        factor = torch.where(last > 0, most / torch.maximum(norm, most), 1.0)
         state["norm"].copy_((norm * factor).flatten())
         return factor
+
+
+def _row_norms(E: Tensor | Sequence[Tensor]) -> Tensor:
+    """(k, n, 1) in fp32 or fp64."""
+    if not isinstance(E, Tensor):
+        return torch.stack([_row_norms(one) for one in E])
+    high = torch.promote_types(E.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(E, dim=-1, keepdim=True, dtype=high)
+    return norms

@@ -16,7 +16,7 @@ from weft.optim.batch import Batch, Member, Recipe, member_of, part
 from weft.optim.distributed import local
 from weft.optim.inner import Adam
 from weft.optim.limiter import NormGrowth
-from weft.optim.projections import Blocks, Subspace, Whole
+from weft.optim.projections import Blocks, DenseFrame, Subspace, Whole
 from weft.optim.refresh import refresh_subspaces
 from weft.optim.state import restore
 from weft.seeds import mix
@@ -175,9 +175,28 @@ class LowRank(torch.optim.Optimizer):
         batches = []
         for (projection, matrix, *_), alike in kinds.items():
             limit = _BATCH.get(alike[0].parameter.device.type, 1 << 25)
-            size = max(1, limit // max(1, matrix.rows * matrix.cols))
-            batches += [Batch(number, recipe, projection, alike[i : i + size]) for i in range(0, len(alike), size)]
+            size, apart = max(1, limit // max(1, matrix.rows * matrix.cols)), self._apart(recipe, projection, alike[0])
+            held = max(1, limit // max(1, matrix.rows * projection.width(matrix))) if apart else size
+            batches += [
+                Batch(number, recipe, projection, alike[i : i + held], size, apart)
+                for i in range(0, len(alike), held)
+            ]  # fmt: skip
         return batches
+
+    def _apart(self, recipe: Recipe, projection: Projection, member: Member) -> bool:
+        """Whether a step takes gradients one by one, without a stack of them or of their updates: for products alone
+        or a factor of the gradient alone, in the weights' own dtype and one that is multiplied fast.
+        """
+        kept = recipe.residual is not None and recipe.residual.keeps_gradient and recipe.scale == 0
+        exact = member.parameter.dtype in (torch.float32, torch.float64)
+        fits = exact or (recipe.rounding == "nearest" and member.parameter.device.type != "cpu")
+        return (
+            projection.dense
+            and fits
+            and (recipe.residual is None or kept)
+            and recipe.refresh.energy is None
+            and not self.compiled
+        )
 
     def _resolve(self, recipe: Recipe, member: Member, number: int) -> Projection:
         """The member's own projection; for `Blocks`, whether it is active, with its moments dropped in a new period."""
@@ -210,6 +229,8 @@ class LowRank(torch.optim.Optimizer):
         """One step of some members of a batch."""
         group = self.param_groups[batch.group]
         lr, decay = float(group["lr"]), float(group["weight_decay"])
+        if batch.apart:
+            return self._advance_apart(batch, ids, lr, decay)
         X = batch.gradients(ids)
         with part(batch.state, ids) as state:
             if "master" in state:
@@ -228,6 +249,28 @@ class LowRank(torch.optim.Optimizer):
                 frame = batch.projection.frame(state, batch.seeds(ids, state, self.seed), X)
                 update = self._arithmetic(batch.recipe, batch.rows, X, frame, dict(state), t)
                 batch.apply(ids, *update, state, lr, decay, seed)
+
+    def _advance_apart(self, batch: Batch, ids: list[int], lr: float, decay: float) -> None:
+        """The same for a batch whose gradients are taken one by one."""
+        X, recipe = batch.views(ids), batch.recipe
+        with part(batch.state, ids) as state:
+            refresh_subspaces(batch, ids, state, None, self.seed, len(self._members[batch.group]))
+            for name in ("step", "count"):
+                state[name] += 1
+            frame = batch.projection.frame(state, batch.seeds(ids, state, self.seed), X[0].unsqueeze(0))
+            assert isinstance(frame, DenseFrame)
+            R = frame.down_each(X)
+            N, c = recipe.inner.update(R, state, _ages(state, R.device), batch.rows)
+            if recipe.residual is None:
+                N, c = (N * c, 1.0) if isinstance(c, Tensor) else (N, c)
+                batch.add_products(ids, N, frame.P, c * recipe.scale, lr, decay)
+                return
+            # E is the gradient, which is only passed on
+            _, f = recipe.residual.term(X, R, N, frame, batch.rows)  # type: ignore[arg-type]
+            if recipe.limiter is not None:
+                f = f * recipe.limiter.factor(X, f, state, batch.rows)
+            f, c = (f * c, 1.0) if isinstance(c, Tensor) else (f, c)
+            batch.add_scaled(ids, X, f, c if recipe.residual.corrected else 1.0, lr, decay)  # type: ignore[arg-type]
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,19 @@ from weft.linalg.subspace import canonical_signs, cholesky_qr, rayleigh_ritz, su
 from weft.optim.base import Field, Frame, Matrix, Move, Projection, Rows, State
 from weft.seeds import mix
 
-__all__ = ["DCT", "SVD", "Blocks", "Columns", "Gaussian", "Orthogonal", "RandomizedSVD", "Sparse", "Subspace", "Whole"]
+__all__ = [
+    "DCT",
+    "SVD",
+    "Blocks",
+    "Columns",
+    "DenseFrame",
+    "Gaussian",
+    "Orthogonal",
+    "RandomizedSVD",
+    "Sparse",
+    "Subspace",
+    "Whole",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,13 @@ class DenseFrame(Frame):
 
     def down(self, X: Tensor) -> Tensor:
         return X @ self.P
+
+    def down_each(self, X: Sequence[Tensor]) -> Tensor:
+        """`down` of gradients (n, s) that are not stacked."""
+        R = self.P.new_empty(len(X), X[0].shape[0], self.P.shape[-1])
+        for one, P, out in zip(X, self.P, R, strict=True):
+            torch.mm(one, P, out=out)
+        return R
 
     def up(self, R: Tensor, like: Tensor) -> Tensor:
         R = R.to(self.P.dtype)
@@ -96,6 +115,7 @@ class _Ranked(Projection):
     """A projection onto `rank` directions."""
 
     rank: int | float
+    dense: ClassVar[bool] = True
 
     def width(self, matrix: Matrix) -> int:
         return self.size(matrix.cols)
@@ -252,6 +272,7 @@ class DCT(_Ranked):
 class Columns(_Ranked):
     """Coordinates of the projected side drawn at random (FRUGAL's columns; rows with side="left")."""
 
+    dense: ClassVar[bool] = False
     indexed: ClassVar[bool] = True
 
     def fields(self, matrix: Matrix) -> dict[str, Field]:

@@ -22,8 +22,9 @@ from weft.optim.projections import Whole
 __all__ = ["refresh_subspaces"]
 
 
-def refresh_subspaces(batch: Batch, ids: list[int], state: State, X: Tensor, seed: int, group_size: int) -> None:
-    """Refresh those of the members `ids` that are due by the recipe's rule, from their gradients `X (k, n, s)`.
+def refresh_subspaces(batch: Batch, ids: list[int], state: State, X: Tensor | None, seed: int, group_size: int) -> None:
+    """Refresh those of the members `ids` that are due by the recipe's rule, from their gradients `X (k, n, s)`, or
+    where that is None from stacks of them, of at most `batch.limit` members, that are made when they are needed.
 
     A weight's first subspace waits for its first gradient that is not zero; a later zero gradient leaves it as it is.
     Raises WeftError where a gradient is not finite.
@@ -34,14 +35,19 @@ def refresh_subspaces(batch: Batch, ids: list[int], state: State, X: Tensor, see
     rounds = state["round"].tolist()
     for first in (True, False):
         chosen = [j for j in due if (rounds[j] == 0) is first]
-        if chosen and (first or batch.recipe.refresh.every > 1):
-            chosen = _nonzero(batch, ids, chosen, X)
-        if chosen:
-            with part(state, chosen) as some:
-                _choose(batch, [ids[j] for j in chosen], some, _take(X, chosen), seed, first)
+        size = len(ids) if X is not None else batch.limit
+        for start in range(0, len(chosen), size):
+            run = chosen[start : start + size]
+            here = batch.gradients([ids[j] for j in run]) if X is None else _take(X, run)
+            if first or batch.recipe.refresh.every > 1:
+                kept = _nonzero(batch, [ids[j] for j in run], here)
+                run, here = [run[i] for i in kept], _take(here, kept)
+            if run:
+                with part(state, run) as some:
+                    _choose(batch, [ids[j] for j in run], some, here, seed, first)
 
 
-def _due(batch: Batch, ids: list[int], state: State, X: Tensor, seed: int, group_size: int) -> list[int]:
+def _due(batch: Batch, ids: list[int], state: State, X: Tensor | None, seed: int, group_size: int) -> list[int]:
     """Positions in `ids` whose subspace is to be chosen anew."""
     rule, due = batch.recipe.refresh, []
     for j, (count, done) in enumerate(zip(state["count"].tolist(), state["round"].tolist(), strict=True)):
@@ -49,22 +55,23 @@ def _due(batch: Batch, ids: list[int], state: State, X: Tensor, seed: int, group
         if done == 0 or (count > 0 and (count + phase) % rule.every == 0):
             due.append(j)
     if rule.energy is not None and len(due) < len(ids):
+        assert X is not None  # a batch with such a rule is stacked
         frame = batch.projection.frame(state, batch.seeds(ids, state, seed), X)
         faded = (_captured(frame, X, batch) < rule.energy * state["captured"]).tolist()
         due = sorted({*due, *(j for j, is_faded in enumerate(faded) if is_faded)})
     return due
 
 
-def _nonzero(batch: Batch, ids: list[int], chosen: list[int], X: Tensor) -> list[int]:
-    """Those of `chosen` whose gradient holds anything."""
-    norms = batch.rows.norm(_take(X, chosen)).flatten().tolist()
-    for j, norm in zip(chosen, norms, strict=True):
+def _nonzero(batch: Batch, ids: list[int], X: Tensor) -> list[int]:
+    """Positions of those whose gradient holds anything."""
+    norms = batch.rows.norm(X).flatten().tolist()
+    for i, norm in zip(ids, norms, strict=True):
         if not norm < float("inf"):
             raise WeftError(
-                f"The gradient of {batch.members[ids[j]].name} is not finite, so no subspace can be chosen from it; "
+                f"The gradient of {batch.members[i].name} is not finite, so no subspace can be chosen from it; "
                 'lower the learning rate, or build the optimizer with nonfinite="skip".'
             )
-    return [j for j, norm in zip(chosen, norms, strict=True) if norm > 0]
+    return [j for j, norm in enumerate(norms) if norm > 0]
 
 
 def _choose(batch: Batch, ids: list[int], state: State, X: Tensor, seed: int, first: bool) -> None:

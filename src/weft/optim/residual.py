@@ -52,6 +52,10 @@ class NormScaled(Residual):
     scale: float = 1.0
     corrected: ClassVar[bool] = True
 
+    @property
+    def keeps_gradient(self) -> bool:
+        return self.subtract == 0
+
     def term(self, X: Tensor, R: Tensor, N: Tensor, frame: Frame, rows: Rows) -> tuple[Tensor, Scalar]:
         E = X if self.subtract == 0 else frame.rest(X, R, self.subtract)
         if self.granularity == "tensor":
