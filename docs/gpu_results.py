@@ -11,8 +11,8 @@ __all__ = ["device_lines", "gpu_tables"]
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 Row = dict[str, Any]
 CHANGED = (
-    "What this run showed to be slow has been changed since and is not measured again yet: codes with few tokens, their "
-    "capture as a CUDA graph, bucketize, and the steps of GaLore and APOLLO."
+    "What this run showed to be slow has been changed since and is not measured again yet: codes with few tokens, "
+    "their capture as a CUDA graph, bucketize, and the steps of GaLore and APOLLO."
 )
 
 
@@ -123,8 +123,8 @@ def _factorisation(rows: list[Row]) -> list[str]:
 
 def _layers(rows: list[Row]) -> list[str]:
     words = (
-        "Microseconds of a layer in bf16 by tokens, its weights in main memory: from Python, and as a CUDA graph, which "
-        "leaves out what starting its kernels takes. A dash is a graph that could not be captured."
+        "Microseconds of a layer in bf16 by tokens, its weights in main memory: from Python, and as a CUDA graph, "
+        "which leaves out what starting its kernels takes. A dash is a graph that could not be captured."
     )
     tokens = list(rows[0]["us"])
     cells = []
@@ -139,8 +139,8 @@ def _layers(rows: list[Row]) -> list[str]:
 
 def _kernels(rows: list[Row]) -> list[str]:
     words = (
-        "Forward and backward in milliseconds (bucketize and the reading of codes: forward), the plain formula's beside "
-        "it, and the largest relative error of output and gradients."
+        "Forward and backward in milliseconds (bucketize and the reading of codes: forward), the plain formula's "
+        "beside it, and the largest relative error of output and gradients."
     )
     cells = [
         [

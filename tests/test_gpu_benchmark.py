@@ -20,7 +20,7 @@ def test_every_check_runs(tmp_path: Path) -> None:
     status, rows = run(tmp_path)
     assert status == 0, [row for row in rows if row.get("status") == "failed"]
     ended = [row["step"] for row in rows if row.get("status") == "done"]
-    assert ended == ["kernels", "optimizer steps", "LoRA step", "factorisation", "layers", "training"]
+    assert ended == ["kernels", "optimizer steps", "LoRA step", "factorisation", "layers", "training", "methods"]
     assert {row["step"] for row in rows if row.get("status") == "measured"} == set(ended)
     for row in rows:  # peers and weft in one row, a step of each in turn, and cold refreshes beside cold ones
         if row.get("status") == "measured" and row.get("item") == "weft galore and galore-torch":

@@ -19,7 +19,7 @@ from weft.optim.limiter import NormGrowth
 from weft.optim.projections import Blocks, Whole
 from weft.seeds import mix
 
-__all__ = ["COUNTERS", "Batch", "Member", "Recipe", "member_of", "part"]
+__all__ = ["COUNTERS", "Batch", "Member", "Recipe", "member_of", "part", "steps_apart"]
 
 COUNTERS = ("step", "count", "round")  # gradients since the moments began, in all, and subspaces chosen so far
 
@@ -88,6 +88,17 @@ def member_of(parameter: Tensor, name: str, index: int, recipe: Recipe) -> Membe
                 f"use a rank of at most {limit}, or leave it out of the projected group."
             )
     return Member(parameter, name, index, matrix, transposed, layout)
+
+
+def steps_apart(recipe: Recipe, projection: Projection, member: Member) -> bool:
+    """Whether a step takes gradients one by one, without a stack of them or of their updates: for products alone or a
+    factor of the gradient alone, in the weights' own dtype and one that is multiplied fast.
+    """
+    kept = recipe.residual is not None and recipe.residual.keeps_gradient and recipe.scale == 0
+    exact = member.parameter.dtype in (torch.float32, torch.float64)
+    fits = exact or (recipe.rounding == "nearest" and member.parameter.device.type != "cpu")
+    plain = recipe.residual is None or kept
+    return projection.dense and fits and plain and recipe.refresh.energy is None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.optim.base import Frame, Inner, Projection, Refresh, Residual, Rows, Scalar, State
-from weft.optim.batch import Batch, Member, Recipe, member_of, part
+from weft.optim.batch import Batch, Member, Recipe, member_of, part, steps_apart
 from weft.optim.distributed import local
 from weft.optim.inner import Adam
 from weft.optim.limiter import NormGrowth
@@ -175,28 +175,14 @@ class LowRank(torch.optim.Optimizer):
         batches = []
         for (projection, matrix, *_), alike in kinds.items():
             limit = _BATCH.get(alike[0].parameter.device.type, 1 << 25)
-            size, apart = max(1, limit // max(1, matrix.rows * matrix.cols)), self._apart(recipe, projection, alike[0])
+            size = max(1, limit // max(1, matrix.rows * matrix.cols))
+            apart = not self.compiled and steps_apart(recipe, projection, alike[0])
             held = max(1, limit // max(1, matrix.rows * projection.width(matrix))) if apart else size
             batches += [
                 Batch(number, recipe, projection, alike[i : i + held], size, apart)
                 for i in range(0, len(alike), held)
             ]  # fmt: skip
         return batches
-
-    def _apart(self, recipe: Recipe, projection: Projection, member: Member) -> bool:
-        """Whether a step takes gradients one by one, without a stack of them or of their updates: for products alone
-        or a factor of the gradient alone, in the weights' own dtype and one that is multiplied fast.
-        """
-        kept = recipe.residual is not None and recipe.residual.keeps_gradient and recipe.scale == 0
-        exact = member.parameter.dtype in (torch.float32, torch.float64)
-        fits = exact or (recipe.rounding == "nearest" and member.parameter.device.type != "cpu")
-        return (
-            projection.dense
-            and fits
-            and (recipe.residual is None or kept)
-            and recipe.refresh.energy is None
-            and not self.compiled
-        )
 
     def _resolve(self, recipe: Recipe, member: Member, number: int) -> Projection:
         """The member's own projection; for `Blocks`, whether it is active, with its moments dropped in a new period."""
