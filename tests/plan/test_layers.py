@@ -140,6 +140,7 @@ def test_bad_input_is_one_sentence(directory):
         ({"memory": "8GB", "methods": "nf4+int8"}, "names two of a kind: nf4 and int8"),
         ({"memory": "8GB", "batch": 0}, "--batch is 0"),
         ({"memory": "8GB", "size": "9m"}, "one of the two"),
+        ({"memory": "8GB", "device": "cuda:99"}, "There is no device 'cuda:99'"),
     ):
         with pytest.raises(WeftError, match=words):
             run(directory, **{"methods": "nf4+lora", "window": 32, "device": "cpu", **arguments})

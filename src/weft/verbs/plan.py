@@ -27,7 +27,7 @@ from weft.plan import BLOCKS, Held, Stepped, Supposed, held, stepped, unmasked
 from weft.plan.layers import blocks_of
 from weft.progress import track
 from weft.records import find
-from weft.runs.loading import resolve_dtype
+from weft.runs.loading import resolve_device, resolve_dtype
 from weft.terms.layers import linear_layers
 from weft.train.optimizers import chosen_options, find_optimizer
 from weft.train.optimizers import make_optimizer as named_optimizer
@@ -158,7 +158,7 @@ def run(
         task: finetune, pretrain or serve.
         methods: names with commas between them, such as lora,nf4+lora,full+galore, or "all"; the usual ones by default.
         batch: the rows for which the parts are given; the largest that fits is found besides.
-        device: cpu or cuda; the machine need not have it. `seed` is accepted as by every verb; nothing here is random.
+        device: cpu or cuda, which this machine must have. `seed` is accepted as by every verb; nothing here is random.
 
     Raises:
         WeftError: memory below what any of the methods takes for one row; and whatever is no size, method or model.
@@ -172,7 +172,7 @@ def run(
     for name, value, lowest in (("batch", batch, 1), ("window", window, 2)):
         if value < lowest:
             raise WeftError(f"--{name} is {value}: give at least {lowest}.")
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = resolve_device(device)
     source = source_of(model, size, window, trust_remote_code=trust_remote_code)
     check_causal(source.config)
     fallback = torch.bfloat16 if size is not None else source.dtype
