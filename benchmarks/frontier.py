@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf, widths by layer": ("nf", {"allocate": "best"}),
     "gptq": ("gptq", {"allocate": "equal"}),
     "gptq, widths by layer": ("gptq", {"allocate": "best"}),
+    "gptq, clipped, widths by layer": ([("gptq", {"clip": True})], {"allocate": "best"}),
     "gptq, clipped": ([("gptq", {"clip": True})], {"allocate": "equal"}),
     "awq": ("awq", {"allocate": "equal"}),
     "baq": ("baq", {"allocate": "equal"}),
