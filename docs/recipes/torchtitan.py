@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,7 +88,7 @@ def train(steps: int = 4) -> list[float]:
     fully_shard(model, mesh=mesh)
     model.to_empty(device=device)
     torch.manual_seed(0)
-    model.init_weights()
+    model.init_weights()  # type: ignore[no-untyped-call]
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     fill(model, structure)
     optimizer = spectron(model.train(), lr=1e-2)
@@ -111,11 +112,11 @@ def _through_a_checkpoint(model: nn.Module) -> None:
     where: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(where)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    checkpoint.save(model.state_dict(), checkpoint_id=where[0])
+    save(model.state_dict(), checkpoint_id=where[0])
     for tensor in model.parameters():
         tensor.data.zero_()
     state = model.state_dict()
-    checkpoint.load(state, checkpoint_id=where[0])
+    load(state, checkpoint_id=where[0])
     model.load_state_dict(state)
     for name, tensor in model.state_dict().items():
         local, kept = (getattr(t, "_local_tensor", t) for t in (tensor, before[name]))

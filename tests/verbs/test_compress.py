@@ -31,7 +31,7 @@ from weft.stats.calibrate import calibrate
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import linear_layers, weight_of
 from weft.verbs import compress as verb
-from weft.verbs import placing, spending
+from weft.verbs import moments, placing, spending
 from weft.verbs import survey as surveying
 from weft.verbs.compress import compress, needs, run
 from weft.verbs.merge import merge
@@ -601,7 +601,7 @@ def test_an_interrupted_run_goes_on(
         if where == "survey":
             stop_after(patch, 1)
         else:
-            module, name = {"calibration": (surveying, "calibrate"), "saving": (verb, "save_model")}[where]
+            module, name = {"calibration": (moments, "calibrate"), "saving": (verb, "save_model")}[where]
 
             def interrupted(*args: Any, **kwargs: Any) -> None:
                 raise KeyboardInterrupt
