@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -134,7 +135,9 @@ def test_a_model_whose_blocks_differ_is_planned_whole(tmp_path):
 def test_bad_input_is_one_sentence(directory):
     for arguments, words in (
         ({"memory": "100KB"}, "100KB is too little for .*: finetune takes at least .* MB, by .*lora"),
-        ({"memory": "8"}, "The budget '8' is out of range|is no size"),
+        ({"memory": "8"}, "--memory '8' is no size"),
+        ({"memory": "50%"}, "--memory '50%' is no size"),
+        ({"memory": "lots"}, "--memory 'lots' is no size: give one such as 8GB"),
         ({"memory": "8GB", "task": "finetun"}, "no task to plan called 'finetun'; the nearest are: finetune"),
         ({"memory": "8GB", "methods": "lroa"}, "lora"),
         ({"memory": "8GB", "methods": "nf4+int8"}, "names two of a kind: nf4 and int8"),
@@ -144,6 +147,17 @@ def test_bad_input_is_one_sentence(directory):
     ):
         with pytest.raises(WeftError, match=words):
             run(directory, **{"methods": "nf4+lora", "window": 32, "device": "cpu", **arguments})
+
+
+def test_every_code_is_planned_to_serve(directory):
+    """Checks of values find nothing wrong with tensors that have none, and nobody asks where these begin."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = run(directory, memory="1GB", task="serve", methods="all", window=32, device="cpu")["methods"]
+    reasons = {row["name"]: row["reason"] for row in rows if "reason" in row}
+    assert not reasons and len(rows) > 5
+    weights = {row["name"]: row["weights"] for row in rows}
+    assert weights["nf3"] < weights["nf4"] < weights["int8"] < weights["dense"]
 
 
 def test_names_of_jobs():

@@ -146,6 +146,7 @@ def test_bad_input_is_one_sentence(data, tiny_directory, tmp_path):
         ({}, "give them by --query"),
         ({"method": "rds"}, "nearest are"),
         ({"method": "data-pruning", "keep": "3 bits"}, "neither a share"),
+        ({"method": "data-pruning", "keep": "200%"}, "--keep '200%' is neither a share"),
         ({"method": "data-pruning", "keep": "900"}, "only 21 records"),
         ({"method": "data-pruning", "data": bad}, "line 2"),
         ({"method": "data-pruning", "data": tmp_path / "none.jsonl"}, "no file of records"),

@@ -132,6 +132,15 @@ class Budget:
         base = 1024 if "I" in unit else 1000
         return cls(number * base ** "BKMGT".index(unit[0]), "bytes")
 
+    @classmethod
+    def read(cls, text: str | float, unit: str) -> float | None:
+        """The number that a text means in this unit; None where it means none."""
+        try:
+            budget = cls.parse(text)
+        except WeftError:
+            return None
+        return budget.value if budget.unit == unit else None
+
     def allowed(self, shapes: Sequence[Shape], *, other_bytes: int) -> int:
         """How many bytes the matrices may keep together, when all else in the model takes `other_bytes`.
 

@@ -20,8 +20,9 @@ _aten = torch.ops.aten
 
 
 class Supposed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within the block, a number read from a tensor without values is 1, any two such tensors of a shape are equal, and
-    a mask chooses all entries: what depends on shapes alone is as it would be. Tensors with values keep them.
+    """Within the block, a number read from a tensor without values is 1, any two such tensors of a shape are equal, a
+    mask chooses all entries, all of them are so and none is, which is what checks of values hope for: what depends on
+    shapes alone is as it would be. Tensors with values keep them.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,10 @@ class Supposed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func in _ANSWERS:
                 return _ANSWERS[func](*args)
             args = (args[0], [*_unmasked(args[1])], *args[2:])
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if func in _NONE_IS and isinstance(found, FakeTensor):
+            found.supposed = False  # type: ignore[attr-defined]
+        return found
 
 
 def unmasked() -> AbstractContextManager[Any]:
@@ -45,7 +49,7 @@ def unmasked() -> AbstractContextManager[Any]:
 
 def _number(x: Tensor) -> bool | int | float:
     if x.dtype == torch.bool:
-        return True
+        return getattr(x, "supposed", True)
     return 1.0 if x.is_floating_point() else 1
 
 
@@ -67,4 +71,5 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _aten.equal.default: lambda x, y: x.shape == y.shape,
     _aten.nonzero.default: _places,
 }
+_NONE_IS = (_aten.any.default, _aten.any.dim, _aten.any.dims)
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)

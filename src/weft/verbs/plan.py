@@ -166,8 +166,8 @@ def run(
     asked_for = jobs(task, methods)
     if not memory:
         raise WeftError("Say what memory there is, such as --memory 8GB.")
-    budget = Budget.parse(memory)
-    if budget.unit != "bytes":
+    there = Budget.read(memory, "bytes")
+    if there is None:
         raise WeftError(f"--memory {memory!r} is no size: give one such as 8GB or 24GiB.")
     for name, value, lowest in (("batch", batch, 1), ("window", window, 2)):
         if value < lowest:
@@ -177,7 +177,7 @@ def run(
     check_causal(source.config)
     fallback = torch.bfloat16 if size is not None else source.dtype
     asked = Asked(
-        task=task, memory=int(budget.value), batch=batch, window=window, rank=rank, lean=lean,
+        task=task, memory=int(there), batch=batch, window=window, rank=rank, lean=lean,
         checkpointing=checkpointing, device=target, dtype=resolve_dtype(dtype, target) or fallback,
     )  # fmt: skip
     rows = [_row(job, source, asked) for job in track(asked_for, "plans")]
@@ -211,12 +211,8 @@ class _Plan:
     """One job on a few blocks, or on all where they are not equal."""
 
     def __init__(self, job: Job, source: Source, asked: Asked) -> None:
-        self.job, self.asked, self.whole, self.mode = (
-            job,
-            asked,
-            source.whole,
-            FakeTensorMode(allow_non_fake_inputs=True),
-        )
+        self.job, self.asked, self.whole = job, asked, source.whole
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         record = job.record
         alone = record is not None and (isinstance(record, Graft) or record.share is not None)
         self.blocks = BLOCKS["training" if asked.training else "inference"]
@@ -293,9 +289,9 @@ class _Plan:
     def logits(self) -> int:
         """Bytes of the logits that are there at the same time, in fp32."""
         tokens = self.asked.batch * self.asked.window
-        return (
-            4 * self.vocabulary * (min(tokens, max(CHUNK_LOGITS // self.vocabulary, 1)) if self.asked.lean else tokens)
-        )
+        if self.asked.lean:
+            tokens = min(tokens, max(CHUNK_LOGITS // self.vocabulary, 1))
+        return 4 * self.vocabulary * tokens
 
     def cache(self, passes: Held) -> int:
         """Bytes of keys and values of all rows at the end of their windows, with the logits of one token each."""
@@ -313,16 +309,13 @@ class _Plan:
     def _bytes(self, chosen: Callable[[nn.Parameter], bool], more: int) -> int:
         blocks = blocks_of(self.model)
         whole = sum(p.nbytes for p in self.model.parameters() if chosen(p))
-        return whole + (
-            0 if not more or blocks is None else more * sum(p.nbytes for p in blocks[1].parameters() if chosen(p))
-        )
+        if not more or blocks is None:
+            return whole
+        return whole + more * sum(p.nbytes for p in blocks[1].parameters() if chosen(p))
 
     def _held(self, passes: Any, batch: int, mode: str = "") -> Held:
-        lean, again = (
-            (mode == "" and self.asked.lean),
-            (mode == "checkpointed" or (not mode and self.asked.checkpointing)),
-        )
-        make_lean(self.model, lean)
+        again = mode == "checkpointed" or (not mode and self.asked.checkpointing)
+        make_lean(self.model, not mode and self.asked.lean)
         with ExitStack() as stack:
             for context in (checkpointing(self.model, again), self._inside(), self._autocast()):  # type: ignore[arg-type]
                 stack.enter_context(context)

@@ -155,10 +155,10 @@ def _count(keep: str, records: int) -> int:
     text = str(keep).strip()
     count = int(text) if text.isdigit() and int(text) > 1 else None
     if count is None:
-        budget = Budget.parse(text)
-        if budget.unit != "share":
+        share = Budget.read(text, "share")
+        if share is None:
             raise WeftError(f"--keep {keep!r} is neither a share, such as 20%, nor a number of records.")
-        count = max(1, round(budget.value * records))
+        count = max(1, round(share * records))
     if count > records:
         raise WeftError(f"--keep {keep}: there are only {records} records.")
     return count
