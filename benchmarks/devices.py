@@ -57,12 +57,7 @@ def trained(model: nn.Module, optimizer: Any, given: list[Any], device: str) -> 
     for step in range(1, STEPS + 1):
         torch.manual_seed(step)
         loss = model(**data[0]).loss
-        penalty = rule.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
-        rule.before_step(model, step)
-        optimizer.step()
-        rule.after_step(model, step)
-        optimizer.zero_grad()
+        rule.update(model, optimizer, loss, step)
         losses.append(float(loss.detach()))
     return losses
 

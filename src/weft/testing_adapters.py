@@ -152,12 +152,7 @@ def train(
     for step in range(start + 1, start + steps + 1):
         torch.manual_seed(step)
         loss = model(**task()[step % len(task())]).loss
-        penalty = rule.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
-        rule.before_step(model, step)
-        optimizer.step()
-        rule.after_step(model, step)
-        optimizer.zero_grad()
+        rule.update(model, optimizer, loss, step)
         losses.append(float(loss.detach()))
     model.eval()
     return losses, (optimizer.state_dict(), rule.state_dict())

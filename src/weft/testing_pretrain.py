@@ -168,12 +168,7 @@ def _steps(method: Method, dtype: torch.dtype = torch.float32) -> tuple[LlamaFor
     ids, losses = (_ids()[:, :1] + torch.arange(32)) % 64, []
     for step in range(1, 2 * STEPS + 1):
         loss = model(input_ids=ids, labels=ids).loss
-        penalty = rule.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
-        rule.before_step(model, step)
-        optimizer.step()
-        rule.after_step(model, step)
-        optimizer.zero_grad()
+        rule.update(model, optimizer, loss, step)
         losses.append(float(loss.detach()))
     return model, losses
 

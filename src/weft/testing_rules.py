@@ -97,27 +97,17 @@ def _run(
     rule: Rule | None, model: nn.Module, terms: Terms, steps: range, of: int, state: Any = None
 ) -> tuple[Any, dict[str, Any]]:
     """Steps of a run of `of`, by AdamW; the states of both."""
-    optimizer = torch.optim.AdamW(_trained(terms), lr=5e-3, weight_decay=0.0)
-    if rule is not None:
-        rule.bind(optimizer)
-        rule.start(model, terms, steps=of)
+    optimizer, rule = torch.optim.AdamW(_trained(terms), lr=5e-3, weight_decay=0.0), rule or Rules([])
+    rule.bind(optimizer)
+    rule.start(model, terms, steps=of)
     if state is not None:
         optimizer.load_state_dict(state[0])
-        if rule is not None:
-            rule.load_state_dict(state[1])
+        rule.load_state_dict(state[1])
     model.train()
     for step in steps:
         torch.manual_seed(step)
-        loss = model(**task()[step % len(task())]).loss
-        penalty = None if rule is None else rule.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
-        if rule is not None:
-            rule.before_step(model, step)
-        optimizer.step()
-        if rule is not None:
-            rule.after_step(model, step)
-        optimizer.zero_grad()
-    return optimizer.state_dict(), {} if rule is None else rule.state_dict()
+        rule.update(model, optimizer, model(**task()[step % len(task())]).loss, step)
+    return optimizer.state_dict(), rule.state_dict()
 
 
 def _own(terms: Terms) -> dict[str, Tensor]:

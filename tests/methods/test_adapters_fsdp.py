@@ -45,12 +45,7 @@ def two_steps(model: nn.Module) -> list[float]:
     for step in (1, 2):
         torch.manual_seed(step)
         loss = model.train()(**task()[step]).loss
-        penalty = rule.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
-        rule.before_step(model, step)
-        optimizer.step()
-        rule.after_step(model, step)
-        optimizer.zero_grad()
+        rule.update(model, optimizer, loss, step)
         losses.append(float(loss.detach()))
     return losses
 

@@ -53,12 +53,7 @@ def losses(structure: Structure, optimizer: str, mesh: Any = None) -> list[float
     ids = torch.randint(64, (4, 24), generator=torch.Generator().manual_seed(1))
     for step in range(1, 6):
         loss = model(input_ids=ids, labels=ids).loss
-        penalty = rule.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
-        rule.before_step(model, step)
-        made.step()
-        rule.after_step(model, step)
-        made.zero_grad()
+        rule.update(model, made, loss, step)
         found.append(float(loss.detach()))
     return found
 

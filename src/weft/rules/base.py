@@ -86,6 +86,17 @@ class Rule:
     def after_step(self, model: nn.Module, step: int) -> None:
         """The optimizer has updated the weights; gradients are still in `.grad`."""
 
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, step: int) -> None:
+        """Step `step` (from 1) of a loop of one's own, from its loss on: penalty, backward pass, and the optimizer's
+        step amid the rule's.
+        """
+        penalty = self.penalty(model)
+        (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
+        self.before_step(model, step)
+        optimizer.step()
+        self.after_step(model, step)
+        optimizer.zero_grad()
+
     def state_dict(self) -> State:
         """Everything that the steps to come depend on and that is not in the model's own tensors."""
         return {}
