@@ -65,6 +65,11 @@ def test_two_blocks_say_what_the_whole_holds(method, saved):
             found.append((held(model, inputs(), stands_for), steps))
     (few, step), (whole, same) = found
     assert facts(few) == facts(whole) and step == same
+    # the last block's way forward and back, all other blocks' ways back, and the end
+    *_, forward, back, others, end = few.peaks
+    last = len(whole.peaks) - 1
+    assert (forward, back, end) == (whole.peaks[last - LAYERS - 1], whole.peaks[last - LAYERS], whole.peaks[last])
+    assert others == max(whole.peaks[last - LAYERS + 1 : last])
 
 
 @pytest.mark.parametrize("passes", ["forward", "inference"])

@@ -7,7 +7,8 @@
 `weft.verbs.embedding` makes e.
 
 Source: github.com/hamishivi/automated-instruction-selection.
-Deviations: padding has no part in the weights, which the released code lets it have.
+Deviations: padding has no part in the weights, which the released code lets it have. One task at a time, where the
+paper takes several in turn by the largest score of each; 512 tokens of a text unless asked, 2048 there.
 """
 
 from __future__ import annotations
