@@ -33,6 +33,7 @@ class Summand(NamedTuple):
     pull: Callable[..., tuple[Tensor | None, ...]]  # (G, scale, *tensors) -> the gradient of each of the tensors
     scale: float
     tensors: tuple[Tensor, ...]
+    cast: bool = True  # False: the tensors come as they are stored, for codes that a cast would change
 
 
 def low_rank_summand(B: Tensor, A: Tensor, scale: float = 1.0) -> Summand:
@@ -64,7 +65,7 @@ def transient_linear(x: Tensor, summands: Sequence[Summand], out_features: int, 
     """
     # compiled code keeps or makes x again as its own partitioner sees fit
     recipe, kept, _ = Source(None, (x,), 0) if torch.compiler.is_compiling() else source_of(x)
-    plan = [(s.add, s.pull, s.scale, len(s.tensors)) for s in summands]
+    plan = [(s.add, s.pull, s.scale, s.cast, len(s.tensors)) for s in summands]
     tensors = [tensor for s in summands for tensor in s.tensors]
     y: Tensor = _TransientLinear.apply(x, recipe, kept, bias, plan, out_features, *tensors)  # type: ignore[no-untyped-call]
     return y
@@ -99,14 +100,15 @@ def _pull_companded(G: Tensor, scale: float, V: Tensor, log_a: Tensor, log_b: Te
     return by_V, by_a, -(by_V * V).sum().reshape(1)  # W depends on V / b alone
 
 
-Plan = list[tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]], float, int]]
+Plan = list[tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]], float, bool, int]]
 
 
 def _build(plan: Plan, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     W = torch.zeros(shape, dtype=dtype, device=tensors[0].device)
     start = 0
-    for add, _, scale, count in plan:
-        add(W, scale, *_cast(tensors[start : start + count], dtype))
+    for add, _, scale, cast, count in plan:
+        part = tensors[start : start + count]
+        add(W, scale, *(_cast(part, dtype) if cast else part))
         start += count
     return W
 
@@ -148,9 +150,9 @@ class _TransientLinear(torch.autograd.Function):
             if any(needs[6:]):
                 G = g.mT @ x.reshape(-1, x.shape[-1])
                 start = 0
-                for _, pull, scale, count in ctx.plan:
+                for _, pull, scale, cast, count in ctx.plan:
                     part = tensors[start : start + count]
-                    found = pull(G, scale, *_cast(part, G.dtype))
+                    found = pull(G, scale, *(_cast(part, G.dtype) if cast else part))
                     for i, (own, value) in enumerate(zip(part, found, strict=True), start):
                         grads[i] = value.to(own.dtype) if value is not None and needs[6 + i] else None
                     start += count

@@ -19,6 +19,7 @@ from weft.methods import (
     auto,
     awq,
     baq,
+    bitnet,
     bone,
     ce_ssl,
     cola,
@@ -128,6 +129,7 @@ _PAGES: tuple[ModuleType, ...] = (
     sst,
     maestro,
     weight_compander,
+    bitnet,
     # made for trained ones
     trp,
     pela,

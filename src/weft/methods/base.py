@@ -309,6 +309,7 @@ class Method(Record):
         trained: (model) -> the parameters that training updates; all others are frozen.
         begins: what a method of kind "pretrain" may begin with, what it was made for first: "fresh", weights that are
             drawn, or "given", those of a trained model.
+        given: defaults that differ where a method of kind "pretrain" goes on with a trained model.
         finish: (site) -> Split: what a layer becomes when its training has ended, of the options those that it names;
             a single Dense term is a plain layer again. None: it stays as it is.
     """
@@ -337,6 +338,7 @@ class Method(Record):
     optimizer: Callable[[list[dict[str, Any]], Mapping[str, Any]], torch.optim.Optimizer] | None = None
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
     begins: tuple[str, ...] = ("fresh",)
+    given: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[..., Split] | None = None
 
     def reads(self, options: Mapping[str, Any]) -> tuple[str, ...]:

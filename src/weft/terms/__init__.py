@@ -38,6 +38,7 @@ from weft.terms.random_products import RandomProducts
 from weft.terms.random_store import RandomStore
 from weft.terms.removed import Removed
 from weft.terms.replacement import Replacement
+from weft.terms.rounded_inputs import RoundedInputs
 from weft.terms.sampled_spectral import SampledSpectral
 from weft.terms.scaled_code import ScaledCode
 from weft.terms.shard_sum import ShardSum
@@ -47,6 +48,7 @@ from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
 from weft.terms.submatrix import Submatrix
 from weft.terms.sum_linear import SumLinear
+from weft.terms.ternary import Ternary, TernaryLatent
 from weft.terms.transposed_code import TransposedCode
 from weft.terms.wrapper import Wrapper
 
@@ -83,6 +85,7 @@ __all__ = [
     "RandomStore",
     "Removed",
     "Replacement",
+    "RoundedInputs",
     "SampledSpectral",
     "ScaledCode",
     "ShardSum",
@@ -94,6 +97,8 @@ __all__ = [
     "Submatrix",
     "SumLinear",
     "Term",
+    "Ternary",
+    "TernaryLatent",
     "TransposedCode",
     "Wrapper",
     "build",
@@ -112,6 +117,7 @@ TERMS: dict[str, type[Term]] = {
         ScaledCode,
         TransposedCode,
         ColumnCode,
+        Ternary,
         LowRank,
         PivotedLowRank,
         Spectral,
@@ -142,6 +148,8 @@ TERMS: dict[str, type[Term]] = {
         ActivatedLowRank,
         Companded,
         Monarch,
+        TernaryLatent,
+        RoundedInputs,
     )
 }
 """Every structure by its kind: the closed table that a saved spec is read with."""

@@ -45,8 +45,14 @@ class Structure:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, method: str | Method, rank: float | None = None, options: Mapping[str, Any] | None = None) -> Structure:
-        """By name, checked as far as can be without a model.
+    def of(
+        cls,
+        method: str | Method,
+        rank: float | None = None,
+        options: Mapping[str, Any] | None = None,
+        given: bool = False,
+    ) -> Structure:
+        """By name, checked as far as can be without a model; `given`: for a trained model rather than a fresh one.
 
         Raises WeftError for an unknown method or option, and a rank that is none or that the method does not take.
         """
@@ -55,7 +61,11 @@ class Structure:
             raise WeftError(f"--rank has no meaning for --method {found.name}; its options are: {_listed(found)}.")
         if rank is not None and rank != int(rank):
             raise WeftError(f"--rank is {rank:g}: with --method {found.name} give a whole number from 1.")
-        return cls(found, None if rank is None else int(rank), found.options(options or {}))
+        return cls(
+            found,
+            None if rank is None else int(rank),
+            found.options({**(found.given if given else {}), **(options or {})}),
+        )
 
     def sized(self, shapes: Mapping[str, tuple[int, int]]) -> int | None:
         """The rank for layers of these shapes. Raises WeftError where a layer cannot have it."""

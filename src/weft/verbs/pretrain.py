@@ -197,7 +197,7 @@ def run(
         KeyboardInterrupt: a signal came; the same call goes on from the last step to the same bits.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run", "plan")} | settings
-    structure, rank, settings = _structure(method, low_rank, rank, settings)
+    structure, rank, settings = _structure(method, low_rank, rank, settings, given=model is not None)
     recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
@@ -265,7 +265,7 @@ def _counted(structure: Structure | None, model: str | None, size: str) -> dict[
 
 
 def _structure(
-    method: str | Method | None, low_rank: int | None, rank: float | None, settings: Mapping[str, Any]
+    method: str | Method | None, low_rank: int | None, rank: float | None, settings: Mapping[str, Any], *, given: bool
 ) -> tuple[Structure | None, float | None, dict[str, Any]]:
     """What stands in the place of the matrices, the rank that is left for the optimizer, and the settings that are."""
     if low_rank is not None and method is not None:
@@ -277,7 +277,7 @@ def _structure(
     found = Structure.of(method).method
     own = {key: value for key, value in settings.items() if key in found.defaults}
     left = {key: value for key, value in settings.items() if key not in own}
-    return Structure.of(found, rank, own), None, left
+    return Structure.of(found, rank, own, given), None, left
 
 
 def _settings(
