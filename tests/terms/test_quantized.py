@@ -12,7 +12,9 @@ from scipy.stats import norm
 
 from weft.kernels.bit_packing import pack, packed_size, unpack
 from weft.kernels.normal_float import NF4, Format, decode, decode_bitsandbytes, encode, levels
-from weft.terms import Dense, Int8, LowRank, NormalFloat, SumLinear, build, build_sum
+from weft.terms import TERMS, Dense, FloatCode, Int8, IntegerCode, LowRank, NormalFloat, SumLinear, build, build_sum
+from weft.terms.quantized import Quantized
+from weft.testing import example
 
 PLAIN = Format(scale_bits=None)
 FORMATS = [
@@ -30,6 +32,30 @@ def normal(*shape, seed=0, scale=0.02):
 
 def terms(matrix):
     return [Int8.from_matrix(matrix), *(NormalFloat.from_matrix(matrix, f) for f in FORMATS)]
+
+
+class Sum(torch.nn.Module):
+    def __init__(self, terms):
+        super().__init__()
+        self.terms = torch.nn.ModuleList(terms)
+
+    def forward(self, x):
+        return sum(term(x) for term in self.terms)
+
+
+def test_codes_are_exported_by_arithmetic_that_formats_of_graphs_have():
+    """No other view of the same bits, and no shift: ONNX has neither for most types."""
+    kinds = [kind for kind, term in TERMS.items() if issubclass(term, Quantized)]
+    assert {"integer_code", "float_code", "scaled_code", "column_code"} <= set(kinds)
+    coded = [example(kind) for kind in kinds]
+    coded += [IntegerCode.from_matrix(normal(12, 8), bits, 4, symmetric=bits == 8) for bits in (4, 8)]
+    coded += [FloatCode.from_matrix(normal(12, 8), "e4m3", None, scale) for scale in ("float16", "float32")]
+    model, x = Sum([term for term in coded if (term.in_features, term.out_features) == (8, 12)]), normal(3, 8)
+    assert len(model.terms) > len(kinds) - 2
+    graph = torch.export.export(model, (x,), strict=False)
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert not [name for name in used if "view.dtype" in name or "shift" in name]
+    torch.testing.assert_close(graph.module()(x), model(x))
 
 
 def test_nf4_levels_are_the_published_ones():

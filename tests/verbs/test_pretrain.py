@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
-import weft.io  # noqa: F401  (registers weft's saved format)
+import weft
 from tests.processes import together
 from weft.cli import app
 from weft.errors import WeftError
@@ -399,3 +399,24 @@ def test_two_processes_train_what_one_does_with_both_batches(text, tmp_path):
     for name, weight in trained(tmp_path, "one", batch=4).items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_texts_held_out_decide_which_weights_are_kept_and_when_it_ends(go, tmp_path):
+    """At a rate so high that the loss on other text soon rises."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"class Other{i}:\n    pass\n\n" for i in range(60)))
+    judged = {"eval_data": other, "eval_every": 2, "save_every": 2, "lr": 0.1, "schedule": "constant"}
+    result = go(load_best=True, early_stopping=2, steps=60, **judged)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert list(losses) == list(range(2, result["steps"] + 1, 2)) and result["steps"] < 60
+    assert result["eval_loss"] == min(losses.values()) < losses[result["steps"]]
+    assert result["tokens"] == result["steps"] * 2 * 32
+    kept = weft.evaluate(
+        LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16), load_tokenizer("pico"),
+        other.read_text(), 32,
+    )  # fmt: skip
+    assert kept["loss"] == pytest.approx(result["eval_loss"], rel=0.1) and kept["loss"] < losses[result["steps"]]
+    with pytest.raises(WeftError, match="--early-stopping goes by the loss on data held out"):
+        go("refused", early_stopping=2)
+    assert go("rehearsed", dry_run=True, load_best=True, steps=60, **judged)["dry_run"]

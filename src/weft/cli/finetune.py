@@ -12,6 +12,8 @@ from weft.cli.common import Loading
 from weft.cli.options import (
     Bos,
     DryRun,
+    EarlyStopping,
+    LoadBest,
     LogEvery,
     MethodOptions,
     Model,
@@ -75,13 +77,8 @@ def command(
         typer.Option(help="Data held out, read as --data: log its loss while training.", show_default=False),
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps.", show_default=False)] = None,
-    load_best: Annotated[
-        bool, typer.Option("--load-best", help="End with the checkpoint of the least loss on --eval-data.")
-    ] = False,
-    early_stopping: Annotated[
-        int | None,
-        typer.Option(help="End after so many evaluations without a lower loss on --eval-data.", show_default=False),
-    ] = None,
+    load_best: LoadBest = False,
+    early_stopping: EarlyStopping = None,
     teacher: Annotated[
         str | None,
         typer.Option(

@@ -16,8 +16,10 @@ __all__ = [
     "Device",
     "DryRun",
     "Dtype",
+    "EarlyStopping",
     "GgufFile",
     "Json",
+    "LoadBest",
     "LogEvery",
     "MethodOptions",
     "Model",
@@ -73,6 +75,13 @@ SaveTotalLimit = Annotated[int, typer.Option(help="How many checkpoints are kept
 ReportTo = Annotated[str, typer.Option(help="Also log to tensorboard, wandb or mlflow.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Train one step, write nothing, and say what the run would take.")
+]
+LoadBest = Annotated[
+    bool, typer.Option("--load-best", help="End with the checkpoint of the least loss on --eval-data.")
+]
+EarlyStopping = Annotated[
+    int | None,
+    typer.Option(help="End after so many evaluations without a lower loss on --eval-data.", show_default=False),
 ]
 Window = Annotated[int, typer.Option(help="Tokens that the model sees at once.")]
 TrustRemoteCode = Annotated[

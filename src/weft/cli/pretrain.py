@@ -12,6 +12,8 @@ from weft.cli.common import Computing
 from weft.cli.options import (
     Bos,
     DryRun,
+    EarlyStopping,
+    LoadBest,
     LogEvery,
     MethodOptions,
     OptimizerOptions,
@@ -96,7 +98,13 @@ def command(
     eval_windows: Annotated[
         int | None, typer.Option(help="On how many windows of it; all.", show_default=False)
     ] = None,
+    eval_data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text held out, read as --text: log its loss while training.", show_default=False),
+    ] = None,
     eval_every: Annotated[int | None, typer.Option(help="And every so many steps.", show_default=False)] = None,
+    load_best: LoadBest = False,
+    early_stopping: EarlyStopping = None,
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; a tenth of all.", show_default=False)
     ] = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["numbers_of", "numbers_of_exported", "product"]
+__all__ = ["numbers_of", "numbers_of_exported", "product", "signed"]
 
 _MANTISSA = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 
@@ -16,6 +16,11 @@ _MANTISSA = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 def numbers_of(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """The floating-point numbers (..., n) that integers (..., n k) hold the bits of, lowest byte first."""
     return numbers_of_exported(bits, dtype) if torch.compiler.is_exporting() else bits.view(dtype)
+
+
+def signed(codes: Tensor, bits: int) -> Tensor:
+    """Codes below 2^bits (uint8) in a type that holds their differences too: below 8 bits signed bytes, by a view."""
+    return codes.view(torch.int8) if bits < 8 and not torch.compiler.is_exporting() else codes.short()
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
+from weft.kernels.bits import numbers_of
 from weft.kernels.coded_product import Coded
 from weft.kernels.float_format import FORMATS, float_codes, float_table, float_values
 from weft.kernels.integer_grid import grouped, ungrouped
@@ -115,7 +116,7 @@ class FloatCode(Quantized):
         if self.scale_dtype == "e8m0":
             ones = torch.ones(self.scales.shape, device=self.scales.device)
             return torch.ldexp(ones, self.scales.int() - _BIAS)
-        return self.scales.view(getattr(torch, self.scale_dtype)).float()
+        return numbers_of(self.scales, getattr(torch, self.scale_dtype)).float()
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values = grouped(float_values(self.element_codes(), self.element), self.width)

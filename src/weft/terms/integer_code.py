@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
-from weft.kernels.bits import numbers_of, product
+from weft.kernels.bits import numbers_of, product, signed
 from weft.kernels.coded_product import Coded
 from weft.kernels.integer_grid import fit, grouped, to_codes, ungrouped
 from weft.terms.base import IntegerCodes, Spec
@@ -152,10 +152,7 @@ class IntegerCode(Quantized):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wanted = dtype or self.carrier.dtype
-        # below 8 bits codes are the same as signed bytes, and so are their differences
-        codes, zero = (
-            t.view(torch.int8) if self.bits < 8 else t.short() for t in (self.integer_codes(), self.zero_points())
-        )
+        codes, zero = (signed(t, self.bits) for t in (self.integer_codes(), self.zero_points()))
         values = grouped(codes, self.width) - zero.unsqueeze(-1)
         return ungrouped(product(values, self.scale_matrix().float().unsqueeze(-1), wanted), self.in_features)
 

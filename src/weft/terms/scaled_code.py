@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from weft.kernels.bits import numbers_of
 from weft.terms.base import Spec, Term
 from weft.terms.hooks import at_hand
 from weft.terms.integer_code import IntegerCode
@@ -51,7 +52,7 @@ class ScaledCode(Quantized):
 
     def channel_scales(self) -> Tensor:
         """r (in,) fp16."""
-        return self.channels.view(torch.float16)
+        return numbers_of(self.channels, torch.float16)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         with at_hand(self.inner):

@@ -6,23 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
 from weft.verbs.adapt import trainable
+from weft.verbs.evaluate import evaluate
 
-__all__ = ["first_and_last", "rehearsed", "summary"]
+__all__ = ["course", "perplexity_on", "rehearsed", "summary"]
 
 
 def summary(model: PreTrainedModel, rows: Rows, recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was trained, on what, and the first and last logged loss."""
-    updated = trainable(model)
-    judged = [line["eval_loss"] for line in log if "eval_loss" in line]
-    steps = max((line["step"] for line in log), default=recipe.steps)
+    updated, run = trainable(model), course(recipe, log)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return {
-        "steps": steps,
+        **run,
         "trainable_parameters": updated.count,
         "parameters": updated.total,
         "examples": rows.examples,
@@ -31,16 +30,36 @@ def summary(model: PreTrainedModel, rows: Rows, recipe: Recipe, log: Sequence[Ma
         "rows": len(rows),
         "tokens": rows.tokens,
         "processes": processes,
-        "epochs": steps * recipe.batch * recipe.accumulate * processes / len(rows),
-        **first_and_last(log),
+        "epochs": run["steps"] * recipe.batch * recipe.accumulate * processes / len(rows),
+    }
+
+
+def course(recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The steps taken, which early stopping makes fewer, the first and the last logged loss, and the loss on data held
+    out: the last one, or the least where its weights are kept.
+    """
+    losses = [line["loss"] for line in log if "loss" in line] or [None]
+    judged = [line["eval_loss"] for line in log if "eval_loss" in line]
+    return {
+        "steps": max((line["step"] for line in log), default=recipe.steps),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
         **({"eval_loss": min(judged) if recipe.load_best else judged[-1]} if judged else {}),
     }
 
 
-def first_and_last(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The first and the last logged loss."""
-    losses = [line["loss"] for line in log if "loss" in line] or [None]
-    return {"loss_first": losses[0], "loss_last": losses[-1]}
+def perplexity_on(
+    text: str | Sequence[str] | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    windows: int | None,
+) -> dict[str, float]:
+    """The perplexity on a text, so many windows of it; nothing where there is none."""
+    if text is None:
+        return {}
+    found = evaluate(model, tokenizer, text, recipe.window, windows=windows, bos=recipe.bos)
+    return {"perplexity": found["perplexity"]}
 
 
 def rehearsed(recipe: Recipe, done: Mapping[str, Any]) -> dict[str, Any]:

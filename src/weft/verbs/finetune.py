@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ from weft.train.trainer import train
 from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.adapt import effective_rates, merge_adapter, parameter_groups
 from weft.verbs.adapt import make_optimizer as adapter_optimizer
-from weft.verbs.evaluate import check_causal, check_context, evaluate, peak_memory, reset_peak_memory
-from weft.verbs.figures import rehearsed, summary
+from weft.verbs.evaluate import check_causal, check_context, peak_memory, reset_peak_memory
+from weft.verbs.figures import perplexity_on, rehearsed, summary
 from weft.verbs.preparing import check_teacher, lesson_of, load_teacher, prepare
 
 __all__ = ["finetune", "run"]
@@ -102,20 +103,15 @@ def finetune(
     check_judging(recipe, eval_data is not None)
     check_context(model, recipe.window)
     lesson = lesson_of(model, teacher, teacher_top, teacher_labels)
-    rows = _rows(model, tokenizer, data, recipe, skipped)
-    judge = None if eval_data is None else _rows(model, tokenizer, eval_data, recipe, skipped)
+    rows = rows_of(model, tokenizer, data, recipe, skipped)
+    judge = None if eval_data is None else rows_of(model, tokenizer, eval_data, recipe, skipped)
     chosen = find(method, *KINDS)
     choice = optimizer_settings(optimizer, optimizer_options or {}, rank, chosen.kind == "adapt", recipe.steps)
     rules = prepare(model, rows, chosen, rank, recipe, options)
     if optimizer is not None:
         choice = chosen_options(optimizer, choice, recipe.steps, model)
 
-    def measure() -> dict[str, Any]:
-        if evaluation is None:
-            return {}
-        figures = evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows, bos=recipe.bos)
-        return {"perplexity": figures["perplexity"]}
-
+    measure = partial(perplexity_on, evaluation, model, tokenizer, recipe, eval_windows)
     before, device = measure(), next(model.parameters()).device
     reset_peak_memory(device)
     began = time.perf_counter()
@@ -144,13 +140,14 @@ def as_documents(data: str | Sequence[str | Document]) -> list[Document]:
     return [Text(d) if isinstance(d, str) else d for d in ([data] if isinstance(data, str) else data)]
 
 
-def _rows(
+def rows_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str | Sequence[str | Document],
     recipe: Recipe,
-    skipped: Skipped | None,
+    skipped: Skipped | None = None,
 ) -> Rows:
+    """The data as the rows of a recipe; says why where they are not packed. Raises WeftError as `training_rows`."""
     rows, refusal = training_rows(model, tokenizer, as_documents(data), recipe.window, recipe.bos, skipped)
     if refusal:
         say(f"One document a row and padding: {refusal}.")

@@ -10,7 +10,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError, unknown
 from weft.io.save import save_model
 from weft.methods import Method
-from weft.optim import Refresh, fold_weights, schedules
+from weft.optim import fold_weights
 from weft.optim.state import state_bytes
 from weft.plan.step import planned
 from weft.rules import Rule, Rules
@@ -49,10 +50,11 @@ from weft.train.stream import StreamedRows
 from weft.train.trainer import train
 from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.beginning import build, check_beginning, emptied, given_model
-from weft.verbs.evaluate import evaluate, model_size, peak_memory, reset_peak_memory
-from weft.verbs.figures import first_and_last, rehearsed
-from weft.verbs.finetune import training_device
+from weft.verbs.evaluate import model_size, peak_memory, reset_peak_memory
+from weft.verbs.figures import course, perplexity_on, rehearsed
+from weft.verbs.finetune import check_judging, rows_of, training_device
 from weft.verbs.fresh import Structure, finish
+from weft.verbs.pace import period_of, schedule_of
 
 __all__ = ["build", "pretrain", "run"]
 
@@ -75,6 +77,7 @@ def pretrain(
     decay: str = "sqrt",
     evaluation: str | Sequence[str] | None = None,
     eval_windows: int | None = None,
+    eval_data: Sequence[str] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> dict[str, Any]:
@@ -94,20 +97,22 @@ def pretrain(
             moments.
         base: the narrow model of width scaling; decay: how weight decay scales with width
             (`weft.optim.mup.mup_groups`).
+        evaluation: text whose perplexity is measured in the end and every `recipe.eval_every` steps, `eval_windows`
+            windows of it.
+        eval_data: texts held out, whose mean loss is logged as often, and decides which checkpoint is best.
+
+    Raises:
+        WeftError: a text that is too short, or a best checkpoint is asked for and there are no texts held out.
     """
-
-    def measure() -> dict[str, Any]:
-        if evaluation is None:
-            return {}
-        found = evaluate(model, tokenizer, evaluation, recipe.window, windows=eval_windows, bos=recipe.bos)
-        return {"perplexity": found["perplexity"]}
-
+    check_judging(recipe, eval_data is not None)
+    measure = partial(perplexity_on, evaluation, model, tokenizer, recipe, eval_windows)
     options = chosen_options(optimizer, options, recipe.steps, model)
     made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
-    plan = _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
+    plan = schedule_of(schedule, recipe, restart, reset_moments or period_of(optimizer, options))
     device = next(model.parameters()).device
     reset_peak_memory(device)
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    judge = None if eval_data is None else rows_of(model, tokenizer, eval_data, recipe)
     count = recipe.steps * recipe.batch * recipe.accumulate * processes
     began = time.perf_counter()
     tokens = directory / f"tokens-{rank}.bin"
@@ -123,20 +128,22 @@ def pretrain(
             widen=False,
             rules=_rules(model, structure, original, recipe, refactorise, reset_moments),
             measure=measure if evaluation is not None else None,
+            judge=judge,
             callbacks=callbacks,
         )
-        windows = min(rows.windows, count)
+        run = course(recipe, log)
+        seen = count * run["steps"] // recipe.steps
+        epochs = seen / min(rows.windows, count)
     _leave(model, structure)
     return {
-        "steps": recipe.steps,
+        **run,
         "processes": processes,
         "parameters": model_size(model)[0],
-        "tokens": count * recipe.window,
-        "epochs": count / windows,
+        "tokens": seen * recipe.window,
+        "epochs": epochs,
         **({} if structure is None else structure.described()),
         "optimizer_options": options,
         "optimizer_bytes": state_bytes(made),
-        **first_and_last(log),
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(device),
         **measure(),
@@ -156,6 +163,7 @@ def run(
     tokenizer: str | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
     eval_windows: int | None = None,
+    eval_data: str | Path | Sequence[str | Path] | None = None,
     lr: float | None = None,
     warmup: int | None = None,
     schedule: str = "cosine",
@@ -186,6 +194,8 @@ def run(
         text: files or directories; None for Python's own sources.
         tokenizer: a model whose tokenizer a fresh one takes; None for that of the embedded one.
         eval_text: text whose perplexity is measured; None for Python's held-out sources.
+        eval_data: text held out, whose mean loss is logged every `eval_every` steps, and decides which checkpoint is
+            best.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
         plan: make nothing, and say what a step would hold in bytes (`weft.plan.step`); `out` may then be None.
@@ -206,12 +216,14 @@ def run(
     words = load_tokenizer(tokenizer)
     _check_rules(refactorise, reset_moments, structure, recipe.steps)
     _check_width(optimizer, mup, decay)
-    _schedule(schedule, recipe, restart, reset_moments or _period(optimizer, options))
+    schedule_of(schedule, recipe, restart, reset_moments or period_of(optimizer, options))
+    check_judging(recipe, eval_data is not None)
     files = source_files(text) if text is not None else calibration_files()
-    inputs = contents(model=model, tokenizer=tokenizer, text=files, eval_text=eval_text)
+    inputs = contents(model=model, tokenizer=tokenizer, text=files, eval_text=eval_text, eval_data=eval_data)
     if out is not None or not plan:
         check_output(_named(out), arguments, inputs)
     evaluation = read_texts(eval_text) if eval_text is not None else [default_text("evaluation")]
+    judge = None if eval_data is None else read_texts(eval_data)
     target = training_device(device)
     kind = resolve_dtype(dtype, target) or torch.bfloat16
     given = None if model is None else given_model(model, recipe.window, target, kind)
@@ -230,17 +242,28 @@ def run(
         "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, **options,
     }  # fmt: skip
     if dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            done = pretrain(made, words, files, recipe, Path(scratch), callbacks=[OneStep()], **chosen)
-        return rehearsed(recipe, done)
+        return _rehearsal(made, words, files, recipe, chosen)
     with open_output(_named(out), arguments, inputs) as place:
-        metrics = pretrain(
-            made, words, files, recipe, place.progress, evaluation=evaluation, eval_windows=eval_windows, **chosen
-        )
+        judging = {"evaluation": evaluation, "eval_windows": eval_windows, "eval_data": judge}
+        metrics = pretrain(made, words, files, recipe, place.progress, **judging, **chosen)
         if int(os.environ.get("RANK", "0")) == 0:
             save_model(made, words, place.path, run=record.write(place.path, metrics))
             keep_logs(place)
     return {"output": str(out), **metrics}
+
+
+def _rehearsal(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Sequence[Path],
+    recipe: Recipe,
+    chosen: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a run would take, by one step of it."""
+    alone = replace(recipe, load_best=False, early_stopping=None, report_to="none")
+    with tempfile.TemporaryDirectory() as scratch:
+        done = pretrain(model, tokenizer, files, alone, Path(scratch), callbacks=[OneStep()], **chosen)
+    return rehearsed(recipe, done)
 
 
 def _leave(model: PreTrainedModel, structure: Structure | None) -> None:
@@ -371,29 +394,3 @@ def _named(out: str | Path | None) -> str | Path:
     if out is None:
         raise WeftError("Give the directory to write: -o OUT. Only --plan does without.")
     return out
-
-
-def _period(optimizer: str, options: Mapping[str, Any]) -> int | None:
-    """Steps between two refreshes of the optimizer's subspace, or None where it has none."""
-    refresh = options.get("refresh", default_options(optimizer).get("refresh"))
-    every = refresh.every if isinstance(refresh, Refresh) else refresh
-    if every is not None and (not isinstance(every, int) or every < 1):
-        raise WeftError(f"refresh is {every!r}: give the steps between two, at least 1.")
-    return every
-
-
-def _schedule(name: str, recipe: Recipe, restart: int, period: int | None) -> schedules.Schedule:
-    """The factor of the peak rate at each step, warmed up again after each `period` where `restart` asks for it."""
-    plans = {
-        "cosine": lambda: schedules.cosine(recipe.steps, recipe.warmup),
-        "wsd": lambda: schedules.wsd(recipe.steps, recipe.warmup, max(1, recipe.steps // 5)),
-        "constant": lambda: schedules.constant(recipe.warmup),
-    }
-    if name not in plans:
-        raise unknown("learning-rate schedule", name, plans)
-    if not restart:
-        return plans[name]()
-    if period is None:
-        raise WeftError("--restart warms up after each new subspace, and this optimizer has none: add --reset-moments.")
-    in_time(period, recipe.steps, "The interval between two new subspaces, or resets, that --restart follows,")
-    return schedules.restarted(plans[name](), period, restart)
