@@ -81,7 +81,7 @@ def test_the_gradient_of_the_latents_is_that_of_the_weight_and_blend_goes_from_t
     assert set(term.dense().detach().unique().tolist()) == {-float(g := W.abs().median()), 0.0, float(g)}
     term.blend.zero_()
     assert torch.equal(term(x), x @ W.T) and torch.equal(term.dense(), W)
-    assert torch.equal(term.eval().dense(), term.ternary().dense()), "evaluation is what is left"
+    assert torch.equal(term.eval().dense(), term.finished().dense()), "evaluation is what is left"
 
 
 def test_inputs_are_not_rounded_at_a_blend_of_none():
@@ -124,7 +124,7 @@ def test_whole_numbers_give_what_the_rounded_ones_give(dtype):
     term = RoundedInputs.of(TernaryLatent.from_matrix(drawn().to(dtype))).eval()
     u = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     s = 127 / u.abs().amax(-1, keepdim=True)
-    q, t = (u * s).round().to(torch.int32), term.term.ternary().trits().to(torch.int32)
+    q, t = (u * s).round().to(torch.int32), term.term.finished().trits().to(torch.int32)
     g = drawn().to(dtype).float().abs().median()
     whole = (q @ t.T).float() * g / s
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.grafts import lst, ntk_attention
+from weft.grafts import lst, ntk_attention, quantizable_attention
 from weft.grafts.base import Graft
 from weft.records import Table
 
@@ -15,6 +15,7 @@ GRAFTS = Table(
         for module in (
             lst,
             ntk_attention,
+            quantizable_attention,
         )
     ),
 )

@@ -66,6 +66,9 @@ class Graft(Record):
         disconnect: (model, what `connect` returned): undoes it.
         count: (model, options) -> trained numbers, the paper's formula.
         start: (model, modules, batches) -> None: the start that is read from data; None where no data is looked at.
+        begins: what `weft pretrain --method` may begin with, which trains the graft with the whole model, its option
+            `whole`: "fresh", weights that are drawn, or "given"; none for a graft of a frozen model.
+        fresh: defaults that differ where the model is a fresh one.
         deviates: how the function differs at the start; "" where it does not.
         exempt: property of the conformance suite (`weft.testing_grafts`) -> a sentence saying why the graft does not
             have it.
@@ -77,6 +80,8 @@ class Graft(Record):
     disconnect: Callable[[Any, Any], None]
     count: Callable[[Any, Mapping[str, Any]], int]
     start: Callable[[Any, Modules, list[Batch]], None] | None = None
+    begins: tuple[str, ...] = ()
+    fresh: Mapping[str, Any] = field(default_factory=dict)
     deviates: str = ""
     exempt: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,6 +112,11 @@ class Grafted:
     trained: list[str] | None = None  # names of the parameters that were trained before
     opened: str | None = None  # the layer that was made a sum of one term
     remembered: Any = None  # by `Graft.disconnect`
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model's own weights are trained along."""
+        return bool(self.options.get("whole", False))
 
     @property
     def graft(self) -> Graft:
@@ -205,6 +215,11 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the graft. Raises WeftError where there is none, or the directory is not empty."""
     model = unwrapped(model)
     grafted = _need(model)
+    if grafted.whole:
+        raise WeftError(
+            f"The model's own weights are trained along with {grafted.name!r} (whole=true), so that more than it "
+            "was trained; save the model (model.save_pretrained)."
+        )
     with open_output(directory, {}) as place:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in grafted.tensors().items()}
         save_file(state, place.path / TENSORS)
@@ -289,9 +304,10 @@ def _place(model: nn.Module, grafted: Grafted) -> None:
 
 
 def _freeze(model: nn.Module, grafted: Grafted) -> None:
-    """Train the graft's parameters alone."""
+    """Train the graft's parameters alone, or, with `whole`, beside those that are trained."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(grafted.places()))
+        mine = name.startswith(grafted.places())
+        parameter.requires_grad_(mine or (grafted.whole and parameter.requires_grad))
 
 
 def _open(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ Deviations: none in the function; the start is the published normal / 10^4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from weft.errors import WeftError
 from weft.grafts.base import Graft
 from weft.kernels.prefix_attention import prefix_attention
 from weft.seeds import generator
+from weft.terms.layers import attention_layers, heads_of
 
 __all__ = ["GRAFT", "Prefix"]
 
@@ -45,12 +46,12 @@ def build(model: Any, seed: int, *, std: float) -> dict[str, nn.Module]:
     Raises:
         WeftError: the model's attention cannot be exchanged.
     """
-    layers = dict(_attention_layers(model))
+    layers = dict(attention_layers(model))
     if not layers or not model._can_set_attn_implementation():
         raise WeftError(f"The attention of {type(model).__name__} cannot be exchanged, so it can have no prefix.")
     made: dict[str, nn.Module] = {}
     for name, layer in layers.items():
-        prefix = Prefix(_heads(layer), layer.head_dim, next(layer.parameters()).device)  # type: ignore[arg-type]
+        prefix = Prefix(heads_of(layer), layer.head_dim, next(layer.parameters()).device)  # type: ignore[arg-type]
         draw = generator(seed, GRAFT.name, name)
         for parameter in prefix.parameters():
             parameter.copy_(std * torch.randn(parameter.shape, generator=draw))
@@ -77,18 +78,8 @@ def disconnect(model: Any, remembered: str) -> None:
 
 def count(model: Any, options: Mapping[str, Any]) -> int:
     """d^2 + d for each query head of each layer."""
-    sizes = ((_heads(layer), int(layer.head_dim)) for _, layer in _attention_layers(model))  # type: ignore[arg-type]
+    sizes = ((heads_of(layer), int(layer.head_dim)) for _, layer in attention_layers(model))  # type: ignore[arg-type]
     return sum(heads * (d * d + d) for heads, d in sizes)
-
-
-def _attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "head_dim", None), int) and isinstance(module._modules.get("q_proj"), nn.Module):
-            yield name, module
-
-
-def _heads(layer: nn.Module) -> int:
-    return int(layer.q_proj.out_features // layer.head_dim)  # type: ignore[operator, union-attr]
 
 
 def _attend(

@@ -24,7 +24,7 @@ from typing import Any
 
 from weft.methods.base import Method, Site, Split, low_rank_terms
 from weft.rules.blend import Blend
-from weft.terms import RoundedInputs, Term, TernaryLatent
+from weft.terms import RoundedInputs, TernaryLatent
 
 __all__ = ["METHOD", "count", "finish", "split"]
 
@@ -32,19 +32,13 @@ __all__ = ["METHOD", "count", "finish", "split"]
 def split(site: Site, *, scale: str, activations: int | None, normalise: bool) -> Split:
     """The weight as latents, and what is done to its inputs."""
     latent = TernaryLatent.from_matrix(site.weight().to(site.dtype), scale)
-    return Split({"ternary": _with_inputs(latent, activations, normalise)})
+    rounds = activations is not None or normalise
+    return Split({"ternary": RoundedInputs.of(latent, activations, normalise) if rounds else latent})
 
 
-def finish(site: Site, *, activations: int | None, normalise: bool) -> Split:
+def finish(site: Site) -> Split:
     """The packed numbers."""
-    term = next(iter(site.terms.values()))
-    latent = term.term if isinstance(term, RoundedInputs) else term
-    assert isinstance(latent, TernaryLatent)
-    return Split({"ternary": _with_inputs(latent.ternary(), activations, normalise)})
-
-
-def _with_inputs(term: Term, activations: int | None, normalise: bool) -> Term:
-    return RoundedInputs.of(term, activations, normalise) if activations is not None or normalise else term
+    return Split({"ternary": next(iter(site.terms.values())).finished()})
 
 
 def count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:

@@ -152,6 +152,10 @@ class Term(nn.Module):
         """
         return None
 
+    def finished(self) -> Term:
+        """What is left of it when its training has ended, the same function in evaluation; by default itself."""
+        return self
+
     def own_state(self) -> dict[str, Tensor]:
         """The tensors that an adapter saves of it, by name: `state_dict` without what is another's."""
         return self.state_dict(keep_vars=True)

@@ -26,9 +26,11 @@ from weft.terms.sum_linear import SumLinear
 __all__ = [
     "HEAD",
     "OUTSIDE",
+    "attention_layers",
     "bias_of",
     "block_stacks",
     "eligible",
+    "heads_of",
     "is_conv1d",
     "is_linear",
     "judged",
@@ -213,3 +215,15 @@ def output_head(model: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
+
+
+def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of each attention layer whose function can be exchanged."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "head_dim", None), int) and isinstance(module._modules.get("q_proj"), nn.Module):
+            yield name, module
+
+
+def heads_of(layer: nn.Module) -> int:
+    """The query heads of an attention layer."""
+    return int(layer.q_proj.out_features // layer.head_dim)  # type: ignore[arg-type, operator, union-attr]

@@ -84,6 +84,9 @@ class RoundedInputs(Term):
             "directory."
         )
 
+    def finished(self) -> RoundedInputs:
+        return self.of(self.term.finished(), self.bits, self.normalise)
+
     @property
     def num_params(self) -> int:
         """Those of the term within."""

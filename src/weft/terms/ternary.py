@@ -73,8 +73,7 @@ class TernaryLatent(Term):
     def summand(self) -> Summand:
         return Summand(partial(_add, by=self.scale_by), _pull, 1.0, (self.V, self._blend()), cast=False)
 
-    def ternary(self) -> Ternary:
-        """What it evaluates as."""
+    def finished(self) -> Ternary:
         return Ternary.from_matrix(self.V.detach(), self.scale_by)
 
     def spec(self) -> Spec:

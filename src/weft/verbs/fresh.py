@@ -15,8 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from weft.errors import WeftError
+from weft.grafts import Graft
+from weft.grafts.base import put as put_graft
 from weft.io.quantizer import unmark
-from weft.methods import METHODS, Method, Site
+from weft.methods import Method, Site
+from weft.records import Record, find
 from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.terms import SumLinear
@@ -24,7 +27,7 @@ from weft.terms.adapters import base_terms
 from weft.terms.layers import bias_of, linear_layers, shape_of
 from weft.terms.put import KEEP, is_one_matrix, put, unput
 
-__all__ = ["Structure", "finish", "restructure"]
+__all__ = ["Grafting", "Structure", "finish", "restructure"]
 
 QUARTER = 4
 """The published ranks of low-rank pre-training are about a quarter of the model's width."""
@@ -56,7 +59,10 @@ class Structure:
 
         Raises WeftError for an unknown method or option, and a rank that is none or that the method does not take.
         """
-        found = METHODS.find(method, "pretrain")
+        found = find(method, "pretrain", "graft")
+        if isinstance(found, Graft):
+            return Grafting.of_graft(found, rank, options or {}, given)
+        assert isinstance(found, Method)
         if rank is not None and not found.ranked:
             raise WeftError(f"--rank has no meaning for --method {found.name}; its options are: {_listed(found)}.")
         if rank is not None and rank != int(rank):
@@ -96,14 +102,55 @@ class Structure:
         """What a run's record says of it, JSON-able."""
         return {"method": self.method.name, "rank": self.rank, "method_options": dict(self.options)}
 
+    @property
+    def uncounted(self) -> list[str]:
+        """What its rules hold beside a step that no plan of its memory counts."""
+        return [what for make in self.method.rules if (what := getattr(make, "uncounted", ""))]
+
+
+@dataclass(frozen=True)
+class Grafting(Structure):
+    """A graft that is trained with the whole model: matrices stay, the forward pass is another."""
+
+    method: Graft  # type: ignore[assignment]
+
+    @classmethod
+    def of_graft(cls, graft: Graft, rank: float | None, options: Mapping[str, Any], given: bool) -> Grafting:
+        """Checked as `Structure.of` does. Raises WeftError for one that is put on a frozen model, too."""
+        if not graft.begins:
+            raise WeftError(
+                f"{graft.name!r} is put on a model whose weights stay as they are: train it by weft finetune --method "
+                f"{graft.name}."
+            )
+        if rank is not None:
+            raise WeftError(f"--rank has no meaning for --method {graft.name}; its options are: {_listed(graft)}.")
+        chosen = graft.options({"whole": True, **({} if given else graft.fresh), **options})
+        if not chosen["whole"]:
+            raise WeftError(f"Pre-training trains all weights: {graft.name} alone (whole=false) is weft finetune's.")
+        return cls(graft, None, chosen)
+
+    def sized(self, shapes: Mapping[str, tuple[int, int]]) -> int | None:
+        return None
+
+    def original(self, model: nn.Module) -> nn.Module | None:
+        return None
+
+    def rules(self, model: nn.Module, seed: int, original: nn.Module | None = None) -> list[Rule]:
+        return []
+
+    @property
+    def uncounted(self) -> list[str]:
+        return []
+
 
 def restructure(
     model: nn.Module, method: str | Method | Structure, size: Any = None, seed: int = 0, **options: Any
 ) -> nn.Module:
-    """Put a method's terms in the place of every linear layer of a model; the same model is returned.
+    """Put a method's terms in the place of every linear layer of a model, or a graft on it; it is returned.
 
     Args:
-        method: of kind "pretrain", or a whole structure, which then says size and options.
+        method: of kind "pretrain", a graft that pre-training can begin with, or a whole structure, which then says size
+            and options.
         size: of every layer: for most methods the rank; None for a quarter of the smallest side.
         seed: of every draw.
         options: the method's own.
@@ -112,6 +159,8 @@ def restructure(
         WeftError: an unknown method or option, or a size that a layer cannot have. The model is then as it was.
     """
     chosen = method if isinstance(method, Structure) else Structure.of(method, size, options)
+    if isinstance(chosen, Grafting):
+        return put_graft(model, chosen.method, seed=seed, dtype=next(model.parameters()).dtype, **chosen.options)
     found = chosen.method
     assert found.split is not None
     shapes = {name: shape_of(layer) for name, layer in linear_layers(model).items()}
@@ -133,7 +182,7 @@ def restructure(
 def finish(model: nn.Module, structure: Structure) -> None:
     """Make of every trained layer what the structure's method leaves in the end; one matrix is a plain layer again."""
     method = structure.method
-    if method.finish is None:
+    if isinstance(method, Graft) or method.finish is None:
         return
     options = _asked(method.finish, structure.options)
     for name in [name for name, module in model.named_modules() if isinstance(module, SumLinear)]:
@@ -153,5 +202,5 @@ def _asked(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str
     return {name: value for name, value in options.items() if several or name in names}
 
 
-def _listed(method: Method) -> str:
+def _listed(method: Record) -> str:
     return ", ".join(method.defaults) or "none"

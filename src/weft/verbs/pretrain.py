@@ -278,7 +278,7 @@ def _counted(structure: Structure | None, model: str | None, size: str) -> dict[
     begun = {"size": size} if model is None else {"model": model}
     if structure is None:
         return begun
-    held = [what for make in structure.method.rules if (what := getattr(make, "uncounted", ""))]
+    held = structure.uncounted
     if held:
         raise WeftError(
             f"--plan counts one model and its pass, and {structure.method.name} holds {held[0]} besides; measure a "
