@@ -45,7 +45,7 @@ KINDS = {
     "merge": "Merging: several adapters become one",
     "mix": "Mixing: several outputs become one",
     "select": "Selection: which data to train on, or to be measured by",
-    "measure": "Measures: what a matrix, or its change, looks like",
+    "measure": "Measures: what weights, activations, gradients, texts and changes look like",
     "law": "Scaling laws: what a size, a budget or a code costs in loss",
 }
 
@@ -80,10 +80,13 @@ def _section(record: Record) -> Iterator[str]:
     said = record.record()
     facts = {
         "needs": ", ".join(f"`{need}`" for need in said.get("needs", ())),
+        "looks at": said.get("looks_at", ""),
+        "cost": said.get("cost", ""),
         "allocates by": f"`{said['allocate']}`" if said.get("allocate") else "",
         "options": ", ".join(f"`{key}={value}`" for key, value in said["defaults"].items()),
     }
     yield from (f"- {name}: {value}" for name, value in facts.items() if value)
+    yield from (f"- `{figure}`: {words}" for figure, words in said.get("reads", {}).items())
     yield ""
 
 

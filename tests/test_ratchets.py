@@ -32,7 +32,7 @@ ARROWS = {
     "merging": {"linalg"},
     "scaling": set(),
     "select": set(),
-    "measures": {"linalg"},
+    "measures": {"linalg", "terms", "stats"},
     "kernels": set(),
     "embedded": set(),
     "terms": {"linalg", "kernels"},

@@ -114,6 +114,7 @@ MAY_NAME: dict[str, set[str]] = {
         *("full", "lora", "dora", "lora-xs", "int8", "nf4", "nf3", "rtn", "adamw", "galore", "apollo", "muon"),
         *("low-rank", "sltrain", "cola"),
     },  # what is planned where nothing is named
+    "verbs/prospects.py": {"svd", "kfac-svd", "rtn"},  # whose ranks and widths are offered where nothing is named
     "verbs/pretrain.py": {"low-rank"},  # what --low-rank is
     "verbs/quantize.py": {"nf", "nf4"},  # the codes of a number of bits, and those of none given
 }

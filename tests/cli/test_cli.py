@@ -28,7 +28,9 @@ def weft(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Every call of a verb's `run`, recorded instead of done."""
     made: list[tuple[str, dict[str, Any]]] = []
-    answer = {"matrices": [], "model": "m", "parameters": 0, "stages": [], "generated": "", "report": ""}
+    answer: dict[str, Any] = {"matrices": [], "parameters": 0, "stages": [], "generated": "", "report": ""}
+    answer |= {"model": {"name": "m", "parameters": 0}, "commands": []}
+    answer["predicted"] = {"by": "weights", "unit": "", "limit": 0.01}
     for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "combine", "quantize", "pretrain", "demo"):
         module = __import__(f"weft.verbs.{verb}", fromlist=["run"])
         monkeypatch.setattr(module, "run", lambda _verb=verb, **kwargs: made.append((_verb, kwargs)) or answer)
@@ -51,6 +53,16 @@ def test_version(weft: Callable[..., Result]) -> None:
 
 EXACT = [
     ("inspect M", "inspect", {"model": "M"}),
+    (
+        "inspect M --measures farms,ppl-sparsity --data FILE --json",
+        "inspect",
+        {"model": "M", "measures": "farms,ppl-sparsity", "data": Path("FILE"), "windows": 8, "window": 512},
+    ),
+    (
+        "inspect M --against O --measures intruder-dimensions,weight-matching --report page.html",
+        "inspect",
+        {"model": "M", "against": "O", "measures": "intruder-dimensions,weight-matching", "report": Path("page.html")},
+    ),
     (
         "compress M -o O --method svd-llm --budget 0.6 --allocate uniform --calibration F "
         "--windows 32 --window 512 --round 8 --seed 1",
@@ -170,6 +182,10 @@ MISTAKES = [
     ("inspect pico --dtype int4", "There is no dtype 'int4'"),
     ("inspect pico --device cuda:77", "There is no device 'cuda:77'"),
     ("inspect pico --report r.pdf", "must end in .html"),
+    ("inspect pico --measures farm", "There is no method to measure called 'farm'; the nearest are: farms"),
+    ("inspect pico --measures ppl-sparsity", "looks at what a model makes of a text: give some, by --data FILE"),
+    ("inspect pico --measures weight-matching", "compares two models: say which other one, by --against"),
+    ("inspect pico --data ./missing.txt", "missing.txt"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 import weakref
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,8 +18,14 @@ from torch import nn
 
 import weft
 from weft.errors import WeftError
+from weft.measures import Measure
 from weft.terms import LowRank, SumLinear
+from weft.terms.layers import weight_of
+from weft.testing_measures import texts
+from weft.verbs.compress import compress
 from weft.verbs.inspect import inspect, run
+from weft.verbs.prospects import NATS, SHARE
+from weft.verbs.quantize import quantize
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +33,11 @@ def model(tiny_directory: Path) -> nn.Module:
     from weft.runs.loading import load_model
 
     return load_model(tiny_directory, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[dict[str, Any]]:
+    return texts(4, 30)
 
 
 def test_measures_equal_numpy_in_fp64(model: nn.Module) -> None:
@@ -122,7 +134,7 @@ def test_the_page_is_well_formed_complete_and_stands_alone(model: nn.Module, tmp
     assert not tags.open and not tags.references and "url(" not in text
     assert "tiny &lt;b&gt;" in text and "<b>" not in text
     assert all(m.name in text for m in report.matrices)
-    assert text.count("<svg") == 1 + len({re.sub(r"\d", "", m.name) for m in report.matrices})
+    assert text.count("<svg") == 2 + len({re.sub(r"\d", "", m.name) for m in report.matrices})
     assert "nan" not in text
 
 
@@ -131,7 +143,7 @@ def test_json_is_the_measures(model: nn.Module, tmp_path: Path) -> None:
     report.save(tmp_path / "report.json")
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved == report.to_dict()
-    assert saved["parameters"] == sum(m.parameters for m in report.matrices)
+    assert saved["model"]["parameters"] == sum(m.parameters for m in report.matrices)
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "report", "missing/report.html"])
@@ -142,7 +154,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_loading(name: str, tm
 
 def test_run_reads_a_directory_and_records_itself(tiny_directory: Path, tmp_path: Path, monkeypatch: Any) -> None:
     result = run(str(tiny_directory), report=tmp_path / "r.html")
-    assert result["model"] == str(tiny_directory) and len(result["matrices"]) == 15
+    assert result["model"]["name"] == str(tiny_directory) and len(result["matrices"]) == 15
     assert json.loads((tmp_path / "r.run.json").read_text())["arguments"]["model"] == str(tiny_directory)
 
 
@@ -186,3 +198,99 @@ def test_weights_of_sums_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(LowRank, "dense", counted)
     assert len(inspect(nn.ModuleDict(sums)).matrices) == 4 and len(alive) == 4
+
+
+def test_a_row_says_what_compress_would_do(model: nn.Module) -> None:
+    """Against the survey's own losses, in the metric of nothing known: the first size that keeps the share."""
+    report = inspect(model)
+    rows = {m.name: m.compress for m in report.matrices}
+    assert rows["model.embed_tokens"] is None and report.to_dict()["predicted"]["by"] == "weights"
+    for m in report.matrices[1:]:
+        W, prospect = model.get_submodule(m.name).weight.detach(), m.compress
+        assert prospect is not None and prospect.dense_bytes == 4 * W.numel()
+        s = np.linalg.svd(W.double().numpy(), compute_uv=False) ** 2
+        keeps = [r for r in range(1, len(s)) if s[r:].sum() <= SHARE * s.sum() and 4 * r * sum(W.shape) < 4 * W.numel()]
+        assert prospect.rank == (keeps[0] if keeps else None)
+        lost = {}
+        for bits in range(2, 9):
+            coded = quantize(nn.Sequential(copy.deepcopy(model.get_submodule(m.name))), bits=bits, scheme="rtn")
+            D = weight_of(coded[0], torch.float32) - W
+            lost[bits] = float(D.square().sum() / W.square().sum())
+        assert prospect.bits == min(bits for bits, loss in lost.items() if loss <= SHARE)
+        assert (
+            prospect.bytes == min(b for b in (prospect.rank_bytes, prospect.bits_bytes) if b) and prospect.loss <= SHARE
+        )
+
+
+def test_with_data_losses_are_nats_and_share_the_limit(model: nn.Module, batches: list[dict[str, Any]]) -> None:
+    report = inspect(model, batches=batches)
+    prospects = [m.compress for m in report.matrices if m.compress is not None]
+    assert len(prospects) == 14 and sum(p.loss for p in prospects) <= NATS
+    assert report.to_dict()["predicted"]["by"] == "data" and report.data == "the text"
+    done = compress(copy.deepcopy(model), "rtn", budget="4.5 bits", allocate="best", batches=batches)
+    name, info = next((n, i) for n, i in done.layers.items() if rows_of(report)[n].bits is not None)
+    expected = next(
+        c.size for c in info.sizes if c.loss / 2 <= NATS * info.shape.nbytes / sum(p.dense_bytes for p in prospects)
+    )
+    assert rows_of(report)[name].bits == expected, "the survey's own losses of the same codes"
+
+
+def rows_of(report: Any) -> dict[str, Any]:
+    return {m.name: m.compress for m in report.matrices}
+
+
+def test_what_follows_are_commands_that_parse(model: nn.Module, batches: list[dict[str, Any]]) -> None:
+    import typer
+
+    from weft.cli import app
+
+    report = inspect(
+        model, "*layers.0.*", batches=batches, against=model, name="a model/", data="t.txt", against_name="b"
+    )
+    verbs = typer.main.get_command(app).commands
+    assert [shlex.split(line)[1] for line in report.commands] == ["compress", "quantize", "eval", "eval"]
+    for line in report.commands:
+        program, verb, *arguments = shlex.split(line)
+        assert program == "weft"
+        verbs[verb].make_context(verb, arguments)
+    assert "--layers '*layers.0.*' --calibration t.txt" in report.commands[0] and "'a model/'" in report.commands[0]
+
+
+def test_figures_of_texts_stand_by_layer_and_by_model(
+    tiny_directory: Path, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 40)
+    asked = "farms,ppl-sparsity,w-pca,gradient-quality,matrix-nuclear-norm"
+    found = run(str(tiny_directory), measures=asked, data=text, windows=2, window=32)
+    rows = {row["name"]: row for row in found["matrices"]}
+    down, q = (rows[f"model.layers.0.{n}"] for n in ("mlp.down_proj", "self_attn.q_proj"))
+    assert {"alpha", "sparsity", "components", "gradient_rank"} <= down.keys()
+    assert "sparsity" not in q and "components" not in rows["model.embed_tokens"]
+    assert {"name", "ppl_sparsity", "w_pca", "gradient_rank", "matrix_nuclear_norm"} <= found["model"].keys()
+    assert found["reads"].keys() >= {"alpha", "ppl_sparsity"} and str(text) in found["commands"][0]
+    with pytest.raises(WeftError, match="--windows has to be at least 1"):
+        run(str(tiny_directory), data=text, windows=0)
+    with pytest.raises(WeftError, match="The text is too short"):
+        run(str(tiny_directory), data=text, windows=999, window=32)
+
+
+def test_layers_fed_one_tensor_are_measured_once(model: nn.Module, batches: list[dict[str, Any]]) -> None:
+    seen = []
+
+    def value(moments: Any) -> dict[str, float]:
+        seen.append(moments["input_moment"])
+        return {"one": 1.0}
+
+    counted = Measure(
+        name="counted",
+        summary="s",
+        paper="p",
+        cost="c",
+        of="input",
+        needs=("input_moment",),
+        value=value,
+        reads={"one": "1"},
+    )
+    inspect(model, measures=[counted], batches=batches)
+    assert len(seen) == 8, "q, k and v; o; gate and up; down: of two blocks"

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Unpack
+from typing import Annotated, Any, Unpack
 
 import typer
 
-from weft.cli.answer import gathered, print_json, print_table, work
+from weft.cli.answer import gathered, print_facts, print_json, print_table, work
 from weft.cli.common import Loading
-from weft.cli.options import Model
+from weft.cli.options import Model, Window
 
 __all__ = ["command"]
+
+_OWN = {
+    "stable_rank": "stable rank",
+    "effective_rank": "effective rank",
+    "rank_90": "90 %",
+    "rank_95": "95 %",
+    "rank_99": "99 %",
+    "spectral_norm": "spectral",
+    "frobenius_norm": "Frobenius",
+    "nuclear_norm": "nuclear",
+}
+_KNOWN = {"name", "shape", "dtype", "parameters", "tied", "compress", *_OWN}
 
 
 def command(
@@ -25,35 +38,57 @@ def command(
     ] = None,
     measures: Annotated[
         str,
-        typer.Option(help="Measures to take too, such as farms,power-law; see weft methods.", show_default=False),
+        typer.Option(help="Measures to take too, such as farms,ppl-sparsity; see weft methods.", show_default=False),
     ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text that the model reads, for measures of activations and gradients, and for predicted losses.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="How many windows of the text are read.")] = 8,
+    window: Window = 512,
     against: Annotated[
         str | None,
         typer.Option(help="The model before training or compression, for measures of a change.", show_default=False),
     ] = None,
     **common: Unpack[Loading],
 ) -> None:
-    """Measure the spectrum of every weight matrix: ranks, norms, and how many singular values carry its energy."""
+    """Measure every weight matrix, what the model makes of a text, and what compression would do to each."""
     arguments, json = gathered(locals())
     result = work("inspect", **arguments)
     if json:
         print_json(result)
         return
-    own = {
-        "stable_rank": "stable rank",
-        "effective_rank": "effective rank",
-        "rank_90": "90 %",
-        "rank_95": "95 %",
-        "rank_99": "99 %",
-        "spectral_norm": "spectral",
-        "frobenius_norm": "Frobenius",
-        "nuclear_norm": "nuclear",
-    }
-    known = {"name", "shape", "dtype", "parameters", "tied", *own}
-    shown = own | {key: key.replace("_", " ") for m in result["matrices"][:1] for key in m if key not in known}
-    columns = {"matrix": "left"} | dict.fromkeys(("shape", "dtype", *shown.values()), "right")
+    matrices = result["matrices"]
+    shown = _OWN | {key: key.replace("_", " ") for m in matrices for key in m if key not in _KNOWN}
+    columns = {"matrix": "left"} | dict.fromkeys(("shape", "dtype", *shown.values(), "compress"), "right")
     rows = [
-        [m["name"] + " (tied)" * m["tied"], "x".join(map(str, m["shape"])), m["dtype"], *(m[key] for key in shown)]
-        for m in result["matrices"]
+        [
+            *(m["name"] + " (tied)" * m["tied"], "x".join(map(str, m["shape"])), m["dtype"]),
+            *(m.get(key, "") for key in shown),
+            _would(m["compress"]),
+        ]
+        for m in matrices
     ]
-    print_table(columns, rows, title=f"{result['model']}: {len(rows)} matrices, {result['parameters']:,} parameters")
+    name, parameters, *_ = result["model"].values()
+    print_table(columns, rows, title=f"{name}: {len(rows)} matrices, {parameters:,} parameters")
+    figures = {key: value for key, value in result["model"].items() if key not in ("name", "parameters")}
+    if figures:
+        print_facts(figures)
+    typer.echo("\n".join(["", _says(result["predicted"]), *(f"  {line}" for line in result["commands"])]))
+
+
+def _would(prospect: Mapping[str, Any] | None) -> str:
+    """What would become of a matrix, and the share of its bytes that is kept."""
+    return "" if prospect is None else f"{prospect['would']} ({prospect['bytes'] / prospect['dense_bytes']:.0%})"
+
+
+def _says(predicted: Mapping[str, Any]) -> str:
+    """How the last column was found, and what stands below."""
+    by = "on the text that was given" if predicted["by"] == "data" else "by the weights alone (give --data for more)"
+    return (
+        f"compress: the fewest bytes at a predicted loss of {predicted['limit']:g} ({predicted['unit']}), {by}. "
+        "What follows from it:"
+    )

@@ -1,11 +1,30 @@
-"""Measures of weights, one file each; `MEASURES` holds their records."""
+"""Measures of weights, gradients, activations, texts and pairs of models, one file each; `MEASURES` holds their
+records.
+"""
 
 from __future__ import annotations
 
-from weft.measures import drift, farms, intruder_dimensions, power_law
+from weft.measures import (
+    drift,
+    farms,
+    gradient_quality,
+    hidden_covariance,
+    intrinsic_dimension,
+    intruder_dimensions,
+    matrix_nuclear_norm,
+    power_law,
+    ppl_sparsity,
+    w_pca,
+    weight_matching,
+)
 from weft.measures.base import Measure
 from weft.records import Table
 
 __all__ = ["MEASURES", "Measure"]
 
-MEASURES = Table(Measure, [page.MEASURE for page in (farms, power_law, drift, intruder_dimensions)])
+_PAGES = (
+    *(farms, power_law, w_pca, hidden_covariance, gradient_quality, ppl_sparsity, matrix_nuclear_norm),
+    *(intrinsic_dimension, drift, intruder_dimensions, weight_matching),
+)
+
+MEASURES = Table(Measure, [page.MEASURE for page in _PAGES])

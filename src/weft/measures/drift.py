@@ -33,5 +33,6 @@ MEASURE = Measure(
         "drift": "size of the change, a share of the matrix",
         "drift_rank": "directions of the change that matter",
     },
-    pair=True,
+    of="pair",
+    cost="the singular values of each change",
 )

@@ -58,5 +58,6 @@ MEASURE = Measure(
     paper="Hu et al., 2025, arXiv 2506.06280",
     value=value,
     reads={"alpha": "low: heavy tail, well trained; high: light tail, prunes easily"},
+    cost="the eigenvalues of up to 225 windows of each matrix",
     defaults={"block": 2000, "ratio": 1.0, "count": 15, "start": "peak"},
 )

@@ -64,6 +64,7 @@ MEASURE = Measure(
         "kept": "share of the first k directions within the first 2 k of before",
         "floor": "the likeness of a random direction",
     },
-    pair=True,
+    of="pair",
+    cost="a decomposition of each matrix of both models",
     defaults={"k": 10, "epsilon": 0.5},
 )

@@ -33,4 +33,5 @@ MEASURE = Measure(
     paper="Martin and Mahoney, 2021, arXiv 1810.01075",
     value=value,
     reads={"alpha_whole": "2 to 6: trained; above 6: undertrained; of one shape only"},
+    cost="the singular values of each matrix",
 )

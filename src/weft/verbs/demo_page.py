@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from weft.runs.report.pages import figures, page, section, table
+from weft.runs.report.pages import commands_list, figures, page, section, table
 from weft.runs.report.plots import Series, line_chart
 from weft.runs.report.spectra import block_grid, spectra_charts
 
@@ -47,7 +47,7 @@ def demo_page(
             section(
                 "What was done",
                 "These commands, on one machine, from a small model that comes with weft.",
-                f"<pre>{escape(chr(10).join(commands))}</pre>",
+                commands_list(commands),
             ),
             section(
                 "What was measured",

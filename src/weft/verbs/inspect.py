@@ -7,7 +7,8 @@ For W (out, in) with singular values s_1 >= s_2 >= ...:
     energy rank     the fewest values that hold 90, 95, 99 % of sum s^2
     norms           spectral s_1, Frobenius sqrt(sum s^2), nuclear sum s
 
-Published measures beyond these are records of `weft.measures`, taken by name.
+Published measures beyond these are records of `weft.measures`, taken by name. Of every layer that can be compressed,
+`weft.verbs.prospects` says what would become of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,23 @@ from weft.errors import WeftError
 from weft.files import jsonable, write_json, write_text
 from weft.linalg import spectrum
 from weft.linalg.svd import singular_values
-from weft.measures import MEASURES, Measure
+from weft.measures import Measure
 from weft.progress import say, track
 from weft.runs import record
-from weft.runs.loading import load_model, resolve_device, resolve_dtype
+from weft.runs.calibration import calibration_texts, check_enough
+from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device, resolve_dtype
 from weft.runs.report.pages import report_path
 from weft.runs.report.spectra import spectra_page
 from weft.seeds import check_seed
+from weft.stats.calibrate import Batch
 from weft.terms import SumLinear
 from weft.terms.experts import within_experts
 from weft.terms.layers import is_linear, linear_layers, weight_of
+from weft.train.windows import calibration_batches
+from weft.verbs.evaluate import check_context
+from weft.verbs.measuring import Looked, OfInput, beyond, chosen, of_matrix, whole
+from weft.verbs.moments import UNIT
+from weft.verbs.prospects import Prospect, Prospects, commands, predicted
 
 __all__ = ["Matrix", "Report", "inspect", "run"]
 
@@ -61,6 +69,13 @@ class Matrix:
     frobenius_norm: float
     nuclear_norm: float
     figures: Mapping[str, float] = field(default_factory=dict)  # of the measures that were asked for, by name
+    compress: Prospect | None = None  # what would become of it; None for what is no layer, or is compressed already
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: the figures beside the rest."""
+        row = asdict(self)
+        figures = row.pop("figures")
+        return {**row, **figures, "compress": row["compress"] and {**row["compress"], "would": self.compress.words}}  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -70,15 +85,35 @@ class Report:
     model: str
     matrices: tuple[Matrix, ...]
     spectra: dict[str, Tensor]  # name -> (min(out, in),) singular values, falling, fp32 on the CPU
+    figures: Mapping[str, float] = field(default_factory=dict)  # of the model, by name
+    measures: tuple[Measure, ...] = ()
+    layers: tuple[str, ...] = ()  # the patterns that were asked for
+    data: str | None = None  # what was read, where something was
+    against: str | None = None  # what the other model is called
+
+    @property
+    def commands(self) -> list[str]:
+        """What to do next, as commands."""
+        found = {matrix.name: matrix.compress for matrix in self.matrices if matrix.compress is not None}
+        return commands(self.model, found, layers=self.layers, data=self.data, against=self.against)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: model, parameters (of the matrices), matrices with what was asked for beside the rest. The
-        singular values themselves stay in `spectra`.
+        """JSON-able: model (its name, the parameters of the matrices, figures), matrices with what was asked for beside
+        the rest, how figures read, and what compression is predicted by. Singular values stay in `spectra`.
         """
         total = sum(matrix.parameters for matrix in self.matrices)
-        rows = [asdict(matrix) for matrix in self.matrices]
-        rows = [{key: x for key, x in row.items() if key != "figures"} | row["figures"] for row in rows]
-        found: dict[str, Any] = jsonable({"model": self.model, "parameters": total, "matrices": rows})
+        reads = {
+            key: words for measure in self.measures for key, words in {**measure.reads, **measure.reads_model}.items()
+        }
+        found: dict[str, Any] = jsonable(
+            {
+                "model": {"name": self.model, "parameters": total, **self.figures},
+                "matrices": [matrix.to_dict() for matrix in self.matrices],
+                "reads": reads,
+                "predicted": predicted(self.data),
+                "commands": self.commands,
+            }
+        )
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -99,29 +134,41 @@ def inspect(
     layers: str | Sequence[str] | None = None,
     *,
     measures: Sequence[str | Measure] = (),
+    batches: Sequence[Batch] = (),
     against: nn.Module | None = None,
     name: str | None = None,
+    data: str | None = None,
+    against_name: str | None = None,
 ) -> Report:
     """Measure every matrix of `model`: linear layers, embeddings, the output head, and each expert of a stack.
 
     A sum of terms is measured as the matrix it stands for. Singular values are those in fp64, on the model's device, to
-    1e-8 of the largest; one matrix at a time is in memory beside the model.
+    1e-8 of the largest; one matrix at a time is in memory beside the model, and statistics of as many blocks as take
+    little beside it.
 
     Args:
         layers: shell patterns on names (`*q_proj`), to measure the linear layers that match and nothing else.
         measures: names or records of `weft.measures`, to be taken beside the spectra.
+        batches: of text, for measures of activations, gradients and texts (`weft.train.windows.calibration_batches`);
+            with them, losses of compression are predicted by the data, and otherwise by the weights alone.
         against: the same model before it was trained or compressed, for measures of pairs; given alone, all of them.
         name: what the report calls the model; its class by default.
+        data, against_name: what it calls the text and the other model.
 
     Raises:
         WeftError: a pattern matches nothing, there is no matrix, or one holds NaN or infinity; an unknown measure, one
-            of pairs without `against`, or a model whose matrices are others.
+            that lacks what it looks at, or a model whose matrices are others.
 
     Example:
         >>> weft.inspect(model, measures=["farms"]).save("spectra.html")
     """
-    chosen = _measures(measures, against is not None)
-    work = partial(_inspect, model, layers, chosen, against, name)
+    taken = chosen(measures, pair=against is not None, data=bool(batches))
+    names = {
+        "model": name or type(model).__name__,
+        "data": (data or "the text") if batches else None,
+        "against": (against_name or type(against).__name__) if against is not None else None,
+    }
+    work = partial(_inspect, model, layers, taken, batches, against, names)
     return work() if against is None else _open_during(against, work)
 
 
@@ -136,21 +183,34 @@ def _inspect(
     model: nn.Module,
     layers: str | Sequence[str] | None,
     measures: Sequence[Measure],
+    batches: Sequence[Batch],
     against: nn.Module | None,
-    name: str | None,
+    names: Mapping[str, Any],
 ) -> Report:
     wanted = _matrices(model, layers)
     if not wanted:
         raise WeftError(f"{type(model).__name__} has no weight matrix to inspect.")
     before = {found[0]: found[1] for found in _matrices(against, layers)} if against is not None else {}
+    needs = dict.fromkeys([*(need for measure in measures for need in measure.needs), *(UNIT if batches else ())])
+    looked = Looked(model, layers, batches, against, tuple(needs))
+    prospects, of_input = Prospects(model, list(looked.linear), data=bool(batches)), OfInput(measures)
+    more = beyond(looked, measures)
     matrices, spectra = [], {}
     for matrix, weight_of_it, stored, tied in track(wanted, "spectra"):
         weight = _finite(matrix, weight_of_it())
-        s = singular_values(weight)
+        s, moments = singular_values(weight), looked.moments.get(matrix)
+        W0 = _finite(matrix, before[matrix]()) if matrix in before else None
+        figures = (
+            of_matrix(measures, matrix, weight, W0) | (of_input(moments) if moments else {}) | more.get(matrix, {})
+        )
         spectra[matrix] = s.float().cpu()
-        figures = _figures(matrix, weight, measures, before)
-        matrices.append(_measure(matrix, weight, stored, tied, s.cpu(), figures))
-    return Report(name or type(model).__name__, tuple(matrices), spectra)
+        found = _measure(matrix, weight, stored, tied, s.cpu(), figures)
+        matrices.append(replace(found, compress=prospects.of(matrix, s, moments)))
+    figures = more.get("", {}) | whole(model, measures, {m.name: m.figures for m in matrices})
+    patterns = (layers,) if isinstance(layers, str) else tuple(layers or ())
+    return Report(
+        matrices=tuple(matrices), spectra=spectra, figures=figures, measures=tuple(measures), layers=patterns, **names
+    )
 
 
 def run(
@@ -159,6 +219,9 @@ def run(
     report: Path | None = None,
     layers: Sequence[str] | None = None,
     measures: str | Sequence[str] = (),
+    data: str | Path | None = None,
+    windows: int = 8,
+    window: int = 512,
     against: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -167,23 +230,35 @@ def run(
 ) -> dict[str, Any]:
     """`weft inspect`: the report of a model on disk as a dict, with `report` also as a page and a record.
 
-    `measures` are names, also with commas between them; `against` is another model's place. `seed` is accepted as by
-    every verb; nothing here is random.
+    `measures` are names, also with commas between them; `data` is text that the model reads, `windows` of `window`
+    tokens spread over it; `against` is another model's place. `seed` draws the windows.
+
+    Raises:
+        WeftError: any argument that cannot work, before a model is loaded where it can be told.
     """
     check_seed(seed)
     names = [name.strip() for name in (measures.split(",") if isinstance(measures, str) else measures) if name.strip()]
-    _measures(names, against is not None)
+    chosen(names, pair=against is not None, data=data is not None)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     if report is not None:
         report_path(report, _FORMS)
     arguments = {
-        "model": model, "report": report, "layers": layers, "measures": names, "against": against, "dtype": dtype,
+        "model": model, "report": report, "layers": layers, "measures": names, "data": data, "windows": windows,
+        "window": window, "against": against, "dtype": dtype,
     }  # fmt: skip
     started = record.begin("inspect", arguments, seed=seed, device=target)
-    load = partial(load_model, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    batches = _batches(model, data, windows, window, seed, trust_remote_code) if data is not None else []
+    kept = "auto" if data is None else None  # a text is read in what the device computes in
+    load = partial(load_model, device=device, dtype=dtype or kept, trust_remote_code=trust_remote_code)
     other = load(against) if against is not None else None
-    found = inspect(load(model), layers or None, measures=names, against=other, name=model)
+    source = load(model)
+    if batches:
+        check_enough(source, batches, layers or None)
+    found = inspect(
+        source, layers or None, measures=names, batches=batches, against=other, name=model,
+        data=None if data is None else str(data), against_name=against,
+    )  # fmt: skip
     if report is not None:
         found.save(report)
         started.write(report, {"matrices": len(found.matrices)})
@@ -191,30 +266,16 @@ def run(
     return found.to_dict()
 
 
-def _measures(wanted: Sequence[str | Measure], pair: bool) -> list[Measure]:
-    """The records; without a name, those of pairs where there is another model."""
-    chosen = [MEASURES.find(name, "measure") for name in wanted]
-    alone = next((measure for measure in chosen if measure.pair and not pair), None)
-    if alone is not None:
-        raise WeftError(f"The measure {alone.name!r} compares two models: say which other one, by --against.")
-    return chosen or [measure for measure in MEASURES.values() if measure.pair and pair]
-
-
-def _figures(
-    name: str, W: Tensor, measures: Sequence[Measure], before: Mapping[str, Callable[[], Tensor]]
-) -> dict[str, float]:
-    """What the measures say of a matrix."""
-    found: dict[str, float] = {}
-    for measure in measures:
-        pair = []
-        if measure.pair:
-            W0 = before[name]() if name in before else None
-            if W0 is None or W0.shape != W.shape:
-                there = "no such matrix" if W0 is None else f"one of {W0.shape[0]} x {W0.shape[1]}"
-                raise WeftError(f"The other model has {there} as {name}: compare a model with what it was made from.")
-            pair = [_finite(name, W0).to(W.device)]
-        found |= measure.value(W, *pair, **measure.defaults)
-    return found
+def _batches(
+    model: str, data: str | Path, windows: int, window: int, seed: int, trust_remote_code: bool
+) -> list[dict[str, Tensor]]:
+    """The windows that the model reads, one a batch."""
+    if windows < 1 or window < 2:
+        raise WeftError(f"--windows has to be at least 1 and --window at least 2, not {windows} and {window}.")
+    texts, _ = calibration_texts(data, model)
+    check_context(load_config(model, trust_remote_code=trust_remote_code), window)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return calibration_batches(tokenizer, texts, windows=windows, window=window, batch=1, seed=seed)
 
 
 _Found = tuple[str, Callable[[], Tensor], int, bool]  # name, what makes the (out, in) weight, numbers stored, tied

@@ -10,7 +10,7 @@ from typing import Any
 
 from weft.errors import WeftError
 
-__all__ = ["figures", "page", "report_path", "section", "table"]
+__all__ = ["commands_list", "figures", "page", "report_path", "section", "table"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -75,12 +75,18 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
 
 def section(heading: str, explanation: str, body: str) -> str:
     """A heading, a sentence that says how to read what follows, and the body (HTML)."""
-    return f"<h2>{escape(heading)}</h2><p>{escape(explanation)}</p>{body}\n"
+    said = f"<p>{escape(explanation)}</p>" if explanation else ""
+    return f"<h2>{escape(heading)}</h2>{said}{body}\n"
 
 
 def figures(plots: Sequence[str]) -> str:
     """Plots side by side, as many as fit."""
     return f'<div class="figures">{"".join(plots)}</div>'
+
+
+def commands_list(lines: Sequence[str]) -> str:
+    """Lines to be copied into a shell."""
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from weft.runs.report.pages import figures, page, section, table
+from weft.runs.report.pages import commands_list, figures, page, section, table
 from weft.runs.report.plots import Series, heat_map, line_chart, ramp
 
 __all__ = ["block_grid", "spectra_charts", "spectra_page"]
@@ -27,43 +27,96 @@ _COLUMNS = {
 }
 
 
+_PLAIN = {"name", "shape", "dtype", "parameters", "tied", "compress"}
+
+
 def spectra_page(report: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
     """The page of a `Report`: its dict and its singular values by name."""
     matrices: Sequence[Mapping[str, Any]] = report["matrices"]
+    model = report["model"]
     fullness = {m["name"]: m["effective_rank"] / min(m["shape"]) for m in matrices}
-    plain = {"name", "shape", "dtype", "parameters", "tied"}
-    more = {key: key.replace("_", " ") for m in matrices[:1] for key in m if key not in plain | set(_COLUMNS)}
-    columns = _COLUMNS | more
-    headings = ["matrix", "shape", "dtype", "parameters", *columns.values(), "tied"]
+    sections = [
+        *_of_model(report),
+        section(
+            "How full the spectra are",
+            "Effective rank as a share of the largest possible. A light cell is a matrix that uses few directions.",
+            block_grid("effective rank / full rank", fullness, "of full rank"),
+        ),
+        section(
+            "Singular values",
+            "One line a layer, light for the first and dark for the last, each relative to its own largest value. "
+            "The faster a line falls, the fewer directions carry the matrix.",
+            figures(spectra_charts(spectra)),
+        ),
+        *_prospects(report),
+        *_matrices(report),
+        section("What follows", "Commands that act on what was found here.", commands_list(report["commands"])),
+    ]
+    return page(
+        f"Inside {model['name']}",
+        f"{len(matrices)} matrices, {model['parameters']:,} parameters. Written by weft inspect.",
+        sections,
+    )
+
+
+def _of_model(report: Mapping[str, Any]) -> list[str]:
+    """What measures say of the model as a whole, where one was asked."""
+    rows = [[_said(k), v, report["reads"].get(k, "")] for k, v in report["model"].items() if k in report["reads"]]
+    return [section("The model", "", table(["figure", "value", "how it reads"], rows))] if rows else []
+
+
+def _prospects(report: Mapping[str, Any]) -> list[str]:
+    """What compression would make of each matrix, at a glance."""
+    found = {m["name"]: m["compress"] for m in report["matrices"] if m["compress"] is not None}
+    if not found:
+        return []
+    told = report["predicted"]
+    by = "Predicted on the text that was given." if told["by"] == "data" else (
+        "Predicted by the weights alone, which know nothing of what the model is used for: with --data the loss is in "
+        "nats a token."
+    )  # fmt: skip
+    line = (
+        f"The fewest bytes at a predicted loss of {told['limit']:g} ({told['unit']}): a rank, or codes of so many bits."
+    )
+    shares = {name: p["bytes"] / p["dense_bytes"] for name, p in found.items()}
+    words = {name: p["would"] for name, p in found.items()}
+    grid = block_grid("bytes kept, darker for more", shares, "of its bytes kept", words)
+    return [section("What compression would do", f"{line} {by}", grid)]
+
+
+def _matrices(report: Mapping[str, Any]) -> list[str]:
+    """Every figure of every matrix, and how those of the measures read."""
+    matrices = report["matrices"]
+    columns = _COLUMNS | {key: _said(key) for m in matrices for key in m if key not in _PLAIN | set(_COLUMNS)}
+    headings = ["matrix", "shape", "dtype", "parameters", *columns.values()]
+    headings += ["rank", "bits", "compress would", "bytes kept", "predicted loss", "tied"]
     rows = [
         [
-            m["name"],
-            "x".join(map(str, m["shape"])),
-            m["dtype"],
-            m["parameters"],
-            *(m[k] for k in columns),
+            *(m["name"], "x".join(map(str, m["shape"])), m["dtype"], m["parameters"]),
+            *(_cell(m.get(key)) for key in columns),
+            *_would(m["compress"]),
             "tied" * m["tied"],
         ]
         for m in matrices
     ]
-    return page(
-        f"Spectra of {report['model']}",
-        f"{len(matrices)} matrices, {report['parameters']:,} parameters. Written by weft inspect.",
-        [
-            section(
-                "How full the spectra are",
-                "Effective rank as a share of the largest possible. A light cell is a matrix that uses few directions.",
-                block_grid("effective rank / full rank", fullness, "of full rank"),
-            ),
-            section(
-                "Singular values",
-                "One line a layer, light for the first and dark for the last, each relative to its own largest value. "
-                "The faster a line falls, the fewer directions carry the matrix.",
-                figures(spectra_charts(spectra)),
-            ),
-            section("Every matrix", "Click a heading to sort.", table(headings, rows)),
-        ],
-    )
+    reads = [[_said(k), report["reads"][k]] for k in columns if k in report["reads"]]
+    told = [section("How the figures read", "", table(["figure", "how it reads"], reads))] if reads else []
+    return [section("Every matrix", "Click a heading to sort.", table(headings, rows)), *told]
+
+
+def _would(prospect: Mapping[str, Any] | None) -> list[Any]:
+    if prospect is None:
+        return [""] * 5
+    share = prospect["bytes"] / prospect["dense_bytes"]
+    return [_cell(prospect["rank"]), _cell(prospect["bits"]), prospect["would"], share, prospect["loss"]]
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else value
+
+
+def _said(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def block_grid(title: str, shares: Mapping[str, float], unit: str, words: Mapping[str, str] | None = None) -> str:
