@@ -51,12 +51,24 @@ CASES = {
     "Qwen3-MoE": Case("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**HEADED, **MIXED}),
     "Mixtral": Case("MixtralForCausalLM", "MixtralConfig", {**TEXT, "num_local_experts": 4}),
     "Gemma 3": Case("Gemma3ForCausalLM", "Gemma3TextConfig", HEADED),
+    "Gemma 3 vision-language": Case(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {"text_config": {**HEADED, "sliding_window": 8}, "vision_config": {**TOWER, "image_size": 16, "patch_size": 8}}
+        | {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62},
+    ),
     "Phi-4": Case("Phi3ForCausalLM", "Phi3Config", TEXT),
     "Llama 4": Case(
         "Llama4ForCausalLM",
         "Llama4TextConfig",
         {**HEADED, "intermediate_size_mlp": 48, "num_local_experts": 4, "attention_chunk_size": 8},
-        "*self_attn*",
+    ),
+    "DBRX": Case(
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "pad_token_id": 0}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}}
+        | {"ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
     ),
     "GPT-OSS": Case("GptOssForCausalLM", "GptOssConfig", {**HEADED, "num_local_experts": 4}),
     "DeepSeek-V3": Case(

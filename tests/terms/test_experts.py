@@ -20,7 +20,8 @@ from weft.terms.experts import Experts, fuse, open_experts
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 from architectures import CASES, build
 
-MIXTURES = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3", "GPT-OSS")
+MIXTURES = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3", "GPT-OSS", "Llama 4", "DBRX")
+CHOOSING = MIXTURES[:4]  # those classes that let choose how the products are computed
 IDS = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[0, 5:] = MASK[2, 9:] = 0  # padded on the right
@@ -51,6 +52,11 @@ def unreachable(model: hf.PreTrainedModel, expert: int = 2) -> hf.PreTrainedMode
     return model
 
 
+def experts_of(model: nn.Module) -> str:
+    """The name of the last block's experts."""
+    return [name for name, _ in model.named_modules() if name.endswith(".experts")][-1]
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(**BATCH).logits
@@ -65,20 +71,37 @@ def assert_state(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert list(now) == list(before) and all(torch.equal(now[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("name", MIXTURES)
-def test_opened_they_compute_the_same_and_fused_they_are_what_they_were(name: str, implementation: str) -> None:
+HOW = [(name, how) for name in CHOOSING for how in ("eager", "grouped_mm", "batched_mm")]
+
+
+@pytest.mark.parametrize("name, implementation", [*HOW, ("Llama 4", None), ("DBRX", None)])
+def test_opened_they_compute_the_same_and_fused_they_are_what_they_were(name: str, implementation: str | None) -> None:
     model = mixture(name)
-    model.set_experts_implementation(implementation)
-    before, expected = state(model), logits(model)
-    kind = type(model.model.layers[1].mlp.experts)
+    if implementation:
+        model.set_experts_implementation(implementation)
+    before, expected, place = state(model), logits(model), experts_of(model)
+    kind = type(model.get_submodule(place))
     open_experts(model)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
-    assert isinstance(model.model.layers[1].mlp.experts, Experts)
+    assert isinstance(model.get_submodule(place), Experts)
     fuse(model)
-    assert type(model.model.layers[1].mlp.experts) is kind
+    assert type(model.get_submodule(place)) is kind
     assert_state(model, before)
     assert torch.equal(logits(model), expected)
+
+
+def test_gradients_of_sorted_and_glued_experts_are_those_of_the_stack() -> None:
+    for name, leaf, short, turned in (("Llama 4", "down_proj", "down", True), ("DBRX", "mlp.v1", "up", False)):
+        model, other, place = mixture(name), mixture(name), experts_of(mixture(name))
+        open_experts(other)
+        for one in (model, other):
+            one(**BATCH, labels=IDS).loss.backward()
+        stack = model.get_parameter(f"{place}.{leaf}").grad
+        for i, gradient in enumerate(stack.view(4, -1, stack.shape[-1])):
+            found = other.get_parameter(f"{place}.{i}.{short}.weight").grad
+            expected = gradient.T if turned else gradient
+            found = torch.zeros_like(expected) if found is None else found
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_are_those_of_the_stack() -> None:
@@ -160,7 +183,7 @@ def test_codes_of_experts_alone_are_saved_opened_and_refused_by_others(name: str
     model.save_pretrained(tmp_path / "codes")
     loaded = type(model).from_pretrained(tmp_path / "codes")
     assert torch.equal(logits(loaded), logits(model))
-    assert type(loaded.get_submodule(GATE_UP.format(1))) is nn.Linear
+    assert type(loaded.get_submodule(f"{experts_of(loaded)}.1.down")) is nn.Linear
     expected = logits(loaded)
     weft.merge(loaded)
     assert list(loaded.state_dict()) == plain
@@ -190,29 +213,38 @@ def test_without_weft_they_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-1500:]
 
 
-def routes(model: hf.PreTrainedModel, layer: int = 1) -> tuple[Tensor, Tensor]:
-    """What a layer's experts are called with: hidden states (tokens, H) and the experts chosen (tokens, k)."""
-    seen = []
-    handle = model.model.layers[layer].mlp.experts.register_forward_pre_hook(lambda m, args: seen.append(args))
+def called_with(model: hf.PreTrainedModel) -> tuple[Tensor, ...]:
+    """The arguments of the last experts: hidden states and, of most classes, the experts chosen (tokens, k)."""
+    seen: list[tuple[Tensor, ...]] = []
+    handle = model.get_submodule(experts_of(model)).register_forward_pre_hook(lambda m, args: seen.append(args))
     logits(model)
     handle.remove()
-    return seen[0][0], seen[0][1]
+    return seen[0]
+
+
+def routed_to(model: hf.PreTrainedModel, expert: int) -> Tensor:
+    """What that expert sees (tokens, H), by a plain loop: of tokens that are no padding."""
+    if model.config.model_type == "llama4_text":  # called with all tokens for each expert, scaled by their scores
+        hidden = called_with(model)[0].view(4, -1, 32)[expert]
+        return hidden[[t for t in range(len(hidden)) if MASK.flatten()[t] and hidden[t].any()]]
+    hidden, chosen, _ = called_with(model)
+    hidden = hidden.flatten(0, -2)
+    return hidden[[t for t in range(len(hidden)) if MASK.flatten()[t] and expert in chosen[t].tolist()]]
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_statistics_are_of_the_tokens_that_were_routed_there(name: str) -> None:
     """Against a loop over the router's choices; padding, which is routed too, does not count."""
     model = mixture(name)
-    hidden, chosen = routes(model)
-    stats = weft.calibrate(model, [BATCH], ["input_moment"], layers=GATE_UP.format("*"))
-    for i in range(4):
-        rows = [t for t in range(len(hidden)) if MASK.flatten()[t] and i in chosen[t].tolist()]
-        x = hidden[rows].double()
-        if not rows:
-            assert GATE_UP.format(i) not in stats
+    place, short = experts_of(model), "up" if name == "DBRX" else "gate_up"
+    seen = [routed_to(model, i).double() for i in range(4)]
+    stats = weft.calibrate(model, [BATCH], ["input_moment"], layers=f"{place}.*.{short}")
+    for i, x in enumerate(seen):
+        if not len(x):
+            assert f"{place}.{i}.{short}" not in stats
             continue
-        moment = stats[GATE_UP.format(i)]["input_moment"]
-        torch.testing.assert_close(moment, x.T @ x / len(rows), atol=1e-5, rtol=1e-5)
+        moment = stats[f"{place}.{i}.{short}"]["input_moment"]
+        torch.testing.assert_close(moment, x.T @ x / len(x), atol=1e-5, rtol=1e-5)
 
 
 def test_fisher_sums_are_by_sequence() -> None:
@@ -234,8 +266,7 @@ def test_fisher_sums_are_by_sequence() -> None:
 @pytest.mark.parametrize("method", ["svd-llm", "kfac-svd"])
 def test_an_expert_that_no_token_reaches_stays_and_is_named(method: str, sequential: bool) -> None:
     model = unreachable(mixture())
-    _, chosen = routes(model)
-    assert 2 not in chosen
+    assert 2 not in called_with(model)[1]
     weight = model.model.layers[1].mlp.experts.gate_up_proj[2].clone()
     with pytest.warns(UserWarning, match=r"reaches model\.layers\.1\.mlp\.experts\.2\.gate_up, .*stay as they are"):
         done = weft.compress(model, method, budget=0.6, batches=[BATCH], sequential=sequential)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from weft.kernels.recompute import recompute
 from weft.memory import lean, unlean
-from weft.terms import Dense, LowRank, Sparse, SumLinear
+from weft.terms import TERMS, Dense, LowRank, Sparse, SumLinear
+from weft.testing import example
 
 OUT, IN, RANK, MANY, FEW = 48, 64, 5, 120, 20
 
@@ -115,3 +118,13 @@ def test_half_precision_and_what_is_frozen():
         if one is not None:
             assert float((one.float() - other).norm() / other.norm()) < 0.02
     assert module.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_what_a_layer_gives_may_be_changed_in_place(kind):
+    """As what a plain layer gives may be, with a bias or without: Llama 4 adds its experts to it."""
+    for bias, second, shape in itertools.product((False, True), (False, True), ((5,), (2, 5))):
+        terms = {"first": example(kind)} | ({"second": example("low_rank", 2)} if second else {})
+        module = SumLinear(terms, torch.zeros(12) if bias else None)
+        x = draw(*shape, module.in_features, dtype=torch.float32).requires_grad_()
+        module(x).add_(1).sum().backward()

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.kernels.autocast import compute_dtype, without_autocast
 from weft.kernels.recompute import fetch, source_of
+from weft.kernels.shapes import beside
 
 __all__ = ["Factor", "frozen_linear", "linear"]
 
@@ -79,7 +80,7 @@ class _Linear(torch.autograd.Function):
         # x A^T is for the gradient of B alone
         kept_hidden = [h if need else None for h, need in zip(hidden, needs[7::2], strict=True)]
         ctx.save_for_backward(*(source if wants_x else ()), weight if needs[0] else None, *kept_hidden, *factors)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return beside(y, x)
 
     @staticmethod
     @once_differentiable

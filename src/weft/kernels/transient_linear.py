@@ -22,6 +22,7 @@ from torch import Tensor
 
 from weft.kernels.autocast import compute_dtype, without_autocast
 from weft.kernels.recompute import Source, fetch, source_of
+from weft.kernels.shapes import beside
 
 __all__ = ["Summand", "companded_summand", "low_rank_summand", "sparse_summand", "transient_linear", "worthwhile"]
 
@@ -125,7 +126,8 @@ class _TransientLinear(torch.autograd.Function):
         dtype = compute_dtype(x)
         with without_autocast(x):
             W = _build(plan, tensors, (out_features, x.shape[-1]), dtype)
-            return F.linear(x.to(dtype), W, None if bias is None else bias.to(dtype))
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            return beside(F.linear(rows, W, None if bias is None else bias.to(dtype)), x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,9 +7,7 @@ Every verb then sees an expert's matrix as it sees any linear layer: it is calib
 it, compressed, quantised, adapted and saved by itself. A model's experts are opened when a layer of theirs is asked
 for, and fused again, to the class and the parameters that they were, as soon as none of them is a sum of terms.
 
-It serves the classes that transformers decorates with `use_experts_implementation`, whose fields say how the tensors
-lie (transposed, with biases, gated, normalised after); others are left as they are. In the place of each tensor stays
-one of its own rank and of ones in size, so that a loader that knows nothing of weft finds the wrong shape and refuses.
+`weft.terms.expert_stacks` says how the tensors lie in which class; other classes are left as they are.
 """
 
 from __future__ import annotations
@@ -17,19 +15,18 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from weft.terms.expert_stacks import is_sorted, stacks_of
 from weft.terms.hooks import carry_hooks, check_at_hand
 from weft.terms.sum_linear import SumLinear
 
 __all__ = ["Experts", "Routed", "expert_layers", "fuse", "names_an_expert", "open_experts", "routed", "within_experts"]
 
 _ROUTED = "_weft_routed"
-_FIELDS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_apply_gate")
-"""What the decorator gives a class of experts."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,48 +45,54 @@ def routed(x: Tensor) -> Routed | None:
 
 
 class Experts(nn.Module):
-    """The experts of one mixture, `<number>.gate_up` and `<number>.down` (`<number>.up` where nothing gates), computing
-    what the class of transformers does.
+    """The experts of one mixture, `<number>.gate_up` and `<number>.down` (`<number>.up` where nothing gates,
+    `<number>.gate` and `<number>.up` where they lie apart), computing what the class of transformers does.
 
     Args:
-        fused: the module of transformers; it is emptied, and kept to be filled again by `fuse`.
+        fused: the module of transformers; it is emptied, and kept to be filled again by `fused`.
     """
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.num_experts = int(fused.num_experts)  # type: ignore[arg-type]
-        self._fused = [fused]  # in a list: no submodule
+        self._fused, self._stacks = [fused], stacks_of(fused)  # in a list: no submodule
         for name, child in fused.named_children():
             setattr(self, name, child)
-        layers = {leaf: _unstacked(fused, leaf) for leaf in _leaves(fused)}
+        layers = {stack.short: stack.unstacked() for stack in self._stacks}
         for index in range(self.num_experts):
-            self.add_module(str(index), nn.ModuleDict({_short(leaf): rows[index] for leaf, rows in layers.items()}))
-        for leaf in layers:
-            stack = fused._parameters.pop(leaf)
-            assert stack is not None
-            fused._parameters.pop(f"{leaf}_bias", None)
-            ones = torch.zeros(1, *((1, 2) if fused.is_transposed else (2, 1)), dtype=stack.dtype, device=stack.device)
-            self.register_buffer(leaf, ones if leaf == "gate_up_proj" else ones[:, :1, :1].contiguous())
+            self.add_module(str(index), nn.ModuleDict({short: rows[index] for short, rows in layers.items()}))
+        for stack in self._stacks:
+            (self if stack.owner is fused else stack.owner).register_buffer(stack.leaf, stack.empty())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (tokens, H), the chosen experts and their weights (tokens, k) -> (tokens, H)."""
-        total = torch.zeros_like(hidden_states)
+        """hidden_states (..., H) of all tokens, the chosen experts and their weights (tokens, k) -> (..., H)."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        total = torch.zeros_like(tokens)
         for index in torch.unique(top_k_index).tolist():
             if index >= self.num_experts:  # stands for an expert that another process holds
                 continue
             rows, places = (top_k_index == index).nonzero(as_tuple=True)
-            y = self._expert(index, hidden_states[rows], Routed(rows, len(hidden_states)))
+            y = self._expert(index, tokens[rows], Routed(rows, len(tokens)))
             total.index_add_(0, rows, (y * top_k_weights[rows, places, None]).to(total.dtype))
-        return total
+        return total.view_as(hidden_states)
 
     def _expert(self, index: int, x: Tensor, tokens: Routed) -> Tensor:
         fused: Any = self._fused[0]
         layers: Any = self.get_submodule(str(index))
         setattr(x, _ROUTED, tokens)
-        h: Tensor = fused._apply_gate(layers["gate_up"](x)) if fused.has_gate else fused.act_fn(layers["up"](x))
+        h: Tensor = self._gated(layers, x)
         setattr(h, _ROUTED, tokens)
         y: Tensor = layers["down"](h)
-        return fused.post_expert_norm(y) if fused.has_post_expert_norm else y
+        return fused.post_expert_norm(y) if getattr(fused, "has_post_expert_norm", False) else y
+
+    def _gated(self, layers: Any, x: Tensor) -> Tensor:
+        """What goes into `down`."""
+        fused: Any = self._fused[0]
+        if "gate" in layers:
+            return cast(Tensor, fused.mlp.activation_fn(layers["gate"](x)) * layers["up"](x))
+        return cast(
+            Tensor, fused._apply_gate(layers["gate_up"](x)) if fused.has_gate else fused.act_fn(layers["up"](x))
+        )
 
     def fused(self) -> nn.Module:
         """The module of transformers again, of these numbers.
@@ -97,23 +100,34 @@ class Experts(nn.Module):
         Raises:
             ValueError: an expert is a sum of terms.
         """
-        fused: Any = self._fused[0]
         if self.has_sums():
             raise ValueError("an expert is a sum of terms")
-        for leaf in _leaves(fused):
-            layers: list[Any] = [self.get_submodule(f"{i}.{_short(leaf)}") for i in range(self.num_experts)]
-            weight = torch.stack([layer.weight.detach() for layer in layers])
-            weight = weight.mT.contiguous() if fused.is_transposed else weight
-            trained = layers[0].weight.requires_grad
-            fused.register_parameter(leaf, nn.Parameter(weight, requires_grad=trained))
-            if fused.has_bias:
-                bias = torch.stack([layer.bias.detach() for layer in layers])
-                fused.register_parameter(f"{leaf}_bias", nn.Parameter(bias, requires_grad=trained))
-        return fused  # type: ignore[no-any-return]
+        for stack in self._stacks:
+            stack.fill([self.get_submodule(f"{index}.{stack.short}") for index in range(self.num_experts)])
+        return self._fused[0]
 
     def has_sums(self) -> bool:
         """Whether a layer of an expert is a sum of terms."""
         return any(isinstance(module, SumLinear) for module in self.modules())
+
+
+class SortedExperts(Experts):
+    """Experts that are called with all tokens once for each of them, scaled, and zeros where they are not routed."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_states (experts * tokens, H) -> the same."""
+        shares = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+        results = torch.zeros_like(shares)
+        for index, x in enumerate(shares):
+            (rows,) = x.any(-1).nonzero(as_tuple=True)
+            if len(rows):
+                y = self._expert(index, x[rows], Routed(rows, len(x)))
+                results[index].index_add_(0, rows, y.to(results.dtype))
+        return results.view_as(hidden_states)
+
+    def _gated(self, layers: Any, x: Tensor) -> Tensor:
+        gate, up = layers["gate_up"](x).chunk(2, dim=-1)
+        return cast(Tensor, up * cast(Any, self._fused[0]).act_fn(gate))
 
 
 def open_experts(model: nn.Module, wanted: Callable[[str], bool] = lambda layer: True) -> None:
@@ -123,9 +137,9 @@ def open_experts(model: nn.Module, wanted: Callable[[str], bool] = lambda layer:
         WeftError: accelerate keeps the weights elsewhere between forward passes.
     """
     for path, module in list(model.named_modules()):
-        if path and _is_fused(module) and any(map(wanted, _names(path, module))):
+        if path and any(map(wanted, _names(path, module))):
             check_at_hand(model, [path])
-            _swap(model, path, module, Experts(module))
+            _swap(model, path, module, (SortedExperts if is_sorted(module) else Experts)(module))
 
 
 def fuse(model: nn.Module) -> None:
@@ -143,7 +157,7 @@ def expert_layers(model: nn.Module, layers: Iterable[str]) -> set[str]:
 
 def names_an_expert(layer: str) -> bool:
     """Whether a layer's name is one that `open_experts` gives."""
-    return bool(re.search(r"\bexperts\.\d+\.(gate_up|up|down)$", layer))
+    return bool(re.search(r"\bexperts\.\d+\.(gate_up|gate|up|down)$", layer))
 
 
 def within_experts(verb: Callable[P, R]) -> Callable[P, R]:
@@ -170,50 +184,10 @@ _OPEN: list[nn.Module] = []
 """The models on which such verbs are at work."""
 
 
-def _is_fused(module: nn.Module) -> bool:
-    """Whether this is a module of experts as transformers decorates them, and holds nothing else."""
-    if isinstance(module, Experts) or any(getattr(module, field, None) is None for field in _FIELDS):
-        return False
-    leaves = _leaves(module)
-    wanted = {*leaves, *(f"{leaf}_bias" for leaf in leaves if module.has_bias)}
-    stacks = [module._parameters.get(leaf) for leaf in leaves]
-    return (
-        module._parameters.keys() == wanted
-        and not module._buffers
-        and not getattr(module, "_is_expert_parallel", False)
-        and all(type(p) is nn.Parameter and p.dim() == 3 and p.is_floating_point() for p in stacks)
-    )
-
-
-def _leaves(fused: nn.Module) -> tuple[str, str]:
-    return ("gate_up_proj" if fused.has_gate else "up_proj"), "down_proj"
-
-
-def _short(leaf: str) -> str:
-    """The name of an expert's layer, which transformers' loader does not take for a part of a checkpoint to be fused:
-    that is what `experts.3.down_proj.weight` is to it.
-    """
-    return leaf.removesuffix("_proj")
-
-
-def _names(path: str, fused: nn.Module) -> Iterator[str]:
-    for index in range(int(fused.num_experts)):  # type: ignore[arg-type]
-        yield from (f"{path}.{index}.{_short(leaf)}" for leaf in _leaves(fused))
-
-
-def _unstacked(fused: nn.Module, leaf: str) -> list[nn.Linear]:
-    """A linear layer for each matrix of a stack, of memory of its own."""
-    stack, biases = fused._parameters[leaf], fused._parameters.get(f"{leaf}_bias")
-    assert stack is not None
-    made = []
-    for index, matrix in enumerate(stack.detach()):
-        matrix = matrix.mT if fused.is_transposed else matrix
-        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=biases is not None, device="meta")
-        layer.weight = nn.Parameter(matrix.clone(memory_format=torch.contiguous_format), stack.requires_grad)
-        if biases is not None:
-            layer.bias = nn.Parameter(biases.detach()[index].clone(), biases.requires_grad)
-        made.append(layer)
-    return made
+def _names(path: str, module: nn.Module) -> Iterator[str]:
+    """The names of an expert's layers that a module has once it is opened."""
+    for stack in () if isinstance(module, Experts) else stacks_of(module):
+        yield from (f"{path}.{index}.{stack.short}" for index in range(stack.number))
 
 
 def _swap(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:

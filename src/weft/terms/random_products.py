@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.kernels.autocast import compute_dtype, without_autocast
+from weft.kernels.shapes import beside
 from weft.terms.base import Spec, Term
 from weft.terms.random_store import RandomStore
 
@@ -99,7 +100,7 @@ class _Product(torch.autograd.Function):
             rows, S, B = _cast(ctx.dtype, x, Lambda, Gamma, B, A)
             hidden = rows @ S.mT if down_is_scaled else rows @ B
             y = (hidden * scale) @ (B.mT if down_is_scaled else S)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return beside(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

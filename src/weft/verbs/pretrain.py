@@ -244,7 +244,7 @@ def run(
     if dry_run:
         return _rehearsal(made, words, files, recipe, chosen)
     with open_output(_named(out), arguments, inputs) as place:
-        judging = {"evaluation": evaluation, "eval_windows": eval_windows, "eval_data": judge}
+        judging: dict[str, Any] = {"evaluation": evaluation, "eval_windows": eval_windows, "eval_data": judge}
         metrics = pretrain(made, words, files, recipe, place.progress, **judging, **chosen)
         if int(os.environ.get("RANK", "0")) == 0:
             save_model(made, words, place.path, run=record.write(place.path, metrics))
