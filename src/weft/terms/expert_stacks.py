@@ -1,9 +1,13 @@
 """How transformers' classes of experts hold their matrices: one tensor a matrix, for all experts of a mixture.
 
-decorated by `use_experts_implementation`     experts.gate_up_proj (E, 2 I, H), experts.down_proj (E, H, I); their
-                                              fields say whether they are transposed, biased, gated
-Llama 4                                       the same, transposed; called with the tokens of each expert in turn
-DBRX                                          experts.mlp.w1, v1, w2 (E I, H): gate, up, and down transposed
+    experts.gate_up_proj (E, 2 I, H), experts.down_proj (E, H, I)
+
+in the classes that `use_experts_implementation` decorates, whose fields say whether they are transposed, biased, gated;
+the same transposed in Llama 4, which calls them with all tokens for each expert; and in DBRX
+
+    experts.mlp.w1, experts.mlp.v1, experts.mlp.w2 (E I, H)
+
+the gate, up, and down transposed.
 """
 
 from __future__ import annotations
