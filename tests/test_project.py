@@ -54,6 +54,17 @@ def test_the_oldest_transformers_that_is_tried_is_the_oldest_that_is_allowed() -
     assert Version(least) == Version(oldest.removeprefix("transformers=="))
 
 
+def test_every_python_that_is_allowed_is_named() -> None:
+    """And the code is written in the syntax of the oldest."""
+    prefix = "Programming Language :: Python :: 3."
+    named = [int(one.removeprefix(prefix)) for one in PROJECT["classifiers"] if one.startswith(prefix)]
+    oldest = Version(PROJECT["requires-python"].removeprefix(">="))
+    assert named == list(range(oldest.minor, 15)) and "Typing :: Typed" in PROJECT["classifiers"]
+    assert (
+        f"py3{oldest.minor}" == tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["target-version"]
+    )
+
+
 def test_licence() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert PROJECT["license"] == "Apache-2.0" and "Apache License" in text and "END OF TERMS AND CONDITIONS" in text

@@ -279,3 +279,23 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 def test_python_m_weft_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "weft", "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("weft ")
+
+
+def test_verbs_say_what_they_cover_and_what_they_leave(tiny_directory: Path, tmp_path: Path) -> None:
+    """Of the numbers in the model's matrices, with the reason: in words, in JSON and in the record."""
+    codes, plain, served = (str(tmp_path / name) for name in ("codes", "plain", "served"))
+    commands = {
+        codes: ["quantize", str(tiny_directory), "-o", codes, "--scheme", "int8", "--targets", "*mlp*"],
+        plain: ["merge", codes, "-o", plain],
+        served: ["export", codes, "-o", served],
+    }
+    found = []
+    for place, command in commands.items():
+        said = CliRunner().invoke(app, command)
+        assert said.exit_code == 0, said.output
+        assert "% of the numbers in the model's matrices" in said.output and "q_proj (it is not among" in said.output
+        found.append(json.loads((Path(place) / "run.json").read_text())["metrics"])
+    layers = CliRunner().invoke(app, ["inspect", str(tiny_directory), "--layers", "*mlp*", "--json"])
+    found.append(json.loads(layers.stdout)["model"])
+    assert 0 < found[0]["covered"] < 1 and all(one["covered"] == found[0]["covered"] for one in found)
+    assert all(any("q_proj" in left for left in one["left"]) for one in found)

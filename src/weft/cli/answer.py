@@ -154,9 +154,16 @@ def print_table(columns: Mapping[str, str], rows: Sequence[Sequence[Any]], title
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
-    """Names and values, one a line; what is nested is left to the JSON."""
-    flat = {k.replace("_", " "): v for k, v in facts.items() if not isinstance(v, dict | list)}
+    """Names and values, one a line; a share that is covered, and what is left and why, in words; what is nested is left
+    to the JSON.
+    """
+    words = {"covered": _percent(facts["covered"]), "left": "; ".join(facts["left"])} if "left" in facts else {}
+    flat = {k.replace("_", " "): v for k, v in {**facts, **words}.items() if not isinstance(v, dict | list)}
     print_table({"": "left", " ": "left"}, list(flat.items()))
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%} of the numbers in the model's matrices"
 
 
 def number(value: Any) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from weft.errors import WeftError
+from weft.terms.experts import open_experts, within_experts
 from weft.terms.layers import HEAD, OUTSIDE, is_linear, judged, output_head, shape_of
 from weft.terms.sum_linear import SumLinear
 
-__all__ = ["Coverage", "coverage", "require_coverage"]
+__all__ = ["Coverage", "coverage", "coverage_of", "require_coverage"]
 
 _NOT_NAMED = "it is not among the layers that were named"
 
@@ -64,6 +65,14 @@ def coverage(model: nn.Module, layers: Iterable[str]) -> Coverage:
         left[name] = reason
     total = numbers.total()
     return Coverage(numbers[True] / total if total else 0.0, left)
+
+
+@within_experts
+def coverage_of(model: nn.Module, layers: Iterable[str]) -> Coverage:
+    """The same, of a model whose experts may be fused."""
+    layers = set(layers)
+    open_experts(model, layers.__contains__)
+    return coverage(model, layers)
 
 
 def require_coverage(model: nn.Module, layers: Iterable[str]) -> None:

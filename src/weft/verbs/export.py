@@ -35,6 +35,7 @@ from weft.runs.output import check_output, open_output
 from weft.runs.record import Result, Run, begin
 from weft.terms import SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of
+from weft.terms.coverage import coverage_of
 from weft.terms.experts import names_an_expert
 from weft.terms.hooks import check_at_hand
 from weft.verbs.adapters import check_ungrafted
@@ -233,6 +234,7 @@ def _write(
         "dense": len(plan.dense),
         "adapter": len(plan.beside),
     }
+    metrics |= coverage_of(model, {*plan.layers, *plan.dense, *plan.beside}).facts()
     _write_adapter(model, plan, path, out)
     config = None if format.adapter is not None else _write_model(model, plan, path, tokenizer)
     for name, value in format.files(config or {}).items():

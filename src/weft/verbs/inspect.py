@@ -38,6 +38,7 @@ from weft.runs.report.spectra import spectra_page
 from weft.seeds import check_seed
 from weft.stats.calibrate import Batch
 from weft.terms import SumLinear
+from weft.terms.coverage import coverage_of
 from weft.terms.experts import within_experts
 from weft.terms.layers import is_linear, linear_layers, weight_of
 from weft.train.windows import calibration_batches
@@ -259,11 +260,13 @@ def run(
         source, layers or None, measures=names, batches=batches, against=other, name=model,
         data=None if data is None else str(data), against_name=against,
     )  # fmt: skip
+    covered = coverage_of(source, [matrix.name for matrix in found.matrices]).facts()
     if report is not None:
         found.save(report)
-        started.write(report, {"matrices": len(found.matrices)})
+        started.write(report, {"matrices": len(found.matrices), **covered})
         say(f"wrote {report}")
-    return found.to_dict()
+    told = found.to_dict()
+    return {**told, "model": told["model"] | covered}
 
 
 def _batches(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
 from weft.io.adapters import check_directory, is_adapter, load_adapter
-from weft.io.quantizer import unmark
+from weft.io.quantizer import sum_specs, unmark
 from weft.io.save import save_model
 from weft.progress import say, track
 from weft.runs.loading import (
@@ -34,6 +34,7 @@ from weft.runs.record import begin
 from weft.terms import SumLinear
 from weft.terms.adapters import forget
 from weft.terms.adapters import merge as fold
+from weft.terms.coverage import coverage_of
 from weft.terms.experts import fuse
 from weft.terms.extras import tables
 from weft.terms.hooks import check_at_hand
@@ -118,6 +119,7 @@ def run(
     check_ungrafted(source)
     lost = {} if adapter is None else fold(load_adapter(source, adapter))
     _check_rows(source, tokenizer)
+    covered = coverage_of(source, {*lost, *sum_specs(source)}).facts()
     sums = sum(isinstance(module, SumLinear) for module in source.modules())
     with open_output(out, arguments) as place:
         merge(source) if sums else unmark(source)
@@ -127,6 +129,7 @@ def run(
             "matrices": sums + len(lost),
             **_sizes("_before", before),
             **_sizes("", model_size(source)),
+            **covered,
         }
         if lost:
             metrics["update_lost"] = max(lost.values())

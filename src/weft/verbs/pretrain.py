@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError, unknown
+from weft.io.quantizer import sum_specs
 from weft.io.save import save_model
 from weft.methods import Method
 from weft.optim import fold_weights
@@ -35,6 +36,7 @@ from weft.runs.inputs import contents
 from weft.runs.loading import load_tokenizer, resolve_dtype
 from weft.runs.output import check_output, keep_logs, open_output
 from weft.runs.record import begin
+from weft.terms.coverage import coverage
 from weft.train.metrics import OneStep
 from weft.train.optimizers import (
     check_options,
@@ -237,6 +239,7 @@ def run(
     original = None if structure is None or given is None else structure.original(given)
     made, base = build(size, words, recipe.window, recipe.seed, **shape)
     made.to(target)  # type: ignore[arg-type]
+    covered = {} if structure is None else coverage(made, sum_specs(made)).facts()
     chosen: dict[str, Any] = {
         "structure": structure, "original": original, "optimizer": optimizer, "schedule": schedule, "restart": restart,
         "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, **options,
@@ -245,7 +248,7 @@ def run(
         return _rehearsal(made, words, files, recipe, chosen)
     with open_output(_named(out), arguments, inputs) as place:
         judging: dict[str, Any] = {"evaluation": evaluation, "eval_windows": eval_windows, "eval_data": judge}
-        metrics = pretrain(made, words, files, recipe, place.progress, **judging, **chosen)
+        metrics = pretrain(made, words, files, recipe, place.progress, **judging, **chosen) | covered
         if int(os.environ.get("RANK", "0")) == 0:
             save_model(made, words, place.path, run=record.write(place.path, metrics))
             keep_logs(place)
