@@ -1,12 +1,13 @@
 """Perplexity against bits a weight: methods alone, codes with factors beside them, and `auto`, on two kinds of text.
 
-    python benchmarks/frontier.py MODEL --text wikitext=FILE [--calibrate python|wikitext] [--rows auto gptq ...]
+    python benchmarks/frontier.py MODEL --text wikitext=FILE [--calibrate python|wikitext|python+wikitext] [--rows auto gptq ...]
         [--budgets 2 2.5 3 3.5 4] [--windows 32] [--judged 24] [--seed 0] [--device cuda]
         --json benchmarks/results/frontier_ref.jsonl
     python benchmarks/frontier.py --plot FILE       # what FILE holds, a chart a text beside it
 
 MODEL is a directory, a Hub id or `pico`. Calibration is on the first half of a text, judging on its second half;
-`python` is weft's own split, the standard library's files without those held out, and these. Bits count everything
+`python` is weft's own split, the standard library's files without those held out, and these; `python+wikitext` takes
+half of the windows from each. Bits count everything
 that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every budget is a line of
 the file; those that are there already are not measured again, so that an interrupted run goes on, and
 `python docs/generate.py` makes tables of the files in benchmarks/results. Peak memory is the
@@ -77,8 +78,7 @@ def main() -> None:
     texts = dict(pair.split("=", 1) for pair in args.text)
     tokenizer = load_tokenizer(args.model)
     judges = {"python": default_text("evaluation"), **{name: half(path, 1) for name, path in texts.items()}}
-    source = default_text("calibration") if args.calibrate == "python" else half(texts[args.calibrate], 0)
-    data = calibration_batches(tokenizer, [source], windows=args.windows, window=args.window, seed=args.seed)
+    data = calibration(args, tokenizer, texts)
 
     def judged(model: Any) -> dict[str, float]:
         return {
@@ -117,6 +117,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
+
+
+def calibration(args: argparse.Namespace, tokenizer: Any, texts: dict[str, str]) -> list[Any]:
+    """Batches of the texts that --calibrate names, the same number of windows from each."""
+    names = args.calibrate.split("+")
+    sources = [default_text("calibration") if name == "python" else half(texts[name], 0) for name in names]
+    drawn = {"windows": args.windows // len(names), "window": args.window, "seed": args.seed}
+    return [batch for source in sources for batch in calibration_batches(tokenizer, [source], **drawn)]
 
 
 def loaded(args: argparse.Namespace) -> Any:

@@ -2,8 +2,9 @@
 docs/deviations.md, docs/exports.md, docs/architectures.md, docs/negative-results.md, docs/reference.md,
 docs/real-model.md, and the table in README.md.
 
-    python docs/generate.py           # write them
-    python docs/generate.py --check   # exit with 1 where a page is not what the code says
+    python docs/generate.py              # write them
+    python docs/generate.py results.md   # write this one
+    python docs/generate.py --check      # exit with 1 where a page is not what the code says
 
 There is nothing in them to drift: a test runs the check.
 """
@@ -162,10 +163,10 @@ def within(page: str, width: int = 130) -> str:
 
 
 def main() -> None:
-    """Write or check every page."""
-    stale = []
-    for name, make in PAGES.items():
-        path, text = HERE / name, within(make())
+    """Write or check every page, or those that are named."""
+    stale, named = [], [word for word in sys.argv[1:] if word != "--check"]
+    for name in named or PAGES:
+        path, text = HERE / name, within(PAGES[name]())
         if "--check" in sys.argv:
             stale += [] if path.is_file() and path.read_text(encoding="utf-8") == text else [name]
         else:

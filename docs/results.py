@@ -272,7 +272,7 @@ def adapter_tables() -> list[str]:
         "anew, and `sora` closed next to no gate. And `increlora` was given its rank by the room that its tensors "
         "have, four times what it trains: a rank-1 adapter beside a LoRA of rank 4. Schedules now follow the run, and "
         "numbers are those that are trained. The three were measured again on a busier machine, so that their times do "
-        "not compare; `increlora` on `ref`, shakespeare, is still to be measured, and left out.",
+        "not compare.",
     ]
     for path in sorted(RESULTS.glob("adapters_*.json"), reverse=True):
         found = _results(path.name)

@@ -31,6 +31,8 @@ Batch = Mapping[str, Tensor]
 """What the model's forward takes: input_ids, attention_mask, labels ..."""
 Stats = dict[str, dict[str, Tensor]]
 """layer -> {statistic: tensor}; see `weft.stats.collect` for names and shapes."""
+TOKENS_AT_ONCE = 512
+"""In a backward pass."""
 
 
 @within_experts
@@ -111,18 +113,36 @@ def _collect(
 
 
 def run_batch(model: nn.Module, batch: Batch, collector: Collector, backward: bool) -> None:
-    """One forward pass, and the backward pass of the summed token loss when gradients are asked for."""
+    """One forward pass, and the backward pass of the summed token loss when gradients are asked for: then of few
+    sequences at a time, since what a backward pass keeps of a whole batch is many times a small model's weights.
+    """
     batch = to_device(batch, model)
-    collector.begin(batch)
     if not backward:
+        collector.begin(batch)
         model(**forward_inputs(model, batch))
         return
-    loss, count = token_loss(model, batch)
-    if not loss.requires_grad:
-        raise WeftError(
-            f"The loss of {type(model).__name__} does not depend on its embeddings: there are no gradients to collect."
-        )
-    (loss * count).backward()  # type: ignore[no-untyped-call]
+    for part in _parts(batch):
+        collector.begin(part)
+        loss, count = token_loss(model, part)
+        if not loss.requires_grad:
+            raise WeftError(
+                f"The loss of {type(model).__name__} does not depend on its embeddings: "
+                "there are no gradients to collect."
+            )
+        (loss * count).backward()  # type: ignore[no-untyped-call]
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    """The batch in parts of at most TOKENS_AT_ONCE tokens, or one sequence; whole, where its tensors do not share
+    their first dimension or a sequence has nothing to predict.
+    """
+    first = next(iter(batch.values()))
+    labels, rows = batch.get("labels"), max(1, TOKENS_AT_ONCE // first[0].numel())
+    if any(tensor.dim() == 0 or len(tensor) != len(first) for tensor in batch.values()):
+        return [batch]
+    if labels is not None and labels.dim() > 1 and not bool((labels[:, 1:] != -100).any(1).all()):
+        return [batch]
+    return [{key: t[i : i + rows] for key, t in batch.items()} for i in range(0, len(first), rows)]
 
 
 def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:

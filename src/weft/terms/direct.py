@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
+import linecache
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 
@@ -45,14 +46,48 @@ def _reads(owner: type, sliced: bool) -> frozenset[str]:
         if cls is nn.Module:
             break
         try:
-            (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        except (OSError, TypeError, SyntaxError, ValueError):  # made at run time: no source
+            file = inspect.getsourcefile(cls)
+        except TypeError:  # made at run time: no source
             continue
-        for method in getattr(body, "body", ()):
-            name = getattr(method, "name", "")
-            if isinstance(method, ast.FunctionDef) and not (name in _SETS or name.lstrip("_").startswith("init")):
-                found |= set(_in(method, sliced))
+        found |= _by_class(file or "", sliced).get(cls.__qualname__, set())
     return frozenset(found)
+
+
+@cache
+def _by_class(file: str, sliced: bool) -> dict[str, set[str]]:
+    """Qualified name of a class in the file -> the paths that it reads so. A file is parsed as a whole and once:
+    `inspect.getsource` does that for each class of it, which takes seconds for a model.
+    """
+    lines = linecache.getlines(file)
+    try:
+        tree = ast.parse("".join(lines))
+    except (SyntaxError, ValueError):
+        return {}
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, cls in _classes(tree):
+        if any(".weight" in line for line in lines[cls.lineno - 1 : cls.end_lineno]):
+            for method in cls.body:
+                if isinstance(method, ast.FunctionDef) and not _sets(method.name):
+                    found[name] |= set(_in(method, sliced))
+    return found
+
+
+def _classes(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.ClassDef]]:
+    """The classes within, by qualified name."""
+    for child in ast.iter_child_nodes(node):
+        within = prefix
+        if isinstance(child, ast.ClassDef):
+            yield f"{prefix}{child.name}", child
+            within = f"{prefix}{child.name}."
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            within = f"{prefix}{child.name}.<locals>."
+        elif isinstance(child, ast.expr):
+            continue
+        yield from _classes(child, within)
+
+
+def _sets(method: str) -> bool:
+    return method in _SETS or method.lstrip("_").startswith("init")
 
 
 def _in(node: ast.AST, sliced: bool) -> Iterator[str]:

@@ -86,9 +86,11 @@ def keep_unit(source: BlockMoments, store: Store) -> None:
     for i, names in enumerate(source.blocks):
         if store.get(_name(i)) is None:
             with finishing():
-                moments = source.of(i)
-                unit = {f"{name}:{need}": moments[name][need].clone() for name in names for need in UNIT}
-                store.put(_name(i), Piece(unit))
+                store.put(_name(i), _unit(source.of(i), names))
+
+
+def _unit(moments: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]) -> Piece:
+    return Piece({f"{name}:{need}": moments[name][need].clone() for name in names for need in UNIT})
 
 
 def kept_unit(store: Store, block: int, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:

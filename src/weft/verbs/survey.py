@@ -193,18 +193,24 @@ def survey(
     found: dict[str, LayerInfo] = {}
     source = moments_of(model, plan, batches, stats, store)
     for i, names in enumerate(plan.track(layers_by_block(model, plan.sites), "factorising")):
-        piece = store.get(piece_name(plan, i))
-        if piece is None:
-            with finishing():
-                moments = source.of(i)
-                unit = kept_unit(store, i, names) if plan.in_unit else moments
-                piece = Piece()
-                for name in names:
-                    piece.add(_survey_site(model, name, moments, unit, plan, infos[name]))
-                store.put(piece_name(plan, i), piece)
-        for name in names:
-            found[name] = _filled(infos[name], name, piece)
+        found |= _survey_block(model, plan, source, store, i, {name: infos[name] for name in names})
     return {name: found[name] for name in plan.sites}
+
+
+def _survey_block(
+    model: nn.Module, plan: Plan, source: BlockMoments, store: Store, block: int, infos: Mapping[str, LayerInfo]
+) -> dict[str, LayerInfo]:
+    """The layers of a block. Its statistics end with this call: the next ones must not find them in memory."""
+    piece = store.get(piece_name(plan, block))
+    if piece is None:
+        with finishing():
+            moments = source.of(block)
+            unit = kept_unit(store, block, infos) if plan.in_unit else moments
+            piece = Piece()
+            for name, info in infos.items():
+                piece.add(_survey_site(model, name, moments, unit, plan, info))
+            store.put(piece_name(plan, block), piece)
+    return {name: _filled(info, name, piece) for name, info in infos.items()}
 
 
 def surveyed_split(
