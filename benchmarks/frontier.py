@@ -1,7 +1,7 @@
 """Perplexity against bits a weight: methods alone, codes with factors beside them, and `auto`, on two kinds of text.
 
-    python benchmarks/frontier.py MODEL --text wikitext=FILE [--calibrate python|wikitext|python+wikitext] [--rows auto gptq ...]
-        [--budgets 2 2.5 3 3.5 4] [--windows 32] [--judged 24] [--seed 0] [--device cuda]
+    python benchmarks/frontier.py MODEL --text wikitext=FILE [--calibrate python|wikitext|python+wikitext]
+        [--rows auto gptq ...] [--budgets 2 2.5 3 3.5 4] [--windows 32] [--judged 24] [--seed 0] [--device cuda]
         --json benchmarks/results/frontier_ref.jsonl
     python benchmarks/frontier.py --plot FILE       # what FILE holds, a chart a text beside it
 

@@ -28,9 +28,7 @@ def context() -> Any:
     """The multiprocessing context; the environment of its processes is that of the first call."""
     found = multiprocessing.get_context(METHOD)
     if METHOD == "forkserver":
-        found.set_forkserver_preload(
-            ["torch.distributed.fsdp", "transformers.trainer", "weft.cli", "weft.verbs.pretrain"]
-        )
+        found.set_forkserver_preload(PRELOADED)
     return found
 
 

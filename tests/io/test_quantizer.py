@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,53 +206,6 @@ def test_an_unsaved_sum_is_empty_only_in_its_weight(model: LlamaForCausalLM) -> 
     for module in model.modules():
         if isinstance(module, SumLinear):
             assert module.weight.shape == (0,)
-
-
-IMPORTS = {
-    "weft first": "import weft; from transformers import AutoModelForCausalLM",
-    "models first": "import transformers.modeling_utils; import weft; from transformers import AutoModelForCausalLM",
-    "weft's quantizer first": "import weft; import weft.io.save; from transformers import AutoModelForCausalLM",
-}
-
-
-@pytest.mark.parametrize("order", IMPORTS)
-def test_in_whatever_order_things_are_imported(saved: Path, order: str) -> None:
-    check = (
-        f"m = AutoModelForCausalLM.from_pretrained({str(saved)!r}); print(type(m.model.layers[0].mlp.up_proj).__name__)"
-    )
-    light = (
-        "import sys, weft; assert 'transformers' not in sys.modules, 'import weft is heavy'\n"
-        if "weft" in order[:4]
-        else ""
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", f"{light}{IMPORTS[order]}\n{check}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.stdout.strip() == "SumLinear", done.stderr
-
-
-@pytest.mark.parametrize(
-    "order",
-    [
-        "import weft; from transformers.quantizers import AutoQuantizationConfig",
-        "from transformers.quantizers import AutoQuantizationConfig; import weft",
-        "import weft, transformers.quantizers.auto; from transformers.quantizers import AutoQuantizationConfig",
-        "import weft, transformers.quantizers; from transformers.quantizers.auto import AutoQuantizationConfig",
-    ],
-)
-def test_the_tables_know_weft_before_any_model_is_imported(order: str) -> None:
-    """Evaluation harnesses ask for the quantisation config alone, and first."""
-    program = f"""
-import sys
-{order}
-config = AutoQuantizationConfig.from_dict({{"quant_method": "weft", "format": 1, "layers": {{}}}})
-print(type(config).__name__, "transformers.modeling_utils" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "WeftConfig False", done.stderr
 
 
 def test_wrong_class_is_refused(saved: Path) -> None:

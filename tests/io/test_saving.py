@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -158,10 +156,3 @@ def test_flash_attention_is_told(dense: LlamaForCausalLM) -> None:
         layer = attention.get_submodule(part)
         put(dense, f"model.layers.0.self_attn.{part}", {"code": Int8.from_matrix(weight_of(layer))})
     assert get_target_dtype(torch.zeros(1), attention) == torch.bfloat16
-
-
-@pytest.mark.parametrize("order", ["import weft, transformers", "import transformers.modeling_utils, weft"])
-def test_in_either_order_of_import(order: str) -> None:
-    program = f"{order}\nprint(transformers.PreTrainedModel.save_pretrained.asks_weft)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.processes import together
 from weft.rules import Rules
 from weft.train.optimizers import make_optimizer
 from weft.verbs.fresh import Structure, restructure
@@ -78,4 +78,4 @@ def worker(rank: int, folder: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
 def test_two_processes_follow_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    together(worker, str(tmp_path))

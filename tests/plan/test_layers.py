@@ -158,7 +158,7 @@ def test_every_code_is_planned_to_serve(directory):
     """Checks of values find nothing wrong with tensors that have none, and nobody asks where these begin."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = run(directory, memory="1GB", task="serve", methods="all", window=32, device="cpu")["methods"]
+        rows = run(directory, memory="1GB", task="serve", methods="all", window=32, batch=1, device="cpu")["methods"]
     reasons = {row["name"]: row["reason"] for row in rows if "reason" in row}
     assert not reasons and len(rows) > 5
     weights = {row["name"]: row["weights"] for row in rows}
