@@ -166,3 +166,10 @@ def test_the_command_takes_from(model, text, tmp_path):
     result = CliRunner().invoke(app, given + more)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout[result.stdout.index("{") :])["method"] == "trp"
+
+
+def test_a_given_model_is_judged_by_a_text_that_is_given(go):
+    """Python's held-out sources, which judge fresh models by default, say little of it and take long."""
+    assert "perplexity" not in go(eval_text=None, eval_windows=None, steps=1)
+    with pytest.raises(WeftError, match="--eval-windows is for a text that judges"):
+        go("refused", eval_text=None)

@@ -93,7 +93,8 @@ def command(
         typer.Option(help="A model whose tokenizer a fresh one takes; that of pico.", show_default=False),
     ] = None,
     eval_text: Annotated[
-        list[Path] | None, typer.Option(help="Held-out text; Python's held-out sources.", show_default=False)
+        list[Path] | None,
+        typer.Option(help="Held-out text; Python's held-out sources, or none with --from.", show_default=False),
     ] = None,
     eval_windows: Annotated[
         int | None, typer.Option(help="On how many windows of it; all.", show_default=False)

@@ -22,7 +22,7 @@ __all__ = ["Stack", "is_sorted", "stacks_of"]
 _FIELDS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_apply_gate")
 """What the decorator gives a class of experts."""
 _SORTED = "Llama4TextExperts"
-_GLUED = "DbrxExperts"
+_GLUED, _GLUED_OWNER = "DbrxExperts", "DbrxExpertGLU"
 
 
 class Stack(NamedTuple):
@@ -110,7 +110,7 @@ def is_sorted(module: nn.Module) -> bool:
 
 
 def _glued(owner: nn.Module) -> bool:
-    return hasattr(owner, "w1")
+    return type(owner).__name__ == _GLUED_OWNER
 
 
 def _named(module: Any) -> list[Stack]:

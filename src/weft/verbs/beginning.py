@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.io.adapters import is_adapter
 from weft.methods import METHODS
 from weft.optim.mup import scale_init_
 from weft.runs.loading import load_config, load_model
 from weft.train.sizes import configuration, fresh_model
+from weft.train.sources import read_texts
+from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.evaluate import check_causal, check_context
 from weft.verbs.fresh import Structure, restructure
 
-__all__ = ["build", "check_beginning", "emptied", "given_model"]
+__all__ = ["build", "check_beginning", "check_held_out", "emptied", "given_model", "held_out"]
 
 
 def build(
@@ -96,6 +101,23 @@ def given_model(name: str, window: int, device: torch.device, dtype: torch.dtype
     check_causal(config)
     check_context(config, window)
     return load_model(name, device=device, dtype=dtype)
+
+
+def held_out(text: str | Path | Sequence[str | Path] | None, model: str | None) -> list[str] | None:
+    """The text that judges; by default Python's held-out sources, which say little of a model that is given."""
+    if text is not None:
+        return read_texts(text)
+    return [default_text("evaluation")] if model is None else None
+
+
+def check_held_out(
+    texts: list[str] | None, tokenizer: PreTrainedTokenizerBase, window: int, windows: int | None
+) -> None:
+    """Raises WeftError for a text that is too short, or windows of none."""
+    if texts is not None:
+        evaluation_windows(len(token_stream(tokenizer, texts)), window, count=windows)
+    elif windows is not None:
+        raise WeftError("--eval-windows is for a text that judges: give --eval-text.")
 
 
 def emptied(model: PreTrainedModel) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from weft.embedded.text import calibration_files, default_text
+from weft.embedded.text import calibration_files
 from weft.errors import WeftError, unknown
 from weft.io.quantizer import sum_specs
 from weft.io.save import save_model
@@ -50,8 +50,7 @@ from weft.train.recipe import Recipe
 from weft.train.sources import read_texts, source_files
 from weft.train.stream import StreamedRows
 from weft.train.trainer import train
-from weft.train.windows import evaluation_windows, token_stream
-from weft.verbs.beginning import build, check_beginning, emptied, given_model
+from weft.verbs.beginning import build, check_beginning, check_held_out, emptied, given_model, held_out
 from weft.verbs.evaluate import model_size, peak_memory, reset_peak_memory
 from weft.verbs.figures import course, perplexity_on, rehearsed
 from weft.verbs.finetune import check_judging, rows_of, training_device
@@ -195,7 +194,8 @@ def run(
             published ones, which follow the size of the model and the length of the run.
         text: files or directories; None for Python's own sources.
         tokenizer: a model whose tokenizer a fresh one takes; None for that of the embedded one.
-        eval_text: text whose perplexity is measured; None for Python's held-out sources.
+        eval_text: text whose perplexity is measured; None for Python's held-out sources, or with a
+            given model for none.
         eval_data: text held out, whose mean loss is logged every `eval_every` steps, and decides which checkpoint is
             best.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
@@ -224,7 +224,7 @@ def run(
     inputs = contents(model=model, tokenizer=tokenizer, text=files, eval_text=eval_text, eval_data=eval_data)
     if out is not None or not plan:
         check_output(_named(out), arguments, inputs)
-    evaluation = read_texts(eval_text) if eval_text is not None else [default_text("evaluation")]
+    evaluation = held_out(eval_text, model)
     judge = None if eval_data is None else read_texts(eval_data)
     target = training_device(device)
     kind = resolve_dtype(dtype, target) or torch.bfloat16
@@ -235,7 +235,7 @@ def run(
         told = _counted(structure, model, size)
         return {**told, "optimizer": optimizer, **planned(empty, make, recipe, str(target))}
     record = begin("pretrain", arguments | asdict(recipe) | {"schedule": schedule}, seed=recipe.seed, device=target)
-    evaluation_windows(len(token_stream(words, evaluation)), recipe.window, count=eval_windows)
+    check_held_out(evaluation, words, recipe.window, eval_windows)
     original = None if structure is None or given is None else structure.original(given)
     made, base = build(size, words, recipe.window, recipe.seed, **shape)
     made.to(target)  # type: ignore[arg-type]
