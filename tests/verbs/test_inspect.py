@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ from torch import nn
 
 import weft
 from weft.errors import WeftError
-from weft.measures import Measure
+from weft.measures import MEASURES, Measure
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import weight_of
 from weft.testing_measures import texts
@@ -237,6 +238,20 @@ def test_with_data_losses_are_nats_and_share_the_limit(model: nn.Module, batches
 
 def rows_of(report: Any) -> dict[str, Any]:
     return {m.name: m.compress for m in report.matrices}
+
+
+def test_one_width_for_all_is_what_the_neediest_matrix_needs(model: nn.Module) -> None:
+    report = inspect(model)
+    widths = [m.compress.bits for m in report.matrices if m.compress is not None]
+    assert f"--scheme rtn --bits {max(widths)}" in report.commands[1]
+
+
+def test_the_page_ends_with_the_commands_and_sorts_with_a_keyboard(model: nn.Module, tmp_path: Path) -> None:
+    report = inspect(model, measures=["farms"])
+    report.save(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert html.escape(report.commands[0]) in text.split("What follows")[1] and 'event.key === "Enter"' in text
+    assert text.count("compress would") == 1 and MEASURES["farms"].reads["alpha"] in text
 
 
 def test_what_follows_are_commands_that_parse(model: nn.Module, batches: list[dict[str, Any]]) -> None:

@@ -12,7 +12,6 @@ metric or the other, widths of code those of rounding to nearest.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
@@ -156,14 +155,14 @@ def commands(
     """The commands that follow from what was found; `layers` are the patterns that it was found for."""
     calibration = f" --calibration {quote(data)}" if data else ""
     text = f" --text {quote(data)}" if data else ""
-    bits = Counter(p.bits for p in prospects.values() if p.bits is not None)
+    bits = [p.bits for p in prospects.values() if p.bits is not None]
     dense, small = (sum(getattr(p, key) for p in prospects.values()) for key in ("dense_bytes", "bytes"))
     found, place = [], quote(model)
     if small < dense:
         only = "".join(f" --layers {quote(pattern)}" for pattern in layers)
         share = max(1, round(100 * small / dense))
         found.append(f"weft compress {place} -o smaller --method auto --budget {share}%{only}{calibration}")
-    if bits:
+    if bits and len(bits) == len(prospects):  # one width for all: that of the matrix that needs most
         only = "".join(f" --targets {quote(pattern)}" for pattern in layers)
-        found.append(f"weft quantize {place} -o coded --scheme rtn --bits {bits.most_common(1)[0][0]}{only}")
+        found.append(f"weft quantize {place} -o coded --scheme rtn --bits {max(bits)}{only}")
     return [*found, *(f"weft eval {quote(one)}{text}" for one in (model, against) if one is not None)]

@@ -33,19 +33,31 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8p
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-th[data-sorts] { cursor: pointer; } tbody tr:hover { background: var(--panel); }
-@media (max-width: 600px) { body { padding: 16px 10px 40px; } h1 { font-size: 21px; } svg { width: 100%; } }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--ground); }
+th.words, td.words { text-align: left; } td.words { white-space: normal; min-width: 24ch; max-width: 80ch; }
+th[data-sorts] { cursor: pointer; } tbody tr:hover td { background: var(--panel); }
+th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
+.map svg { max-width: none; }
+@media (max-width: 600px) { body { padding: 16px 10px 40px; } h1 { font-size: 21px; } svg { width: 100%; }
+                             .map svg { width: auto; } th, td { padding: 4px 8px; } td.words { min-width: 18ch; } }
 """
 
-# Clicking a heading sorts by that column, numbers as numbers.
+# Clicking a heading, or Enter on it, sorts by that column, numbers as numbers; an arrow says which and how.
 _SCRIPT = """
-document.querySelectorAll("th[data-sorts]").forEach(th => th.addEventListener("click", () => {
-  const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.dataset.up = th.dataset.up === "1" ? "0" : "1";
-  const key = row => row.cells[i].dataset.value ?? row.cells[i].textContent;
-  const sign = up === "1" ? 1 : -1, number = value => value !== "" && !isNaN(value);
-  const by = (a, b) => number(a) && number(b) ? a - b : String(a).localeCompare(String(b));
-  [...body.rows].sort((a, b) => sign * by(key(a), key(b))).forEach(row => body.append(row));
-}));
+document.querySelectorAll("th[data-sorts]").forEach(th => {
+  const sort = () => {
+    const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.getAttribute("aria-sort") !== "ascending";
+    const key = row => row.cells[i].dataset.value ?? row.cells[i].textContent;
+    const sign = up ? 1 : -1, number = value => value !== "" && !isNaN(value);
+    const by = (a, b) => number(a) && number(b) ? a - b : String(a).localeCompare(String(b));
+    th.parentNode.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+    th.setAttribute("aria-sort", up ? "ascending" : "descending");
+    [...body.rows].sort((a, b) => sign * by(key(a), key(b))).forEach(row => body.append(row));
+  };
+  th.tabIndex = 0;
+  th.addEventListener("click", sort);
+  th.addEventListener("keydown", event => { if (event.key === "Enter") sort(); });
+});
 """
 
 
@@ -91,15 +103,22 @@ def commands_list(lines: Sequence[str]) -> str:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table that sorts when a heading is clicked; floats with four significant digits, integers grouped by
-    thousands.
+    thousands, sentences on the left.
     """
-    head = "".join(f"<th data-sorts>{escape(heading)}</th>" for heading in headings)
-    body = "".join(f"<tr>{''.join(_td(cell) for cell in row)}</tr>" for row in rows)
+    long = [any(isinstance(row[i], str) and len(row[i]) > _LONG for row in rows) for i in range(len(headings))]
+    kinds = [' class="words"' if i and of_words else "" for i, of_words in enumerate(long)]
+    head = "".join(
+        f"<th data-sorts{kind}>{escape(heading)}</th>" for heading, kind in zip(headings, kinds, strict=True)
+    )
+    body = "".join(f"<tr>{''.join(map(_td, row, kinds))}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _td(cell: Any) -> str:
+_LONG = 40  # characters of a cell: more wrap
+
+
+def _td(cell: Any, kind: str = "") -> str:
     if isinstance(cell, bool) or not isinstance(cell, int | float):
-        return f"<td>{escape(str(cell))}</td>"
+        return f"<td{kind}>{escape(str(cell))}</td>"
     words = f"{cell:,.0f}" if isinstance(cell, int) or abs(cell) >= 1000 else f"{cell:.4g}"
     return f'<td data-value="{cell}">{words}</td>'

@@ -88,13 +88,13 @@ def _matrices(report: Mapping[str, Any]) -> list[str]:
     """Every figure of every matrix, and how those of the measures read."""
     matrices = report["matrices"]
     columns = _COLUMNS | {key: _said(key) for m in matrices for key in m if key not in _PLAIN | set(_COLUMNS)}
-    headings = ["matrix", "shape", "dtype", "parameters", *columns.values()]
-    headings += ["rank", "bits", "compress would", "bytes kept", "predicted loss", "tied"]
+    acts = ["compress would", "bytes kept", "predicted loss", "rank", "bits"]
+    headings = ["matrix", "shape", "dtype", "parameters", *acts, *columns.values(), "tied"]
     rows = [
         [
             *(m["name"], "x".join(map(str, m["shape"])), m["dtype"], m["parameters"]),
-            *(_cell(m.get(key)) for key in columns),
             *_would(m["compress"]),
+            *(_cell(m.get(key)) for key in columns),
             "tied" * m["tied"],
         ]
         for m in matrices
@@ -108,7 +108,7 @@ def _would(prospect: Mapping[str, Any] | None) -> list[Any]:
     if prospect is None:
         return [""] * 5
     share = prospect["bytes"] / prospect["dense_bytes"]
-    return [_cell(prospect["rank"]), _cell(prospect["bits"]), prospect["would"], share, prospect["loss"]]
+    return [prospect["would"], share, prospect["loss"], _cell(prospect["rank"]), _cell(prospect["bits"])]
 
 
 def _cell(value: Any) -> Any:
@@ -128,7 +128,8 @@ def block_grid(title: str, shares: Mapping[str, float], unit: str, words: Mappin
     values = [[cells.get((block, kind)) for kind in kinds] for block in blocks]
     said = {_place(name): text for name, text in (words or {}).items()}
     texts = [[said.get((block, kind)) for kind in kinds] for block in blocks]
-    return heat_map(title, blocks, [_short(kind) for kind in kinds], values, unit, texts) if cells else ""
+    drawn = heat_map(title, blocks, [_short(kind) for kind in kinds], values, unit, texts) if cells else ""
+    return drawn and f'<div class="scroll map">{drawn}</div>'
 
 
 def spectra_charts(spectra: Mapping[str, Tensor]) -> list[str]:

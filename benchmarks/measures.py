@@ -1,0 +1,239 @@
+"""Does a measure predict anything? Spearman's correlation of each figure with what happens.
+
+    python benchmarks/measures.py MODEL --text FILE [--layers 24] [--tune FILE] [--sets FILE ...] [--json FILE]
+
+layers      a layer alone is cut, by svd to a quarter of its bytes and by rtn to 2 bits, and the loss is measured
+            again: the rise is what a figure of that layer should rank. Layers are drawn at random.
+forgetting  (--tune) LoRA of several ranks and rates is trained on another text; the rise of the loss on the first is
+            what a figure of the change, a mean over the layers, should rank.
+usefulness  (--sets) texts are cut into pieces of one length, and LoRA is trained on each; the fall of the loss on the
+            first text is what a figure of the piece should rank.
+
+The first half of the text is what measures see, the second what losses are measured on. Intervals are of 95 per cent,
+by 2,000 bootstrap draws of the layers (runs, pieces). A figure whose interval holds 0 predicts nothing that can be told
+from chance here. The number of a layer's parameters, its spectrum and weft's own predicted loss stand beside the
+measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import weft
+from weft.linalg.weighted import WeightedLoss
+from weft.measures import MEASURES
+from weft.methods import METHODS
+from weft.runs.loading import load_model, load_tokenizer
+from weft.seeds import generator
+from weft.stats.calibrate import calibrate
+from weft.terms.dense import sum_dense
+from weft.terms.layers import linear_layers
+from weft.train.sources import read_texts
+from weft.train.windows import calibration_batches
+from weft.verbs.finetune import finetune
+from weft.verbs.inspect import Report, inspect
+from weft.verbs.placing import mean_loss
+from weft.verbs.survey import Plan, offered, site_of
+
+DRAWS = 2000
+CUTS = {"svd": 0.25, "rtn": 2}  # a share of the bytes, a width
+SPECTRUM = ("parameters", "stable_rank", "effective_rank", "rank_99", "nuclear_norm")
+TUNINGS = tuple((rank, rate) for rank in (1, 4, 16) for rate in (3e-4, 3e-3, 1e-2))
+
+
+def ranked(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """Spearman's correlation with its interval, over the pairs that are numbers."""
+    pairs = torch.tensor([(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]).double()
+    if len(pairs) < 4 or len(pairs[:, 0].unique()) < 2:
+        return {"n": len(pairs), "rho": math.nan, "low": math.nan, "high": math.nan}
+    draws, own = torch.Generator().manual_seed(0), float(spearmanr(*pairs.mT).statistic)
+    found = []
+    for _ in range(DRAWS):
+        sample = pairs[torch.randint(len(pairs), (len(pairs),), generator=draws)]
+        if min(len(column.unique()) for column in sample.mT) > 1:
+            found.append(float(spearmanr(*sample.mT).statistic))
+    low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"n": len(pairs), "rho": own, "low": low, "high": high}
+
+
+def correlations(rows: Sequence[Mapping[str, Any]], what: str, figures: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each figure with what happened."""
+    return {
+        key: ranked([float(row.get(key, math.nan)) for row in rows], [float(row[what]) for row in rows])
+        for key in figures
+    }
+
+
+def by_layer(model: nn.Module, seen: list[Any], judged: list[Any], count: int) -> list[dict[str, Any]]:
+    """Figures of some layers, and what each costs when it alone is cut."""
+    names = list(linear_layers(model))
+    drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:count]
+    chosen = [names[i] for i in sorted(drawn.tolist())]
+    measures = [m for m in MEASURES.values() if not m.pair and m.reads]
+    report = inspect(model, chosen, measures=measures, batches=seen)
+    whole = mean_loss(model, judged)
+    moments = calibrate(model, seen, ("input_moment", "output_grad_moment"), layers=chosen)
+    rows = []
+    for matrix in report.matrices:
+        row: dict[str, Any] = {"layer": matrix.name, **matrix.figures}
+        row |= {key: getattr(matrix, key) for key in SPECTRUM}
+        for method, how in CUTS.items():
+            W, cut = cut_matrix(model, matrix.name, method, how)
+            X, G = moments[matrix.name].values()
+            loss = WeightedLoss(X, G, generator(0, "losses", matrix.name))(cut - W)
+            row[f"predicted_{method}"] = float(loss) / 2
+            row[f"error_{method}"] = float((cut - W).norm() / W.norm())
+            with replaced(model.get_submodule(matrix.name), cut):
+                row[f"rise_{method}"] = mean_loss(model, judged) - whole
+        rows.append(row)
+        print({k: round(v, 4) for k, v in row.items() if k.startswith(("rise", "pred"))}, matrix.name, flush=True)
+    return rows
+
+
+def cut_matrix(model: nn.Module, name: str, method: str, how: float) -> tuple[Tensor, Tensor]:
+    """The weight (out, in) of a layer, and what is left of it."""
+    plan = Plan(method=METHODS[method], options=METHODS[method].options({}), layers=(name,))
+    info = offered(model, plan)[name]
+    size = int(how) if how > 1 else info.within(how * info.shape.nbytes).size
+    site = site_of(model, plan, name, {}, size)
+    ((_, split),) = plan.method.each(site, [size], plan.options)
+    return site.weight(), sum_dense(split.terms.values())
+
+
+@contextmanager
+def replaced(layer: Any, W: Tensor) -> Iterator[None]:
+    """The layer with another weight."""
+    before = layer.weight.data
+    layer.weight.data = W.to(before.dtype)
+    try:
+        yield
+    finally:
+        layer.weight.data = before
+
+
+def tuned(model: Any, tokenizer: Any, texts: Sequence[str], rank: int, rate: float, steps: int) -> nn.Module:
+    """A copy of the model with a trained LoRA added to its weights."""
+    other = copy.deepcopy(model)
+    finetune(other, tokenizer, texts, "lora", rank=rank, steps=steps, lr=rate, window=128, batch=4, log_every=10**6)
+    weft.merge_adapter(other)
+    return other
+
+
+def forgetting(model: Any, tokenizer: Any, texts: Sequence[str], judged: list[Any], steps: int) -> list[dict[str, Any]]:
+    """Figures of the change by LoRA, and how much is forgotten."""
+    whole, rows = mean_loss(model, judged), []
+    for rank, rate in TUNINGS:
+        other = tuned(model, tokenizer, texts, rank, rate, steps)
+        report = inspect(other, "*layers*", against=model)
+        rows.append({"rank": rank, "lr": rate, **means(report), **report.figures})
+        rows[-1]["forgotten"] = mean_loss(other, judged) - whole
+        print(rows[-1], flush=True)
+    return rows
+
+
+def means(report: Report) -> dict[str, float]:
+    """The mean of each figure over the matrices."""
+    keys = report.matrices[0].figures
+    rows = [m.figures for m in report.matrices]
+    return {key: math.fsum(row[key] for row in rows) / len(rows) for key in keys}
+
+
+def usefulness(
+    model: Any, tokenizer: Any, sets: Mapping[str, str], judged: list[Any], steps: int, window: int
+) -> list[dict[str, Any]]:
+    """Figures of pieces of text, and how much training on each lowers the loss."""
+    whole, rows = mean_loss(model, judged), []
+    asked = [m for m in MEASURES.values() if m.of in ("gradient", "hidden")]
+    for name, piece in sets.items():
+        batches = calibration_batches(tokenizer, [piece], windows=6, window=window, batch=1)
+        figures = inspect(model, "*layers*", measures=asked, batches=batches).figures
+        other = tuned(model, tokenizer, [piece], 8, 1e-3, steps)
+        rows.append({"set": name, "loss": mean_loss(model, batches), **figures})
+        rows[-1]["fall"] = whole - mean_loss(other, judged)
+        print(rows[-1], flush=True)
+    return rows
+
+
+def pieces(files: Sequence[str], characters: int = 60_000) -> dict[str, str]:
+    """Two pieces of each file, of one length."""
+    found = {}
+    for file in files:
+        text = "\n\n".join(read_texts(file))
+        for i in range(2):
+            start = int(i * (len(text) - characters))
+            found[f"{Path(file).stem} {i + 1}"] = text[start : start + characters]
+    return found
+
+
+def main() -> None:
+    args = arguments()
+    began = time.process_time()
+    model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
+    text = "\n\n".join(read_texts(args.text))
+    halves = text[: len(text) // 2], text[len(text) // 2 :]
+    cut: Callable[[str], list[Any]] = lambda half: calibration_batches(  # noqa: E731
+        tokenizer, [half], windows=args.windows, window=args.window, batch=1
+    )
+    seen, judged = map(cut, halves)
+    found: dict[str, Any] = {}
+    rows = by_layer(model, seen, judged, args.layers)
+    own = [key for m in MEASURES.values() if not m.pair for key in m.reads]
+    for method in CUTS:
+        figures = [*own, *SPECTRUM, f"error_{method}", f"predicted_{method}"]
+        found[f"rise_{method}"] = correlations(rows, f"rise_{method}", figures)
+    everything: dict[str, Any] = {"layers": rows}
+    if args.tune:
+        everything["forgetting"] = forgetting(model, tokenizer, read_texts(args.tune), judged, args.steps)
+        changes = [key for m in MEASURES.values() if m.pair for key in (m.reads or m.reads_model)]
+        changes = [key for key in dict.fromkeys(changes) if key in everything["forgetting"][0] and key != "floor"]
+        found["forgotten"] = correlations(everything["forgetting"], "forgotten", changes)
+    if args.sets:
+        everything["usefulness"] = usefulness(model, tokenizer, pieces(args.sets), judged, args.steps, args.window)
+        of_texts = [key for key in everything["usefulness"][0] if key not in ("set", "fall")]
+        found["fall"] = correlations(everything["usefulness"], "fall", of_texts)
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "model", "text", "tune", "sets")}
+    settings |= {"model": Path(args.model).name, "text": Path(args.text).name, "cuts": CUTS, "draws": DRAWS}
+    settings |= {"tune": args.tune and Path(args.tune).name, "sets": [Path(f).name for f in args.sets or ()]}
+    settings |= {"device": "cpu", "processor": platform.processor() or platform.machine()}
+    settings |= {"torch": torch.__version__, "transformers": transformers.__version__, "weft": weft.__version__}
+    settings |= {"date": datetime.date.today().isoformat(), "cpu_seconds": round(time.process_time() - began)}
+    result = json.dumps({"settings": settings, "correlations": found, **everything}, indent=1)
+    if args.json:
+        args.json.write_text(result + "\n")
+    for what, by_figure in found.items():
+        for key, one in sorted(by_figure.items(), key=lambda item: -abs(item[1]["rho"])):
+            print(f"{what:12} {key:22} {one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}] of {one['n']}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--tune")
+    parser.add_argument("--sets", nargs="+")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
