@@ -59,13 +59,13 @@ TUNINGS = tuple((rank, rate) for rank in (1, 4, 16) for rate in (3e-4, 3e-3, 1e-
 def ranked(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """Spearman's correlation with its interval, over the pairs that are numbers."""
     pairs = torch.tensor([(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]).double()
-    if len(pairs) < 4 or len(pairs[:, 0].unique()) < 2:
+    if len(pairs) < 4 or len(set(pairs[:, 0].tolist())) < 2:
         return {"n": len(pairs), "rho": math.nan, "low": math.nan, "high": math.nan}
     draws, own = torch.Generator().manual_seed(0), float(spearmanr(*pairs.mT).statistic)
     found = []
     for _ in range(DRAWS):
         sample = pairs[torch.randint(len(pairs), (len(pairs),), generator=draws)]
-        if min(len(column.unique()) for column in sample.mT) > 1:
+        if min(len(set(column.tolist())) for column in sample.mT) > 1:
             found.append(float(spearmanr(*sample.mT).statistic))
     low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
     return {"n": len(pairs), "rho": own, "low": low, "high": high}

@@ -165,6 +165,22 @@ def reorder(model: nn.Module, seed: int) -> None:
         attention.o_proj.weight.data = attention.o_proj.weight.data[:, wide["q"]]
 
 
+def planted_lora_limits() -> None:
+    model = tiny_decoder()
+    found = value("lora-limits", model, texts())
+    grown = copy.deepcopy(model)
+    for block in grown.model.layers:
+        block.self_attn.q_proj.weight.data *= 3
+    first = "model.layers.0.self_attn.q_proj"  # what a later layer reads has changed as well
+    more = value("lora-limits", grown, texts())
+    for key, times in (("logit_bound", 3), ("query_max", 3), ("key_max", 1)):
+        assert more[first][key] == pytest.approx(times * found[first][key], rel=1e-5)
+    for block in grown.model.layers:
+        block.self_attn.k_proj.weight.data *= 0
+    none = value("lora-limits", grown, texts())
+    assert none[""]["logits_largest"] == 0 and none[""]["mild_heads_share"] == 1 and none[first]["degree"] == 0
+
+
 PLANTED: dict[str, Callable[[], None]] = {
     "farms": planted_farms,
     "power-law": planted_power_law,
@@ -172,6 +188,7 @@ PLANTED: dict[str, Callable[[], None]] = {
     "hidden-covariance": planted_hidden_covariance,
     "gradient-quality": planted_gradient_quality,
     "ppl-sparsity": planted_ppl_sparsity,
+    "lora-limits": planted_lora_limits,
     "matrix-nuclear-norm": planted_matrix_nuclear_norm,
     "intrinsic-dimension": planted_intrinsic_dimension,
     "drift": planted_drift,

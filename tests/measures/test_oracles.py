@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from weft.measures import MEASURES
+from weft.measures.lora_limits import Seen, degree
 from weft.measures.ppl_sparsity import Curve, lost_share
 from weft.measures.weight_matching import assignment, grouped_assignment, likeness, permuted
+from weft.testing_grafts import tiny_decoder
+from weft.testing_measures import texts
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -213,3 +216,32 @@ def test_a_relu_s_zeros_are_off_at_no_cost() -> None:
     found = value("ppl-sparsity", model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], percent=0.0)
     shares = [row["sparsity"] for name, row in found.items() if name]
     assert found[""]["ppl_ratio"] <= 1 and min(a - b for a, b in zip(shares, zeros.values(), strict=True)) > -1e-6
+
+
+def test_degrees_are_those_of_a_search_over_the_interval() -> None:
+    assert [degree(b) for b in (0.5, 1, 2, 4)] == [2, 4, 7, 14]
+    for bound in (0.3, 1.7):
+        x = torch.linspace(-bound, bound, 2001, dtype=torch.float64)
+        sums = [sum(x**m / math.factorial(m) for m in range(n + 1)) for n in range(12)]
+        assert degree(bound) == next(n for n, p in enumerate(sums) if ((p - x.exp()).abs() <= 0.05 * x.exp()).all())
+
+
+def test_largest_logits_are_those_of_the_whole_matrix() -> None:
+    """Streamed by blocks and kept from what is masked, with two query heads on a key; and Hoelder's bound."""
+    q, k = gaussian(1, 4, 600, 8).float(), gaussian(1, 2, 600, 8, seed=1).float()
+    q[0, 0, 3], k[0, 0, 500] = 50.0, 50.0  # what query 3 must not see
+    mask = torch.zeros(1, 1, 600, 600).masked_fill(torch.ones(600, 600).triu(1).bool(), torch.finfo(torch.float32).min)
+    seen = Seen()
+    seen.add(q, k, mask, 0.5)
+    logits = (q @ k.repeat_interleave(2, 1).mT * 0.5).tril().abs()
+    torch.testing.assert_close(seen.all, logits.amax((0, 2, 3)))
+    torch.testing.assert_close(seen.rest, logits[..., 1:].amax((0, 2, 3)))
+    found = seen.figures()
+    assert found["query_max"] == 50 and found["logit_bound"] <= 50 * 50 * 8 * 0.5
+
+
+def test_watching_attention_changes_nothing() -> None:
+    model, (text, *_) = tiny_decoder(), texts()
+    before, how = model(**text).logits, model.config._attn_implementation
+    value("lora-limits", model, [text])
+    assert model.config._attn_implementation == how and torch.equal(model(**text).logits, before)

@@ -11,6 +11,7 @@ from weft.measures import (
     hidden_covariance,
     intrinsic_dimension,
     intruder_dimensions,
+    lora_limits,
     matrix_nuclear_norm,
     power_law,
     ppl_sparsity,
@@ -23,8 +24,8 @@ from weft.records import Table
 __all__ = ["MEASURES", "Measure"]
 
 _PAGES = (
-    *(farms, power_law, w_pca, hidden_covariance, gradient_quality, ppl_sparsity, matrix_nuclear_norm),
-    *(intrinsic_dimension, drift, intruder_dimensions, weight_matching),
+    *(farms, power_law, w_pca, hidden_covariance, gradient_quality, ppl_sparsity, lora_limits),
+    *(matrix_nuclear_norm, intrinsic_dimension, drift, intruder_dimensions, weight_matching),
 )
 
 MEASURES = Table(Measure, [page.MEASURE for page in _PAGES])
