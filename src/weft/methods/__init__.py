@@ -66,6 +66,7 @@ from weft.methods import (
     pela,
     pifa,
     pissa,
+    pv_tuning,
     randlora,
     random_mask,
     rtn,
@@ -139,6 +140,7 @@ _PAGES: tuple[ModuleType, ...] = (
     conadv,
     # training of what is there
     full,
+    pv_tuning,
     # starts of a low-rank product
     lora,
     dora,

@@ -273,8 +273,8 @@ class Method(Record):
     Args:
         kind: "compress" (replaces weights by fewer numbers), "quantize" (by codes), "adapt" (adds trainable terms),
             "compensate" (adds terms that take up what a compression lost), "pretrain" (makes layers that are
-            trained as a whole, fresh ones or those of a given model), "train" (changes no weight, chooses what is
-            trained), or "prune" (cuts rows and columns out of layers).
+            trained as a whole, fresh ones or those of a given model), "train" (chooses what is trained; a `split` makes
+            what it is trained as, `finish` what is stored of that), or "prune" (cuts rows and columns out of layers).
         needs: the statistics that `split` reads from its site's `moments`.
         needs_with: (options) -> those that it reads with these options besides.
         allocate: the published allocation, a name from `weft.allocate.ALLOCATIONS`.

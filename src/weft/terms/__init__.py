@@ -50,6 +50,7 @@ from weft.terms.submatrix import Submatrix
 from weft.terms.sum_linear import SumLinear
 from weft.terms.ternary import Ternary, TernaryLatent
 from weft.terms.transposed_code import TransposedCode
+from weft.terms.tuned_code import TunedCode
 from weft.terms.wrapper import Wrapper
 
 __all__ = [
@@ -100,6 +101,7 @@ __all__ = [
     "Ternary",
     "TernaryLatent",
     "TransposedCode",
+    "TunedCode",
     "Wrapper",
     "build",
     "build_sum",
@@ -149,6 +151,7 @@ TERMS: dict[str, type[Term]] = {
         Companded,
         Monarch,
         TernaryLatent,
+        TunedCode,
         RoundedInputs,
     )
 }

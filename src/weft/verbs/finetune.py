@@ -43,7 +43,7 @@ from weft.verbs.adapt import effective_rates, merge_adapter, parameter_groups
 from weft.verbs.adapt import make_optimizer as adapter_optimizer
 from weft.verbs.evaluate import check_causal, check_context, peak_memory, reset_peak_memory
 from weft.verbs.figures import perplexity_on, rehearsed, summary
-from weft.verbs.preparing import check_teacher, lesson_of, load_teacher, prepare
+from weft.verbs.preparing import check_teacher, leave, lesson_of, load_teacher, prepare
 
 __all__ = ["finetune", "run"]
 
@@ -129,6 +129,7 @@ def finetune(
             teacher=lesson,
             callbacks=callbacks,
         )
+    leave(model, chosen, options)
     done = summary(model, rows, recipe, log)
     done |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(device), "packed": rows.packed}
     done |= {"optimizer_options": choice} if optimizer else {}

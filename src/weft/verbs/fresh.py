@@ -38,7 +38,7 @@ class Structure:
     """What stands in the place of a model's matrices.
 
     Args:
-        method: of kind "pretrain".
+        method: of kind "pretrain", or of kind "train" that has a `split`.
         rank: of every layer; None for a quarter of the smallest side among them, and for methods without a rank.
         options: all of the method's own.
     """
@@ -174,7 +174,8 @@ def restructure(
         site = Site(name, base_terms(model, name), rank, rank, {}, draw, dtype, shared, bias_of(layer))  # type: ignore[arg-type]
         made[name] = found.split(site, **_asked(found.split, chosen.options))
     for name, split in made.items():
-        put(model, name, split.terms, KEEP if split.bias is None else split.bias)
+        if split.terms:
+            put(model, name, split.terms, KEEP if split.bias is None else split.bias)
     return model
 
 

@@ -109,7 +109,8 @@ def jobs(task: str, methods: str | Sequence[str] = ()) -> list[Job]:
 
 def _every(task: str) -> list[str]:
     kinds = {"finetune": ("adapt", "train"), "pretrain": ("pretrain",), "serve": ()}[task]
-    more = [name for name, method in METHODS.items() if method.kind in kinds]
+    # what trains codes has none to train in a dense model
+    more = [name for name, m in METHODS.items() if m.kind in kinds and (m.kind != "train" or m.split is None)]
     return list(dict.fromkeys([*DEFAULTS[task], *more, *(schemes() if task == "serve" else ())]))
 
 
@@ -354,6 +355,8 @@ class _Plan:
             if job.scheme is not None:
                 quantize(model, job.scheme)
             if asked.task == "finetune" and isinstance(record, Method) and record.kind != "adapt":
+                if record.kind == "train" and record.split is not None:
+                    restructure(model, Structure(record, None, record.options({})))
                 record.freeze(model)
             elif asked.task == "finetune" and record is not None:
                 _put(model, record, asked.rank)

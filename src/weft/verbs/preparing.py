@@ -22,8 +22,9 @@ from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
 from weft.verbs.adapt import adapt
 from weft.verbs.adapt import rules as adapter_rules
+from weft.verbs.fresh import Structure, finish, restructure
 
-__all__ = ["calibration", "check_teacher", "lesson_of", "load_teacher", "prepare", "with_totals"]
+__all__ = ["calibration", "check_teacher", "leave", "lesson_of", "load_teacher", "prepare", "with_totals"]
 
 CALIBRATION_ROWS = 32  # of the training data, for adapters that start from statistics
 
@@ -53,8 +54,16 @@ def prepare(
         adapt(model, method, rank, batches=batches, seed=recipe.seed, **options)
         return adapter_rules(model)
     chosen = method.options(options)
+    if method.kind == "train" and method.split is not None:
+        restructure(model, Structure(method, None, chosen), recipe.seed)
     method.freeze(model)
     return make_rules(method.rules, {"rank": rank, "seed": recipe.seed, **chosen})
+
+
+def leave(model: PreTrainedModel, method: Record, options: Mapping[str, Any]) -> None:
+    """After the last step: the layers as a method of kind "train" leaves them."""
+    if isinstance(method, Method) and method.kind == "train" and method.finish is not None:
+        finish(model, Structure(method, None, method.options(options)))
 
 
 def with_totals(method: Record, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
