@@ -18,7 +18,7 @@ from weft.testing_adapters import task, tiny_gpt2
 from weft.testing_grafts import tiny_decoder
 from weft.train.recipe import Recipe
 from weft.verbs.fresh import Structure, restructure
-from weft.verbs.pretrain import build, pretrain, run
+from weft.verbs.pretrain import pretrain, run
 
 NAME = "quantizable-attention"
 CLIP = {"gate": None, "alpha": 12.0, "length": 24, "whole": True}
@@ -140,10 +140,8 @@ def test_a_fresh_model_is_trained_whole_and_resumes_to_the_same_bytes(tmp_path):
     recipe = Recipe(steps=8, lr=5e-3, window=24, batch=4, warmup=2, clip=0.0, save_every=4, log_every=1)
 
     def made() -> nn.Module:
-        config = tiny_decoder(blocks=1).config
-        config.vocab_size = len(tokenizer)
         torch.manual_seed(0)
-        return restructure(AutoModelForCausalLM.from_config(config), structure, seed=0)
+        return restructure(AutoModelForCausalLM.from_config(pico_like()), structure, seed=0)
 
     def go(model: nn.Module, place: Path) -> dict[str, object]:
         place.mkdir(exist_ok=True)
@@ -167,7 +165,26 @@ def test_a_fresh_model_is_trained_whole_and_resumes_to_the_same_bytes(tmp_path):
 def test_the_verb_says_what_it_would_hold():
     told = run(size="9m", method=NAME, plan=True, steps=4, window=32, batch=2, device="cpu")
     assert told["method"] == NAME and told["rank"] is None
-    assert build.__name__ == "build"
+
+
+def test_the_verb_writes_a_model_that_opens(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"def f{i}(a):\n    return a + {i}\n" for i in range(200)))
+    how = {"steps": 2, "window": 32, "batch": 2, "device": "cpu", "eval_windows": 1, "log_every": 1}
+    model = AutoModelForCausalLM.from_config(pico_like())
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer("pico").save_pretrained(tmp_path / "model")
+    texts = {"text": tmp_path / "text.txt", "eval_text": tmp_path / "text.txt"}
+    done = run(tmp_path / "out", model=str(tmp_path / "model"), method=NAME, **texts, **how)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not any("coverage" in key or "layers" in key for key in done)
+    assert any("weft_silencer" in name for name, _ in opened.named_parameters())
+
+
+def pico_like() -> object:
+    """A small configuration for pico's tokenizer."""
+    config = tiny_decoder(blocks=1).config
+    config.vocab_size = len(load_tokenizer("pico"))
+    return config
 
 
 @pytest.mark.parametrize(

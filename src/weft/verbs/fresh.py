@@ -8,7 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -46,6 +46,8 @@ class Structure:
     method: Method
     rank: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    grafts: ClassVar[bool] = False
+    """Whether it changes the forward pass, and no matrix."""
 
     @classmethod
     def of(
@@ -113,6 +115,7 @@ class Grafting(Structure):
     """A graft that is trained with the whole model: matrices stay, the forward pass is another."""
 
     method: Graft  # type: ignore[assignment]
+    grafts: ClassVar[bool] = True
 
     @classmethod
     def of_graft(cls, graft: Graft, rank: float | None, options: Mapping[str, Any], given: bool) -> Grafting:

@@ -239,7 +239,7 @@ def run(
     original = None if structure is None or given is None else structure.original(given)
     made, base = build(size, words, recipe.window, recipe.seed, **shape)
     made.to(target)  # type: ignore[arg-type]
-    covered = {} if structure is None else coverage(made, sum_specs(made)).facts()
+    covered = {} if structure is None or structure.grafts else coverage(made, sum_specs(made)).facts()
     chosen: dict[str, Any] = {
         "structure": structure, "original": original, "optimizer": optimizer, "schedule": schedule, "restart": restart,
         "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, **options,
