@@ -20,6 +20,7 @@ from torch import nn
 import weft
 from weft.errors import WeftError
 from weft.measures import MEASURES, Measure
+from weft.runs import loading
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import weight_of
 from weft.testing_measures import texts
@@ -288,6 +289,19 @@ def test_figures_of_texts_stand_by_layer_and_by_model(
         run(str(tiny_directory), data=text, windows=0)
     with pytest.raises(WeftError, match="The text is too short"):
         run(str(tiny_directory), data=text, windows=999, window=32)
+
+
+def test_by_weights_alone_the_model_stays_in_its_files(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is computed with a text needs memory of its own, for the sake of bits."""
+    copied = []
+    monkeypatch.setattr(loading, "own_memory", copied.append)
+    alone = run(str(tiny_directory), measures="drift", against=str(tiny_directory))
+    assert not copied and len(alone["matrices"]) == 15
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight " * 40)
+    run(str(tiny_directory), data=tmp_path / "text.txt", windows=2, window=32)
+    assert len(copied) == 1
 
 
 def test_layers_fed_one_tensor_are_measured_once(model: nn.Module, batches: list[dict[str, Any]]) -> None:

@@ -157,6 +157,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """The model of a directory, a Hub id or an embedded name, in eval mode, as the class that its configuration names;
     of an adapter's directory, its base with the adapter on.
@@ -166,6 +167,8 @@ def load_model(
         dtype: None for the checkpoint's own on an accelerator and float32 on a CPU, to be written in the checkpoint's
             own all the same (`weft.io.precision`); "auto" for the checkpoint's own everywhere.
         trust_remote_code: run Python code that the checkpoint brings along.
+        mapped: leave weights in the files that they are mapped from, as far as they are as stored: for who looks at one
+            after another, and neither changes them nor rests on bits. What was looked at can leave the memory again.
 
     Raises:
         WeftError: there is no such model, device or dtype; a file is damaged; or tensors are missing, which
@@ -192,7 +195,8 @@ def load_model(
         )
     if is_adapter(name):
         load_adapter(loaded, name)
-    own_memory(loaded)
+    if not mapped:
+        own_memory(loaded)
     if gguf_file(name) is not None:
         forget_quantizer(loaded)
         say(f"The weights of {name} are decoded to {loaded.dtype}: {saved_size(loaded)[1] / 1e6:,.1f} MB.")

@@ -251,7 +251,9 @@ def run(
     started = record.begin("inspect", arguments, seed=seed, device=target)
     batches = _batches(model, data, windows, window, seed, trust_remote_code) if data is not None else []
     kept = "auto" if data is None else None  # a text is read in what the device computes in
-    load = partial(load_model, device=device, dtype=dtype or kept, trust_remote_code=trust_remote_code)
+    load = partial(
+        load_model, device=device, dtype=dtype or kept, trust_remote_code=trust_remote_code, mapped=data is None
+    )
     other = load(against) if against is not None else None
     source = load(model)
     if batches:
