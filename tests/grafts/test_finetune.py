@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,10 @@ from transformers import AutoModelForCausalLM
 import weft
 from weft.errors import WeftError
 from weft.grafts import GRAFTS
+from weft.runs.loading import load_model
 from weft.train.checkpoints import last_checkpoint
+from weft.verbs import combine, evaluate, merge
 from weft.verbs import finetune as verb
-from weft.verbs import merge
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(120))
 SETTINGS = {"steps": 4, "lr": 1e-2, "window": 32, "batch": 2, "log_every": 1, "device": "cpu", "save_every": 2}
@@ -35,7 +35,7 @@ def test_run_trains_the_graft_and_writes_a_directory_that_opens(
     options = OPTIONS.get(graft, {})
     result = verb.run(tiny_directory, tmp_path / "out", method=graft, data=data, **SETTINGS, **options)
     base = AutoModelForCausalLM.from_pretrained(tiny_directory)
-    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tuned = load_model(tmp_path / "out", device="cpu")
     assert result["trainable_parameters"] == weft.trainable(tuned).count
     assert result["trainable_parameters"] == GRAFTS[graft].count(base, GRAFTS[graft].options(options))
     assert graft in STILL or result["loss_last"] < result["loss_first"]
@@ -46,7 +46,13 @@ def test_run_trains_the_graft_and_writes_a_directory_that_opens(
     plain = weft.remove_adapter(tuned)
     assert all(torch.equal(p, base.get_parameter(name)) for name, p in plain.named_parameters()), "the base was trained"
     assert evaluated != weft.evaluate(plain, _tokenizer(tiny_directory), TEXT, 32)["perplexity"]
-    assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"weft_graft.json", "weft_graft.safetensors", "README.md", "run.json", "tokenizer.json"} <= files
+    assert not {"config.json", "model.safetensors"} & files  # the base is not written again
+    beside = evaluate.run(str(tiny_directory), text=data, window=32, adapter=tmp_path / "out", device="cpu")
+    assert beside["perplexity"] == pytest.approx(evaluated, rel=1e-6)
+    with pytest.raises(WeftError, match=f"holds the graft {graft!r}"):
+        combine.run([tmp_path / "out", tmp_path / "out"], tmp_path / "both")
 
 
 @pytest.mark.parametrize("graft", GRAFTS)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from weft import __version__
 from weft.errors import WeftError
 from weft.files import write_json
+from weft.io.adapter_files import GRAFT_CONFIG
 from weft.io.base import Base, base_of, other_weights, sample
 from weft.io.checkpoint import Checkpoint
 from weft.io.quantizer import GRAFT, remark
@@ -44,11 +45,11 @@ from weft.terms.layers import eligible
 from weft.terms.put import is_one_matrix, unput
 from weft.terms.put import put as put_terms
 
-__all__ = ["CONFIG", "Graft", "aside", "graft_of", "load", "put", "remove", "save"]
+__all__ = ["CONFIG", "Graft", "aside", "graft_of", "load", "put", "remove", "save", "write"]
 
 FORMAT = 1
 """The version of the layout; raised when an older weft could not read what this one writes."""
-CONFIG, TENSORS = "weft_graft.json", "weft_graft.safetensors"
+CONFIG, TENSORS = GRAFT_CONFIG, "weft_graft.safetensors"
 
 Modules = Mapping[str, nn.Module]
 """What a graft trains: the place in the model, where nothing was before, -> the module."""
@@ -84,6 +85,10 @@ class Graft(Record):
     fresh: Mapping[str, Any] = field(default_factory=dict)
     deviates: str = ""
     exempt: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+        """Put a saved one on the model, as `weft.io.adapters` asks for it."""
+        return load(model, directory)
 
     def rebuild(self, model: nn.Module, said: Mapping[str, Any]) -> list[str]:
         """Put the modules of a saved model directory in place, empty; returns their places."""
@@ -213,18 +218,24 @@ def aside(model: nn.Module) -> Iterator[None]:
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the graft. Raises WeftError where there is none, or the directory is not empty."""
-    model = unwrapped(model)
-    grafted = _need(model)
+    grafted = _need(unwrapped(model))
     if grafted.whole:
         raise WeftError(
             f"The model's own weights are trained along with {grafted.name!r} (whole=true), so that more than it "
             "was trained; save the model (model.save_pretrained)."
         )
     with open_output(directory, {}) as place:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in grafted.tensors().items()}
-        save_file(state, place.path / TENSORS)
-        base = base_of(model, eligible(model))
-        write_json(place.path / CONFIG, {"format": FORMAT, "weft": __version__, **grafted.json(), "base": base.json()})
+        write(model, place.path)
+
+
+def write(model: nn.Module, directory: Path) -> None:
+    """Write the graft's two files into a directory that is there. Raises WeftError where there is none on the model."""
+    model = unwrapped(model)
+    grafted = _need(model)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in grafted.tensors().items()}
+    save_file(state, directory / TENSORS)
+    base = base_of(model, eligible(model))
+    write_json(directory / CONFIG, {"format": FORMAT, "weft": __version__, **grafted.json(), "base": base.json()})
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:

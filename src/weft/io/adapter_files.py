@@ -23,11 +23,13 @@ from weft.terms import Term, build
 from weft.terms.adapters import Adapter
 from weft.terms.random_products import share_stores
 
-__all__ = ["CONFIG", "FORMAT", "paths", "read_files", "whole", "write_files"]
+__all__ = ["CONFIG", "FORMAT", "GRAFT_CONFIG", "paths", "read_files", "whole", "write_files"]
 
 FORMAT = 2
 """The version of the layout; raised when an older weft could not read what this one writes."""
 CONFIG, TENSORS = "weft_adapter.json", "weft_adapter.safetensors"
+GRAFT_CONFIG = "weft_graft.json"
+"""In the place of CONFIG where what is trained beside the model is a graft (`weft.grafts.base`)."""
 
 
 def write_files(

@@ -14,7 +14,6 @@ are gathered on every process and written by the first: call it on all of them.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -28,7 +27,9 @@ from torch import Tensor, nn
 from weft.errors import WeftError, nearest
 from weft.io import peft
 from weft.io.adapter_files import CONFIG, FORMAT, paths, read_files, whole, write_files
+from weft.io.adapter_places import check_terms, graft_in
 from weft.io.base import Base, base_of, other_weights, sample
+from weft.records import find
 from weft.terms.adapters import Adapter, activate, adapters_of, attach, find_adapter, unwrapped
 from weft.terms.experts import open_experts, within_experts
 from weft.terms.extras import places, tables
@@ -37,10 +38,8 @@ from weft.terms.layers import is_linear
 __all__ = [
     "FORMAT",
     "LooseAdapter",
-    "base_name",
-    "check_directory",
-    "is_adapter",
     "load_adapter",
+    "method_of",
     "read_adapter",
     "save_adapter",
     "write_adapter",
@@ -127,7 +126,7 @@ def write_adapter(
 def load_adapter(
     model: nn.Module, directory: str | os.PathLike[str] | LooseAdapter, name: str | None = None
 ) -> nn.Module:
-    """Put an adapter of either format on the model; the same model is returned.
+    """Put an adapter of either format, or a graft, on the model; the same model is returned.
 
     On other weights than those that the adapter was made on it loads with a warning: people do so on purpose, with
     another fine-tuning of the same base or after a merge.
@@ -141,6 +140,10 @@ def load_adapter(
             belongs to another model, or its name is taken.
     """
     model = unwrapped(model)
+    graft = None if isinstance(directory, LooseAdapter) else graft_in(directory)
+    if graft is not None:
+        found: nn.Module = find(graft, "graft").load(model, directory)  # type: ignore[attr-defined]
+        return found
     if isinstance(directory, LooseAdapter):
         loose, place = directory, "memory"
         adapter = loose.named(name or loose.adapter.name)
@@ -181,43 +184,15 @@ def read_adapter(
     Raises:
         WeftError: the directory holds no adapter, a file is damaged, or a tensor is missing or unexpected.
     """
-    path = check_directory(directory)
+    path = check_terms(directory)
     if (path / CONFIG).is_file():
         return LooseAdapter(*read_files(path, name))
     return LooseAdapter(*peft.read(path, name or "default", model))
 
 
-def check_directory(directory: str | os.PathLike[str]) -> Path:
-    """The directory as a path. Raises WeftError where there is no adapter in it."""
-    path = Path(directory).expanduser()
-    if not (path / CONFIG).is_file() and not (path / peft.CONFIG).is_file():
-        raise WeftError(f"{path} holds no adapter: neither {CONFIG} nor {peft.CONFIG} is there.")
-    return path
-
-
-def is_adapter(directory: str | os.PathLike[str]) -> bool:
-    """Whether the directory holds an adapter and no model."""
-    path = Path(directory)
-    there = any((path / name).is_file() for name in (CONFIG, peft.CONFIG))
-    return there and not (path / "config.json").is_file()
-
-
-def base_name(directory: str | os.PathLike[str]) -> str:
-    """The directory or Hub id of the model that an adapter was made on.
-
-    Raises:
-        WeftError: there is no adapter, or its files do not say.
-    """
-    path = check_directory(directory)
-    try:
-        own = path / CONFIG
-        said = json.loads((own if own.is_file() else path / peft.CONFIG).read_text(encoding="utf-8"))
-        name = said["base"]["name"] if own.is_file() else said.get("base_model_name_or_path")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeftError(f"The adapter in {path} is damaged or incomplete ({error}); fetch it again.") from error
-    if not name:
-        raise WeftError(f"The adapter in {path} does not say which model it was made on; give that one as the model.")
-    return str(name)
+def method_of(directory: str | os.PathLike[str]) -> str:
+    """The name of the method that made the adapter, or of the graft."""
+    return graft_in(directory) or read_adapter(directory).adapter.method
 
 
 def _check_save(

@@ -15,7 +15,8 @@ import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from weft.io.adapters import base_name, read_adapter
+from weft.io.adapter_places import base_name
+from weft.io.adapters import method_of
 from weft.io.peft_config import CONFIG as PEFT_CONFIG
 from weft.io.quantizer import sum_specs
 
@@ -107,7 +108,7 @@ def _pipeline(model: PreTrainedModel) -> dict[str, str]:
 def adapter_card(directory: Path, run: Run) -> str:
     """The README.md of an adapter's directory, front matter included; only what its files and the run tell."""
     base, peft = base_name(directory), (directory / PEFT_CONFIG).is_file()
-    method = read_adapter(directory).adapter.method
+    method = method_of(directory)
     known = on_hub(base)
     tags = [*([f"base_model:adapter:{base}"] if known else []), *(["lora"] if peft else []), "weft", method]
     own = {"library_name": "peft" if peft else "weft", "tags": list(dict.fromkeys(tags))}

@@ -13,7 +13,7 @@ from typing import Any
 
 from weft.errors import WeftError
 from weft.files import digest
-from weft.io.adapters import base_name, is_adapter
+from weft.io.adapter_places import base_name, is_adapter
 from weft.runs.loading import gguf_file, resolve
 from weft.train.records import files_of, is_datasets_folder
 

@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 import weft.embedded
 from weft.errors import WeftError, nearest
-from weft.io.adapters import base_name, is_adapter, load_adapter
+from weft.io.adapter_places import base_name, is_adapter
+from weft.io.adapters import load_adapter
 from weft.io.precision import note_precision, saved_size
 from weft.io.quantizer import forget_quantizer
 from weft.progress import say

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
-from weft.io.adapters import is_adapter
+from weft.io.adapter_places import is_adapter
 from weft.methods import METHODS
 from weft.optim.mup import scale_init_
 from weft.runs.loading import load_config, load_model

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from weft.errors import WeftError
-from weft.io.adapters import LooseAdapter, check_directory, read_adapter
+from weft.io.adapter_places import check_terms
+from weft.io.adapters import LooseAdapter, read_adapter
 from weft.io.base import Base, other_weights
 from weft.io.peft import why_not_peft
 from weft.merging import MERGERS, Merger, Pair
@@ -132,7 +133,7 @@ def _weights(
     if merger.takes not in (None, len(adapters)):
         raise WeftError(f"{merger.name!r} takes {merger.takes} adapters, in their order, and not {len(adapters)}.")
     for path in adapters:
-        check_directory(path)
+        check_terms(path)
     amounts = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     if len(amounts) != len(adapters):
         raise WeftError(f"There are {len(adapters)} adapters and {len(amounts)} weights; give one weight for each.")

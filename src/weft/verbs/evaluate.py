@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
-from weft.io.adapters import check_directory, load_adapter
+from weft.io.adapter_places import check_directory
+from weft.io.adapters import load_adapter
 from weft.io.precision import bits_per_weight
 from weft.io.precision import saved_size as model_size
 from weft.runs.calibration import say_default

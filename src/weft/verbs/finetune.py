@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from weft.embedded.text import calibration_files
 from weft.errors import WeftError
+from weft.grafts.base import graft_of
+from weft.grafts.base import write as write_graft
 from weft.io.adapters import write_adapter
 from weft.io.save import adapter_card, save_model
 from weft.progress import say
@@ -287,7 +289,7 @@ def run(
         on = [layer for adapter in adapters_of(source).values() for layer in adapter.terms]
         metrics |= coverage(source, on).facts() if on else {}
         if int(os.environ.get("RANK", "0")) == 0:
-            save(source, tokenizer, place.path, metrics, record, adapts=find(method).kind == "adapt" and not merge)
+            save(source, tokenizer, place.path, metrics, record, kind="" if merge else find(method).kind)
             keep_logs(place)
     return {"output": str(out), **metrics}
 
@@ -299,12 +301,17 @@ def save(
     metrics: dict[str, Any],
     record: Run,
     *,
-    adapts: bool,
+    kind: str,
 ) -> None:
-    """Write what was trained: the adapter, beside the tokenizer it was trained with, or the model, adapters merged."""
-    if adapts:
-        (name,) = (adapter.name for adapter in adapters_of(model).values() if adapter.active)
-        write_adapter(model, directory, name)
+    """Write what was trained, of a method of this kind: the adapter, or the graft, beside the tokenizer it was trained
+    with; or the model, where its own weights were, with adapters merged.
+    """
+    graft = graft_of(model) if kind == "graft" else None
+    if kind == "adapt" or (graft is not None and not graft.whole):
+        if graft is not None:
+            write_graft(model, directory)
+        else:
+            write_adapter(model, directory, *(one.name for one in adapters_of(model).values() if one.active))
         tokenizer.save_pretrained(directory)
         card = adapter_card(directory, record.write(directory, metrics))
         (directory / "README.md").write_text(card, encoding="utf-8")

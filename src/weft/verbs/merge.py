@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
-from weft.io.adapters import check_directory, is_adapter, load_adapter
+from weft.io.adapter_places import check_terms, is_adapter
+from weft.io.adapters import load_adapter
 from weft.io.quantizer import sum_specs, unmark
 from weft.io.save import save_model
 from weft.progress import say, track
@@ -108,7 +109,7 @@ def run(
     if adapter is None:
         _check_sums(model, trust_remote_code)
     else:
-        check_directory(adapter)
+        check_terms(adapter)
     record = begin("merge", arguments, device=target)
     # asked for another dtype, the sums are taken in fp32, which holds every stored one, and cast afterwards
     source = load_model(
