@@ -146,7 +146,9 @@ def test_full_trains_everything(tiny_directory, tokenizer):
     assert changed(model, before) == set(before)
 
 
-def test_welore_on_a_dense_model_is_a_sentence(tiny_directory, tokenizer):
+def test_welore_on_a_dense_model_is_a_sentence(tiny_directory, tokenizer, monkeypatch):
+    """At once, before the data are tokenised, which can take minutes."""
+    monkeypatch.setattr(verb, "rows_of", None)
     with pytest.raises(WeftError, match="'welore' finds nothing to train in this model; compress it first"):
         finetune(model_of(tiny_directory), tokenizer, TEXT, "welore", **SHORT)
 

@@ -24,6 +24,7 @@ from weft.grafts.base import graft_of
 from weft.grafts.base import write as write_graft
 from weft.io.adapters import write_adapter
 from weft.io.save import adapter_card, save_model
+from weft.methods import Method
 from weft.progress import say
 from weft.records import find
 from weft.runs.calibration import say_default
@@ -104,10 +105,11 @@ def finetune(
     recipe, options = split_settings(settings)
     check_judging(recipe, eval_data is not None)
     check_context(model, recipe.window)
-    lesson = lesson_of(model, teacher, teacher_top, teacher_labels)
+    lesson, chosen = lesson_of(model, teacher, teacher_top, teacher_labels), find(method, *KINDS)
+    if isinstance(chosen, Method) and chosen.kind == "compress":
+        chosen.freeze(model)  # says at once where the model has nothing that it trains
     rows = rows_of(model, tokenizer, data, recipe, skipped)
     judge = None if eval_data is None else rows_of(model, tokenizer, eval_data, recipe, skipped)
-    chosen = find(method, *KINDS)
     choice = optimizer_settings(optimizer, optimizer_options or {}, rank, chosen.kind == "adapt", recipe.steps)
     rules = prepare(model, rows, chosen, rank, recipe, options)
     if optimizer is not None:
