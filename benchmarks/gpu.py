@@ -182,6 +182,9 @@ def main() -> None:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU here; --dry-run checks everything on a CPU.")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.dry_run:  # what steps import, once: they are forked
+        for module in ("devices", "finetune_step", "kernels", "layers", "optim_step", "pretrain_table", "peft"):
+            importlib.import_module(module)
     end = time.perf_counter() + 60 * args.minutes
     write(path, setting(args.dry_run))
     shares = {name: share for name, (share, _) in STEPS.items()}
