@@ -26,6 +26,9 @@ from weft.verbs.compress import run as compress
 from weft.verbs.evaluate import evaluate
 from weft.verbs.finetune import finetune
 
+WINDOWS = 48
+"""Of the text that perplexity is measured on."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "code_tuning.json")
     options = parser.parse_args()
     record = begin("code_tuning", vars(options), seed=options.seed)
-    rows = [measured("dense", options.model)]
+    rows = [measured("dense", options.model, options.window)]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "coded"
         how: dict[str, Any] = {
@@ -52,7 +55,7 @@ def main() -> None:
             "window": 256,
         }
         compress(options.model, out, method="gptq", budget=f"{options.bits + 1}bits", allocate="equal", **how)
-        rows.append(measured("gptq", out))
+        rows.append(measured("gptq", out, options.window))
         for name, settings in ways(options.code_rates):
             rows.append(tuned(name, out, settings, options))
     about = {"date": record.started, "device": record.device or "cpu", "versions": record.versions}
@@ -78,15 +81,15 @@ def tuned(name: str, directory: Path, settings: dict[str, float], options: argpa
     recipe = {key: getattr(options, key) for key in ("steps", "batch", "window", "lr", "seed")}
     texts = read_texts(calibration_files())
     done = finetune(model, tokenizer, texts, "pv-tuning", teacher=teacher, **recipe, **settings)
-    found = evaluate(model, tokenizer, default_text("evaluation"), options.window)
+    found = evaluate(model, tokenizer, default_text("evaluation"), options.window, windows=WINDOWS)
     row = {"name": name, **settings, "perplexity": found["perplexity"], "bytes": found["bytes"]}
     return shown(row | {"seconds": done["seconds"]})
 
 
-def measured(name: str, directory: str | Path) -> dict[str, Any]:
+def measured(name: str, directory: str | Path, window: int) -> dict[str, Any]:
     """A model as it is."""
     model, tokenizer = load_model(str(directory)), load_tokenizer(str(directory))
-    found = evaluate(model, tokenizer, default_text("evaluation"), 256)
+    found = evaluate(model, tokenizer, default_text("evaluation"), window, windows=WINDOWS)
     return shown({"name": name, "perplexity": found["perplexity"], "bytes": found["bytes"]})
 
 

@@ -67,6 +67,7 @@ from weft.methods import (
     pifa,
     pissa,
     pv_tuning,
+    qvgen,
     randlora,
     random_mask,
     rtn,
@@ -141,6 +142,7 @@ _PAGES: tuple[ModuleType, ...] = (
     # training of what is there
     full,
     pv_tuning,
+    qvgen,
     # starts of a low-rank product
     lora,
     dora,

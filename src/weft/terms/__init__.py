@@ -9,6 +9,7 @@ import torch
 from weft.errors import WeftError, unknown
 from weft.records import load_entry_points
 from weft.terms.activated_low_rank import ActivatedLowRank
+from weft.terms.aided_code import AidedCode
 from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
 from weft.terms.bottleneck import Bottleneck
@@ -56,6 +57,7 @@ from weft.terms.wrapper import Wrapper
 __all__ = [
     "TERMS",
     "ActivatedLowRank",
+    "AidedCode",
     "BlockAffine",
     "Bottleneck",
     "CodedFactors",
@@ -152,6 +154,7 @@ TERMS: dict[str, type[Term]] = {
         Monarch,
         TernaryLatent,
         TunedCode,
+        AidedCode,
         RoundedInputs,
     )
 }
