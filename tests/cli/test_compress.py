@@ -81,6 +81,14 @@ def test_mistakes_are_one_sentence(
     assert not list(Path().iterdir())
 
 
+def test_the_default_text_is_worth_a_word_where_it_is_read(tiny_directory: Path, tmp_path: Path) -> None:
+    for method, said in (("svd", False), ("svd-llm", True)):
+        short = ["--budget", "0.9", "--windows", "2", "--window", "32"]
+        words = ["compress", str(tiny_directory), "-o", str(tmp_path / method), "--method", method, *short]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0 and ("No --calibration was given" in done.output) is said, done.output
+
+
 def test_a_model_that_is_not_there(weft: Callable[..., Result], text: Path) -> None:
     result = weft("./nothing", "-o", "out", "--calibration", text)
     assert result.exit_code == 2 and result.stderr.startswith("weft: There is no directory './nothing'")

@@ -23,12 +23,19 @@ __all__ = ["calibration_texts", "check_enough", "say_default"]
 MIXED = "Python's own sources and chapters of its documentation, in turn"
 
 
-def calibration_texts(given: str | Path | Sequence[str | Path] | None, model: str) -> tuple[list[str], str]:
-    """The texts to calibrate a model on, and what they are, for the record and the model card."""
+def calibration_texts(
+    given: str | Path | Sequence[str | Path] | None, model: str, *, read: bool = True
+) -> tuple[list[str], str]:
+    """The texts to calibrate a model on, and what they are, for the record and the model card.
+
+    Args:
+        read: whether the result depends on them, so that the default is worth a word.
+    """
     if given is not None:
         paths = [given] if isinstance(given, str | Path) else given
         return read_texts(given), ", ".join(Path(path).name for path in paths)
-    say_default(model, "calibration", MIXED, "--calibration")
+    if read:
+        say_default(model, "calibration", MIXED, "--calibration")
     return [default_text("mixed")], MIXED
 
 
