@@ -6,7 +6,9 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,22 @@ def test_every_python_that_is_allowed_is_named() -> None:
 def test_licence() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert PROJECT["license"] == "Apache-2.0" and "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_wheel_holds_all_that_weft_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of the package, the line for Python's start, valid metadata; and it runs from there."""
+    build = pytest.importorskip("hatchling.build")
+    monkeypatch.chdir(ROOT)
+    with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as wheel:
+        wheel.extractall(tmp_path / "site")
+        inside = set(wheel.namelist())
+    sources = {str(file.relative_to(ROOT / "src")) for file in tracked() if file.is_relative_to(ROOT / "src")}
+    assert sources <= inside and {"_weft_startup.py", "weft_startup.pth"} <= inside
+    code = "import weft.embedded as e; print(e.__file__, (e.model_path('pico') / 'model.safetensors').stat().st_size)"
+    there = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], env=there, cwd=tmp_path, capture_output=True, text=True)
+    place, size = done.stdout.split()
+    assert place.startswith(str(tmp_path)) and int(size) > 1_000_000, done.stderr
 
 
 @pytest.mark.parametrize("script", ["run", ".ci/run"])
