@@ -1,16 +1,14 @@
 """Does a measure predict anything? Spearman's correlation of each figure with what happens.
 
-    python benchmarks/measures.py MODEL --text FILE [--layers 24] [--tune FILE] [--sets FILE ...] [--json FILE]
+    python benchmarks/measures.py MODEL --text FILE [--layers 24] [--tune FILE] [--json FILE]
 
 layers      a layer alone is cut, by svd to a quarter of its bytes and by rtn to 2 bits, and the loss is measured
             again: the rise is what a figure of that layer should rank. Layers are drawn at random.
 forgetting  (--tune) LoRA of several ranks and rates is trained on another text; the rise of the loss on the first is
             what a figure of the change, a mean over the layers, should rank.
-usefulness  (--sets) texts are cut into pieces of one length, and LoRA is trained on each; the fall of the loss on the
-            first text is what a figure of the piece should rank.
 
 The first half of the text is what measures see, the second what losses are measured on. Intervals are of 95 per cent,
-by 2,000 bootstrap draws of the layers (runs, pieces). A figure whose interval holds 0 predicts nothing that can be told
+by 2,000 bootstrap draws of the layers (or runs). A figure whose interval holds 0 predicts nothing that can be told
 from chance here. The number of a layer's parameters, its spectrum and weft's own predicted loss stand beside the
 measures.
 """
@@ -23,7 +21,6 @@ import datetime
 import json
 import math
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +32,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 import weft
+from weft.files import jsonable
 from weft.linalg.weighted import WeightedLoss
 from weft.measures import MEASURES
 from weft.methods import METHODS
@@ -65,8 +63,8 @@ def ranked(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     found = []
     for _ in range(DRAWS):
         sample = pairs[torch.randint(len(pairs), (len(pairs),), generator=draws)]
-        if min(len(set(column.tolist())) for column in sample.mT) > 1:
-            found.append(float(spearmanr(*sample.mT).statistic))
+        varies = min(len(set(column.tolist())) for column in sample.mT) > 1
+        found.append(float(spearmanr(*sample.mT).statistic) if varies else 0.0)  # what is the same for all ranks none
     low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
     return {"n": len(pairs), "rho": own, "low": low, "high": high}
 
@@ -153,36 +151,9 @@ def means(report: Report) -> dict[str, float]:
     return {key: math.fsum(row[key] for row in rows) / len(rows) for key in keys}
 
 
-def usefulness(
-    model: Any, tokenizer: Any, sets: Mapping[str, str], judged: list[Any], steps: int, window: int
-) -> list[dict[str, Any]]:
-    """Figures of pieces of text, and how much training on each lowers the loss."""
-    whole, rows = mean_loss(model, judged), []
-    asked = [m for m in MEASURES.values() if m.of in ("gradient", "hidden")]
-    for name, piece in sets.items():
-        batches = calibration_batches(tokenizer, [piece], windows=6, window=window, batch=1)
-        figures = inspect(model, "*layers*", measures=asked, batches=batches).figures
-        other = tuned(model, tokenizer, [piece], 8, 1e-3, steps)
-        rows.append({"set": name, "loss": mean_loss(model, batches), **figures})
-        rows[-1]["fall"] = whole - mean_loss(other, judged)
-        print(rows[-1], flush=True)
-    return rows
-
-
-def pieces(files: Sequence[str], characters: int = 60_000) -> dict[str, str]:
-    """Two pieces of each file, of one length."""
-    found = {}
-    for file in files:
-        text = "\n\n".join(read_texts(file))
-        for i in range(2):
-            start = int(i * (len(text) - characters))
-            found[f"{Path(file).stem} {i + 1}"] = text[start : start + characters]
-    return found
-
-
 def main() -> None:
     args = arguments()
-    began = time.process_time()
+
     model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
     text = "\n\n".join(read_texts(args.text))
     halves = text[: len(text) // 2], text[len(text) // 2 :]
@@ -202,19 +173,15 @@ def main() -> None:
         changes = [key for m in MEASURES.values() if m.pair for key in (m.reads or m.reads_model)]
         changes = [key for key in dict.fromkeys(changes) if key in everything["forgetting"][0] and key != "floor"]
         found["forgotten"] = correlations(everything["forgetting"], "forgotten", changes)
-    if args.sets:
-        everything["usefulness"] = usefulness(model, tokenizer, pieces(args.sets), judged, args.steps, args.window)
-        of_texts = [key for key in everything["usefulness"][0] if key not in ("set", "fall")]
-        found["fall"] = correlations(everything["usefulness"], "fall", of_texts)
-    settings = {k: v for k, v in vars(args).items() if k not in ("json", "model", "text", "tune", "sets")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "model", "text", "tune")}
     settings |= {"model": Path(args.model).name, "text": Path(args.text).name, "cuts": CUTS, "draws": DRAWS}
-    settings |= {"tune": args.tune and Path(args.tune).name, "sets": [Path(f).name for f in args.sets or ()]}
+    settings |= {"tune": args.tune and Path(args.tune).name}
     settings |= {"device": "cpu", "processor": platform.processor() or platform.machine()}
     settings |= {"torch": torch.__version__, "transformers": transformers.__version__, "weft": weft.__version__}
-    settings |= {"date": datetime.date.today().isoformat(), "cpu_seconds": round(time.process_time() - began)}
-    result = json.dumps({"settings": settings, "correlations": found, **everything}, indent=1)
+    settings |= {"date": datetime.date.today().isoformat()}
     if args.json:
-        args.json.write_text(result + "\n")
+        result = jsonable({"settings": settings, "correlations": found, **everything})  # without NaN
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     for what, by_figure in found.items():
         for key, one in sorted(by_figure.items(), key=lambda item: -abs(item[1]["rho"])):
             print(f"{what:12} {key:22} {one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}] of {one['n']}")
@@ -229,7 +196,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--tune")
-    parser.add_argument("--sets", nargs="+")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

@@ -12,7 +12,6 @@ HAPPENED = {
     "rise_svd": "the rise of the loss when a layer alone is cut by svd to a quarter of its bytes",
     "rise_rtn": "the rise of the loss when a layer alone is rounded by rtn to 2 bits",
     "forgotten": "the rise of the loss on the first text after LoRA on another",
-    "fall": "the fall of the loss after LoRA on a piece of text",
 }
 """What was measured, by its name in the files."""
 
@@ -44,7 +43,7 @@ def measure_tables() -> list[str]:
 
 def _table(meaning: str, columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     figures = list(dict.fromkeys(key for column in columns.values() for key in column))
-    strength = {key: _mean([abs(c[key]["rho"]) for c in columns.values() if key in c]) for key in figures}
+    strength = {key: _mean([abs(c[key]["rho"]) for c in columns.values() if _known(c.get(key))]) for key in figures}
     told = [key for key in figures if any(_told(c[key]) for c in columns.values() if key in c)]
     counts = ", ".join(f"{max(int(one['n']) for one in c.values())} of {name}" for name, c in columns.items())
     lines = [
@@ -60,17 +59,21 @@ def _table(meaning: str, columns: Mapping[str, Mapping[str, Mapping[str, float]]
 
 
 def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else 0.0
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def _known(one: Mapping[str, float] | None) -> bool:
+    """Whether there was enough to tell a correlation from."""
+    return one is not None and one["rho"] is not None
 
 
 def _told(one: Mapping[str, float]) -> bool:
     """Whether the interval leaves 0 out."""
-    return one["low"] > 0 or one["high"] < 0
+    return _known(one) and (one["low"] > 0 or one["high"] < 0)
 
 
 def _cell(one: Mapping[str, float] | None) -> str:
-    if one is None or math.isnan(one["rho"]):
+    if one is None or not _known(one):
         return "–"
     cell = f"{one['rho']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
     return f"**{cell}**" if _told(one) else cell

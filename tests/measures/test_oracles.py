@@ -4,6 +4,7 @@ scipy, and slow loops that share nothing with them.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -168,6 +169,19 @@ def test_orders_are_the_best_of_all_and_scipy_s() -> None:
     assert order.tolist() == [2 * j + a for i, j in enumerate(outer) for a in inner[i]]
 
 
+def test_columns_count_where_rows_tell_nothing() -> None:
+    model = tiny_decoder()
+    for block in model.model.layers:
+        for layer in (block.mlp.gate_proj, block.mlp.up_proj):
+            layer.weight.data[:] = layer.weight.data[0]
+    other = copy.deepcopy(model)
+    for block in other.model.layers:
+        block.mlp.down_proj.weight.data = block.mlp.down_proj.weight.data.flip(1)
+    found = value("weight-matching", model, other)
+    assert found["model.layers.0.mlp.down_proj"] == {"moved": 1.0, "matched": pytest.approx(0, abs=1e-6)}
+    assert found[""]["distance_saved"] == pytest.approx(1, abs=1e-6)
+
+
 def test_the_most_alike_is_the_nearest() -> None:
     """||W - P W0||^2 = ||W||^2 + ||W0||^2 - 2 <W, P W0>, on either side."""
     W, W0 = gaussian(4, 6), gaussian(4, 6, seed=1)
@@ -230,6 +244,7 @@ def test_largest_logits_are_those_of_the_whole_matrix() -> None:
     """Streamed by blocks and kept from what is masked, with two query heads on a key; and Hoelder's bound."""
     q, k = gaussian(1, 4, 600, 8).float(), gaussian(1, 2, 600, 8, seed=1).float()
     q[0, 0, 3], k[0, 0, 500] = 50.0, 50.0  # what query 3 must not see
+    k[:, :, 0], k[:, :, 1] = 30 * k[:, :, 0], 20 * k[:, :, 1]  # the largest, and the largest of the rest
     mask = torch.zeros(1, 1, 600, 600).masked_fill(torch.ones(600, 600).triu(1).bool(), torch.finfo(torch.float32).min)
     seen = Seen()
     seen.add(q, k, mask, 0.5)

@@ -165,4 +165,5 @@ def commands(
     if bits and len(bits) == len(prospects):  # one width for all: that of the matrix that needs most
         only = "".join(f" --targets {quote(pattern)}" for pattern in layers)
         found.append(f"weft quantize {place} -o coded --scheme rtn --bits {max(bits)}{only}")
-    return [*found, *(f"weft eval {quote(one)}{text}" for one in (model, against) if one is not None)]
+    evaluated = dict.fromkeys(one for one in (model, against) if one is not None)
+    return [*found, *(f"weft eval {quote(one)}{text}" for one in evaluated)]
