@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--code-rates", type=float, nargs="+", default=[0.01, 0.1, 0.3])
+    parser.add_argument("--code-rates", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "code_tuning.json")
     options = parser.parse_args()
@@ -71,7 +71,7 @@ def ways(rates: list[float]) -> list[tuple[str, dict[str, float]]]:
     for rate in rates:
         found.append((f"straight-through, {rate:g}", {"tau": 1.0, "decay": 0.0, "code_lr": rate}))
         found.append((f"capped straight-through, {rate:g}", {"decay": 0.0, "code_lr": rate}))
-        found.append((f"pv-tuning, {rate:g}", {"code_lr": rate}))
+        found.append((f"pv-tuning, {10 * rate:g}", {"decay": 1.0, "code_lr": 10 * rate, "trust": 0.003}))
     return found
 
 

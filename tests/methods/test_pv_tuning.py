@@ -214,7 +214,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 SETTINGS = {
     "method": "pv-tuning", "steps": 6, "lr": 1e-3, "window": 32, "batch": 2, "log_every": 1, "device": "cpu",
-    "save_every": 3,
+    "save_every": 3, "code_lr": 0.3, "decay": 0.5,
 }  # fmt: skip
 
 

@@ -7,9 +7,10 @@ arXiv 2405.14852; its code Vahe1994/AQLM).
 One backward pass serves both. `weft finetune DIR --method pv-tuning --teacher MODEL` on any model in integer codes,
 with the dense model's predictions as what is learned (published: KL on logits). Nothing is stored besides what was: the
 same codes and scales, other values. Training holds the matrices, a second moment each, and with decay < 1 targets.
-decay = 1 is the method; the published command sets 0, which keeps what no step spent, straight-through training under
-the cap tau. code_lr = 0.01 is published for codes that lie dense (2^16 of 8 weights); a grid of few bits needs targets
-that reach over half a step: 0.3 here; a run in which no code changes says so.
+decay = 1 is the method; 0, as the published command has it and by default here, keeps what no step spent:
+straight-through training under the cap tau. code_lr = 0.01 is published for codes that lie dense (2^16 of 8 weights).
+Targets on a grid of few bits have half a step to cross, at once with decay = 1: that wants code_lr = 0.3, and then
+trust = 0.003, for a hundredth of all weights leaping each step ruins a model. A run in which no code changes says so.
 Deviations: integer grids, published are additive codebooks: a group is one weight, the nearest code is exact and no
 beam search; zero points stay. No drawing of groups by a temperature. AdamW (0.9, 0.999) steps the values, published are
 (0.9, 0.95). Layers in other codes stay as they are.
@@ -52,5 +53,5 @@ METHOD = Method(
     ranked=False,
     rules=(CodeSteps,),
     trained=trained,
-    defaults={"code_lr": 0.3, "tau": 0.01, "decay": 1.0, "trust": None, "beta": 0.95},
+    defaults={"code_lr": 0.03, "tau": 0.01, "decay": 0.0, "trust": None, "beta": 0.95},
 )

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from weft.errors import WeftError
-from weft.grafts import Graft
+from weft.grafts import GRAFTS, Graft
 from weft.grafts.base import put as put_graft
 from weft.io.quantizer import unmark
-from weft.methods import Method, Site
-from weft.records import Record, find
+from weft.methods import METHODS, Method, Site
+from weft.records import Record
 from weft.rules import Rule, make_rules
 from weft.seeds import generator
 from weft.terms import SumLinear
@@ -61,10 +61,10 @@ class Structure:
 
         Raises WeftError for an unknown method or option, and a rank that is none or that the method does not take.
         """
-        found = find(method, "pretrain", "graft")
-        if isinstance(found, Graft):
-            return Grafting.of_graft(found, rank, options or {}, given)
-        assert isinstance(found, Method)
+        graft = GRAFTS.get(method) if isinstance(method, str) else method
+        if isinstance(graft, Graft):
+            return Grafting.of_graft(graft, rank, options or {}, given)
+        found = METHODS.find(method, "pretrain")
         if rank is not None and not found.ranked:
             raise WeftError(f"--rank has no meaning for --method {found.name}; its options are: {_listed(found)}.")
         if rank is not None and rank != int(rank):
