@@ -17,7 +17,8 @@ def real_model_page() -> str:
         "",
         f"SmolLM2-135M-Instruct and the validation text of WikiText-2. `python benchmarks/real_model.py MODEL --text "
         f"{found['text']}` runs these commands and measures after each: the first half of the text is calibrated and "
-        f"trained on (eight windows of 512 tokens, or twenty steps of 512 tokens), {found['windows']} windows of 512 "
+        f"trained on (eight windows of 512 tokens, or twenty steps of 512 tokens, eight where the "
+        f"command says so), {found['windows']} windows of 512 "
         "tokens of the second half judge. That is little text, chosen so that all of it runs on two cores in minutes; "
         "more of it, and more steps, give better figures. MODEL is the directory of the model.",
         "",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -166,6 +167,14 @@ def test_the_command_takes_from(model, text, tmp_path):
     result = CliRunner().invoke(app, given + more)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout[result.stdout.index("{") :])["method"] == "trp"
+
+
+def test_a_given_model_is_written_in_the_dtype_of_its_file(go, model, tmp_path):
+    """It is trained in fp32 on a CPU all the same."""
+    LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_tokenizer("pico").save_pretrained(tmp_path / "half")
+    go(model=str(tmp_path / "half"), steps=1)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_a_given_model_is_judged_by_a_text_that_is_given(go):

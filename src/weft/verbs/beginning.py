@@ -95,7 +95,7 @@ def _check_method(structure: Structure, given: str | None, size: str | None) -> 
         raise WeftError(f"--method {name} goes on with a trained model: give --from MODEL{other}.")
 
 
-def given_model(name: str, window: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def given_model(name: str, window: int, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model that training shall go on with, every parameter trainable. Raises WeftError where it is none for it."""
     config = load_config(name)
     check_causal(config)

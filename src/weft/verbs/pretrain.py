@@ -228,7 +228,7 @@ def run(
     judge = None if eval_data is None else read_texts(eval_data)
     target = training_device(device)
     kind = resolve_dtype(dtype, target) or torch.bfloat16
-    given = None if model is None else given_model(model, recipe.window, target, kind)
+    given = None if model is None else given_model(model, recipe.window, target, None if dtype is None else kind)
     shape: dict[str, Any] = {"given": given, "structure": structure, "mup": mup, "dtype": kind}
     empty, make = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     if plan:
