@@ -42,6 +42,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
         PROJECT["dependencies"],
         PROJECT["optional-dependencies"]["test"],
         PROJECT["optional-dependencies"]["data"],
+        PROJECT["optional-dependencies"]["integrations"],
     ]
     for requirement in map(Requirement, itertools.chain(*groups)):
         assert requirement.name in pins(), requirement
