@@ -11,7 +11,7 @@ import ast
 import inspect
 import linecache
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from torch import nn
@@ -68,7 +68,7 @@ def _by_class(file: str, sliced: bool) -> dict[str, set[str]]:
         if any(".weight" in line for line in lines[cls.lineno - 1 : cls.end_lineno]):
             for method in cls.body:
                 if isinstance(method, ast.FunctionDef) and not _sets(method.name):
-                    found[name] |= set(_in(method, sliced))
+                    found[name] |= set(_in(method, sliced, _names(method)))
     return found
 
 
@@ -90,18 +90,26 @@ def _sets(method: str) -> bool:
     return method in _SETS or method.lstrip("_").startswith("init")
 
 
-def _in(node: ast.AST, sliced: bool) -> Iterator[str]:
+def _names(method: ast.FunctionDef) -> dict[str, str]:
+    """What the method calls its parts: `gate = self.mlp.gate` -> {"gate": "self.mlp.gate"}."""
+    given = (node for node in ast.walk(method) if isinstance(node, ast.Assign) and len(node.targets) == 1)
+    pairs = ((node.targets[0], ast.unparse(node.value)) for node in given if isinstance(node.value, ast.Attribute))
+    return {target.id: path for target, path in pairs if isinstance(target, ast.Name) and path.startswith("self.")}
+
+
+def _in(node: ast.AST, sliced: bool, names: Mapping[str, str]) -> Iterator[str]:
     if isinstance(node, ast.If) and _SLICES in ast.unparse(node.test) and not sliced:
         for other in node.orelse:
-            yield from _in(other, sliced)
+            yield from _in(other, sliced, names)
         return
     if isinstance(node, ast.Attribute) and node.attr in _PEEKS:
         return
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKS:
         return
     if isinstance(node, ast.Attribute) and node.attr == "weight":
-        path = ast.unparse(node.value)
+        first, dot, rest = ast.unparse(node.value).partition(".")
+        path = names.get(first, first) + dot + rest
         if path.startswith("self."):
             yield path.removeprefix("self.")
     for child in ast.iter_child_nodes(node):
-        yield from _in(child, sliced)
+        yield from _in(child, sliced, names)
