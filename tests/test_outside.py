@@ -20,10 +20,10 @@ from weft.errors import WeftError
 ROOT = Path(__file__).parent.parent
 
 ENTRY_POINTS = """[weft.terms]
-ternary = outside:Ternary
+signs = outside:Ternary
 
 [weft.methods]
-ternary = outside:TERNARY
+signs = outside:TERNARY
 sparse-low-rank = outside:SPARSE_LOW_RANK
 capped = outside:CAPPED
 """
@@ -60,10 +60,10 @@ def opened(place):
 ids = torch.arange(64)[None] + 100
 batches = [{"input_ids": ids}]
 kinds = {record["name"]: record["kind"] for record in run("methods", "--json")}
-assert (kinds["ternary"], kinds["sparse-low-rank"], kinds["capped"]) == ("quantize", "compress", "adapt")
+assert (kinds["signs"], kinds["sparse-low-rank"], kinds["capped"]) == ("quantize", "compress", "adapt")
 
 calibration = "--calibration notes.txt --windows 4 --window 64 --device cpu --json".split()
-run("compress", "model", "-o", "coded", "--method", "ternary", *calibration)
+run("compress", "model", "-o", "coded", "--method", "signs", *calibration)
 kept = run("compress", "model", "-o", "split", "--method", "sparse-low-rank", "--budget", "0.5", *calibration)
 sizes = {entry["size"][0] for entry in json.load(open("split/allocation.json"))["layers"].values()}
 assert len(sizes) > 1, "the sizes are not chosen by the budget"
@@ -84,7 +84,7 @@ def stopped(items, description):
         yield item
 
 from pathlib import Path
-for method in (["ternary", "eora"], "sparse-low-rank"):
+for method in (["signs", "eora"], "sparse-low-rank"):
     budget = "9 bits" if method != "sparse-low-rank" else 0.5
     settings = {"budget": budget, "batches": batches}
     straight, resumed = opened("model"), opened("model")
@@ -161,10 +161,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ],
 )
 def test_a_package_that_cannot_be_used_is_named_and_stops_nothing(point: str, cause: str, site: Path) -> None:
-    install(site, f"[weft.methods]\nbroken = {point}\nternary = outside:TERNARY\n", "stranger")
+    install(site, f"[weft.methods]\nbroken = {point}\nsigns = outside:TERNARY\n", "stranger")
     with pytest.warns(UserWarning, match=f"The package stranger offers {point} to weft, .*{cause}"):
         names = [record["name"] for record in weft.methods()]
-    assert "ternary" in names and "svd" in names, "what else is installed works on"
+    assert "signs" in names and "svd" in names, "what else is installed works on"
     with pytest.raises(WeftError, match=f"The package stranger offers {point} to weft"):
         weft.methods.find("broken")
 
@@ -185,7 +185,7 @@ def test_register(site: Path) -> None:
     outside = importlib.import_module("outside")
     assert weft.register(outside.Ternary) is outside.Ternary
     assert weft.register(outside.TERNARY) is outside.TERNARY and weft.register(outside.TERNARY) is outside.TERNARY
-    assert {"ternary"} <= {record["name"] for record in weft.methods()}
+    assert {"signs"} <= {record["name"] for record in weft.methods()}
     for strange in (3, int, outside.Cap):
         with pytest.raises(WeftError, match="is no term|is nothing that weft can register"):
             weft.register(strange)

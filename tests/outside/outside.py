@@ -20,7 +20,7 @@ from weft.terms.quantized import Quantized
 class Ternary(Quantized):
     """T[i, j] = scale_i code_ij with codes -1, 0, 1: scale_i the mean absolute value of row i."""
 
-    kind = "ternary"
+    kind = "signs"
     codes: Tensor
     scales: Tensor
 
@@ -52,7 +52,7 @@ def ternary(site: Site) -> Split:
 
 def ternary_sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[float, int]]:
     """The one size."""
-    return [("ternary", shape.numel + 4 * shape[0])]
+    return [("signs", shape.numel + 4 * shape[0])]
 
 
 def sparse_low_rank(site: Site) -> Split:
@@ -90,7 +90,7 @@ class Cap(Rule):
 
 
 TERNARY = Method(
-    name="ternary",
+    name="signs",
     kind="quantize",
     summary="Codes -1, 0 and 1, a scale a row.",
     paper="none",

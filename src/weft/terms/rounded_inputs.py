@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from weft.errors import WeftError
 from weft.terms.base import Spec, Term
+from weft.terms.hooks import at_hand
 
 __all__ = ["RoundedInputs"]
 
@@ -73,9 +74,9 @@ class RoundedInputs(Term):
 
     def _rounded(self, u: Tensor, last: int) -> Tensor:
         q = u.detach().round().clamp(-last - 1, last)
-        blend = getattr(self.term, "blend", None)
-        if blend is not None and self.training:
-            q = torch.lerp(u.detach(), q, blend.to(u.dtype))
+        if self.training and hasattr(self.term, "blend"):
+            with at_hand(self.term):
+                q = torch.lerp(u.detach(), q, self.term.get_buffer("blend").to(u.dtype))
         return q + (u - u.detach())  # exactly q, with the gradient of u
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
