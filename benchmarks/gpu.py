@@ -182,7 +182,7 @@ def main() -> None:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no GPU here; --dry-run checks everything on a CPU.")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.dry_run:  # what steps import, once: they are forked
+    if args.dry_run and args.minutes:  # what steps import, once: they are forked
         for module in ("devices", "finetune_step", "kernels", "layers", "optim_step", "pretrain_table", "peft"):
             importlib.import_module(module)
     end = time.perf_counter() + 60 * args.minutes

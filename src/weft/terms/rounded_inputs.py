@@ -74,7 +74,7 @@ class RoundedInputs(Term):
 
     def _rounded(self, u: Tensor, last: int) -> Tensor:
         q = u.detach().round().clamp(-last - 1, last)
-        if self.training and hasattr(self.term, "blend"):
+        if self.training and getattr(self.term, "blend", None) is not None:
             with at_hand(self.term):
                 q = torch.lerp(u.detach(), q, self.term.get_buffer("blend").to(u.dtype))
         return q + (u - u.detach())  # exactly q, with the gradient of u
