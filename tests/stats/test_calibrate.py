@@ -351,6 +351,22 @@ def test_nbytes_counts_what_is_held() -> None:
 # ---- a bounded memory
 
 
+def test_a_backward_pass_is_of_few_tokens() -> None:
+    """Sequences of a batch are taken apart; where one has nothing to predict, the batch stays whole."""
+    model, whole, seen = build("llama"), ids(4, 300) % COMMON["vocab_size"], []
+    model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape[0]), with_kwargs=True)
+    layers = "model.layers.0.*"
+    found = calibrate(model, [{"input_ids": whole}], ["output_grad_moment"], layers=layers)
+    assert seen == [1, 1, 1, 1]
+    labels = whole.clone()
+    labels[2] = -100
+    calibrate(model, [{"input_ids": whole, "labels": labels}], ["output_grad_moment"], layers=layers)
+    assert seen[4:] == [4]
+    again = calibrate(model, [{"input_ids": row[None]} for row in whole], ["output_grad_moment"], layers=layers)
+    for name, moments in found.items():
+        torch.testing.assert_close(moments["output_grad_moment"], again[name]["output_grad_moment"])
+
+
 def test_groups_are_runs_of_blocks_that_fit() -> None:
     model = build("llama")
     layers = list(linear_layers(model))

@@ -56,7 +56,7 @@ def _reads(owner: type, sliced: bool) -> frozenset[str]:
 @cache
 def _by_class(file: str, sliced: bool) -> dict[str, set[str]]:
     """Qualified name of a class in the file -> the paths that it reads so. A file is parsed as a whole and once:
-    `inspect.getsource` does that for each class of it, which takes seconds for a model.
+    `inspect.getsource` does that for each class of it, which takes most of a second for a model.
     """
     lines = linecache.getlines(file)
     try:
