@@ -20,6 +20,7 @@ import torch
 
 from weft.memory import lean
 from weft.plan.step import planned, step_bytes
+from weft.plan.supposed import Supposed
 from weft.runs.loading import load_tokenizer
 from weft.train.optimizers import make_optimizer
 from weft.train.recipe import Recipe
@@ -27,7 +28,10 @@ from weft.train.sizes import SIZES
 from weft.verbs.fresh import Structure
 from weft.verbs.pretrain import build
 
-METHODS = (None, "low-rank", "sltrain", "lost", "cola", "monarch", "weight-compander")
+METHODS = (
+    None, "low-rank", "sltrain", "lost", "cola", "sst", "maestro", "monarch", "weight-compander", "trp", "spdf",
+    "nm-gradient-flow", "bitnet-1.58",
+)  # fmt: skip
 
 
 def compared(size: str, method: str | None, recipe: Recipe) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def compared(size: str, method: str | None, recipe: Recipe) -> dict[str, Any]:
     def make(model: torch.nn.Module) -> torch.optim.Optimizer:
         return make_optimizer("adamw", model, recipe.lr, 0.0, 0, {})
 
-    with torch.device("meta"):
+    with torch.device("meta"), Supposed():
         empty, _ = build(size, tokenizer, recipe.window, 0, structure=structure)
     said = planned(empty, make, recipe)
     model, _ = build(size, tokenizer, recipe.window, 0, structure=structure)

@@ -3,7 +3,7 @@
 
     start       layers follow the seed alone, and are finite
     count       the numbers that are trained are those of the method's own formula
-    empty       built without storage, the model has the same shapes
+    empty       built without storage, the model has the same shapes, and its rules begin
     gradients   every layer's gradients are those of differences, and a linear layer's those of its matrix
     learns      a short run with the method's rules lowers the loss
     resumes     an interrupted run ends on the same bytes
@@ -31,6 +31,7 @@ from weft.errors import WeftError
 from weft.memory import lean, unlean
 from weft.memory.measure import saved_bytes
 from weft.methods import METHODS, Method
+from weft.plan.supposed import Supposed
 from weft.rules import Rules
 from weft.runs.loading import load_tokenizer
 from weft.terms import SumLinear, Term
@@ -117,9 +118,16 @@ def _count(method: Method) -> None:
 
 
 def _empty(method: Method) -> None:
-    with torch.device("meta"):
-        model = LlamaForCausalLM(_plain().config)
+    config = _plain().config
+    with torch.device("meta"), Supposed():
+        model = LlamaForCausalLM(config)
         restructure(model, _structure(method))
+        for width in (64, 512):  # large ones are factorised in other ways
+            wide = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "hidden_size": width, "vocab_size": 64}))
+            structure = Structure.of(method)
+            original = structure.original(wide)
+            restructure(wide, structure)
+            Rules(structure.rules(wide, 0, original)).start(wide, steps=2 * STEPS)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in _made(method).state_dict().items()}
     assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
     assert all(tensor.is_meta for tensor in model.state_dict().values()), "a tensor has storage"

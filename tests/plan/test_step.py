@@ -79,6 +79,11 @@ def test_the_exact_call():
     assert said["moments_bytes"] == pytest.approx(8 * said["parameters"], rel=0.01)
 
 
+def test_a_method_whose_rules_read_values_is_planned():
+    """The draw of maestro's rule, and the start of lost's factors, ask for values that a plan's tensors lack."""
+    assert run(size="9m", method="maestro", plan=True, window=32, batch=1)["peak_bytes"] > 0
+
+
 def test_without_a_plan_there_must_be_a_directory():
     with pytest.raises(WeftError, match="Give the directory to write: -o OUT"):
         run(steps=2)

@@ -30,12 +30,12 @@ class Supposed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         special = func in _ANSWERS or func in _INDEXING
-        if special and any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args)):
+        if special and any(_valueless(leaf) for leaf in tree_leaves(args)):
             if func in _ANSWERS:
                 return _ANSWERS[func](*args)
             args = (args[0], [*_unmasked(args[1])], *args[2:])
         found = func(*args, **(kwargs or {}))
-        if func in _NONE_IS and isinstance(found, FakeTensor):
+        if func in _NONE_IS and _valueless(found):
             found.supposed = False  # type: ignore[attr-defined]
         return found
 
@@ -45,6 +45,10 @@ def unmasked() -> AbstractContextManager[Any]:
     wherever it cannot see the positions, makes none.
     """
     return mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: False)
+
+
+def _valueless(x: Any) -> bool:
+    return isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta)
 
 
 def _number(x: Tensor) -> bool | int | float:

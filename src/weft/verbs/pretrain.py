@@ -28,6 +28,7 @@ from weft.methods import Method
 from weft.optim import fold_weights
 from weft.optim.state import state_bytes
 from weft.plan.step import planned
+from weft.plan.supposed import Supposed
 from weft.rules import Rule, Rules
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
@@ -377,7 +378,7 @@ def _rehearse(
     model, and what makes the optimizer, are returned.
     """
     given, structure = shape["given"] and emptied(shape["given"]), shape["structure"]
-    with torch.device("meta"):
+    with torch.device("meta"), Supposed():
         original = None if structure is None or given is None else structure.original(given)
         model, base = build(size, tokenizer, recipe.window, recipe.seed, **{**shape, "given": given})
         chosen = chosen_options(optimizer, options, recipe.steps, model)
