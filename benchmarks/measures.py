@@ -38,14 +38,13 @@ from weft.measures import MEASURES
 from weft.methods import METHODS
 from weft.runs.loading import load_model, load_tokenizer
 from weft.seeds import generator
-from weft.stats.calibrate import calibrate
+from weft.stats.calibrate import calibrate, mean_loss
 from weft.terms.dense import sum_dense
 from weft.terms.layers import linear_layers
 from weft.train.sources import read_texts
 from weft.train.windows import calibration_batches
 from weft.verbs.finetune import finetune
 from weft.verbs.inspect import Report, inspect
-from weft.verbs.placing import mean_loss
 from weft.verbs.survey import Plan, offered, site_of
 
 DRAWS = 2000

@@ -15,11 +15,11 @@ from weft.allocate.modegpt import shares_cut
 from weft.errors import WeftError
 from weft.methods import METHODS
 from weft.stats.calibrate import calibrate
+from weft.stats.influence import block_influence
 from weft.terms import Submatrix, SumLinear
 from weft.terms.joints import joints, layers_of
 from weft.terms.layers import eligible, linear_layers, weight_of
 from weft.testing_adapters import task, tiny_gpt2, tiny_llama
-from weft.verbs.influence import block_influence
 from weft.verbs.survey import Plan, site_of
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 4, "initializer_range": 0.2}

@@ -24,7 +24,7 @@ from weft.terms.layers import eligible, shape_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["as_stored", "bits_per_weight", "layer_bytes", "note_precision", "saved_dtype", "saved_size"]
+__all__ = ["as_stored", "bits_per_weight", "layer_bytes", "note_as", "note_precision", "saved_dtype", "saved_size"]
 
 
 class Stored(NamedTuple):
@@ -46,6 +46,12 @@ def note_precision(model: PreTrainedModel, directory: Path) -> None:
         for name, dtype in dtypes.items():
             numbers[dtype] = numbers.get(dtype, 0) + torch.Size(headers[name].shape).numel()
         _STORED[model] = Stored(dtypes, max(numbers, key=lambda dtype: numbers[dtype]))
+
+
+def note_as(model: nn.Module, other: nn.Module) -> None:
+    """Remember for a model that was made of another's tensors what is known of that one's checkpoint."""
+    if other in _STORED:
+        _STORED[model] = _STORED[other]
 
 
 def saved_dtype(model: nn.Module, name: str, tensor: Tensor) -> torch.dtype:

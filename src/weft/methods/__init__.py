@@ -54,6 +54,7 @@ from weft.methods import (
     low_rank,
     lq_lora,
     maestro,
+    minitron,
     modegpt,
     monarch,
     mos,
@@ -186,8 +187,9 @@ _PAGES: tuple[ModuleType, ...] = (
     lora_ggpo,
     ce_ssl,
     deft,
-    # a smaller copy to train on
+    # a smaller copy to train on, and one to keep
     loram,
+    minitron,
 )
 
 METHODS = Table(Method, (method for page in _PAGES for method in vars(page).get("METHODS") or (page.METHOD,)))

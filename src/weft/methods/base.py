@@ -24,6 +24,7 @@ from weft.allocate.base import Shape
 from weft.errors import WeftError
 from weft.records import Record
 from weft.terms.joints import Joint
+from weft.terms.units import Kept
 
 __all__ = [
     "Factors",
@@ -310,6 +311,8 @@ class Method(Record):
         begins: what a method of kind "pretrain" may begin with, what it was made for first: "fresh", weights that are
             drawn, or "given", those of a trained model.
         given: defaults that differ where a method of kind "pretrain" goes on with a trained model.
+        shrink: of kind "prune": (model, calibration batches, numbers at most, **options) -> (a smaller plain model of
+            the same class, the units of the given one that it has).
         finish: (site) -> Split: what a layer becomes when its training has ended, of the options those that it names;
             a single Dense term is a plain layer again. None: it stays as it is.
     """
@@ -340,6 +343,7 @@ class Method(Record):
     begins: tuple[str, ...] = ("fresh",)
     given: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[..., Split] | None = None
+    shrink: Callable[..., tuple[Any, Kept]] | None = None
 
     def reads(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """The statistics that it needs with these options."""

@@ -23,10 +23,7 @@ from weft.methods.base import Method
 from weft.terms.layers import shape_of
 from weft.terms.submatrix import select
 
-__all__ = ["LAYERS", "METHOD", "cut", "kept_sets", "scatter", "worth"]
-
-LAYERS = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
-"""The layers of a block, as in Llama, Mistral, Qwen and their kin."""
+__all__ = ["METHOD", "cut", "kept_sets", "scatter", "worth"]
 
 
 def worth(block: nn.Module, grads: Mapping[str, Tensor] | None, random: torch.Generator) -> tuple[Tensor, Tensor]:

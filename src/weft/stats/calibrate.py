@@ -25,7 +25,7 @@ from weft.stats.streams import is_encoder_decoder
 from weft.terms.experts import expert_layers, within_experts
 from weft.terms.layers import block_stacks, linear_layers
 
-__all__ = ["Batch", "Stats", "calibrate", "forward_inputs", "frozen", "layers_by_block", "to_device"]
+__all__ = ["Batch", "Stats", "calibrate", "forward_inputs", "frozen", "layers_by_block", "mean_loss", "to_device"]
 
 Batch = Mapping[str, Tensor]
 """What the model's forward takes: input_ids, attention_mask, labels ..."""
@@ -165,6 +165,16 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         raise WeftError("A calibration batch has nothing to predict: every label of it is -100; leave that batch out.")
     with without_logits(model):
         return model(**batch, **_no_cache(model)).loss, count
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean loss of a prediction over all batches, in nats."""
+    total, predictions = 0.0, 0
+    for batch in batches:
+        loss, count = token_loss(model, to_device(batch, model))
+        total, predictions = total + float(loss) * count, predictions + count
+    return total / predictions
 
 
 def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

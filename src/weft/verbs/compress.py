@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from weft.allocate import Allocation, Budget, Choice, LayerInfo
 from weft.allocate.base import spent
@@ -34,7 +35,7 @@ from weft.runs.report.frontier import frontier_page
 from weft.runs.report.pages import report_path
 from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
-from weft.stats.calibrate import Batch, Stats, calibrate
+from weft.stats.calibrate import Batch, Stats, calibrate, mean_loss
 from weft.terms.coverage import coverage
 from weft.terms.experts import within_experts
 from weft.terms.joints import layers_of
@@ -54,7 +55,8 @@ from weft.verbs.compress_checks import (
 )
 from weft.verbs.evaluate import check_context, model_size
 from weft.verbs.moments import keep_unit
-from weft.verbs.placing import mean_loss, one_shot, sequential
+from weft.verbs.placing import one_shot, sequential
+from weft.verbs.shrink import check_shrinks, shrinks, shrunk
 from weft.verbs.spending import chooser, decide, joined, least, leave_unreached
 from weft.verbs.survey import Plan, offered, unit_of
 
@@ -244,8 +246,6 @@ def _key(model: nn.Module, plans: Sequence[Plan], batches: Sequence[Batch], stat
 
 def _mark(model: nn.Module, method: str) -> None:
     """Have `save_pretrained` write a weft directory; a plain module without a configuration is left as it is."""
-    from transformers import PreTrainedModel
-
     from weft.io.quantizer import mark
 
     if isinstance(model, PreTrainedModel):
@@ -291,10 +291,14 @@ def run(
         raise WeftError("--then-option is for the method of --then; give one, such as --then eora.")
     if report is not None:
         report_path(report, _PAGE)
-    _check_arguments(methods, budget, allocate, round, windows, window, seed, options)
+    whole = shrinks(method)
+    if whole is not None:
+        given = {"then": then, "allocate": allocate, "layers": layers, "sequential": sequential, "by_block": by_block}
+        check_shrinks(whole, options, budget, {**given, "round": round != 1, "report": report})
+    _check_arguments([] if whole else methods, budget, allocate, round, windows, window, seed, options)
     check_output(out, arguments)
     spent = None if allocate is None or is_sizes_file(allocate) else str(allocate)
-    read = report is not None or any(needs([one], allocate=spent) for one in methods)
+    read = whole is not None or report is not None or any(needs([one], allocate=spent) for one in methods)
     texts, text = calibration_texts(calibration, model, read=read)
     target = resolve_device(device)
     record = begin("compress", arguments, seed=seed, device=target)
@@ -304,20 +308,30 @@ def run(
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     tokens = check_enough(source, data, layers)
     with open_output(out, arguments) as place:
-        before, loss = _size(source), mean_loss(source, data) if report else 0.0
-        done = compress(
-            source, methods, budget=budget, allocate=allocate, batches=data, layers=layers, round=round,
-            sequential=sequential, by_block=by_block, seed=seed, progress=place.progress, track=track, **options,
-        )  # fmt: skip
-        metrics = {**_metrics(before, _size(source), done), "calibration": text, "calibration_tokens": tokens}
-        metrics |= coverage(source, list(done.allocation)).facts()
-        if report:
-            measured = {"before": loss, "after": mean_loss(source, data)}
-            page = frontier_page(Path(model).name, done.allocation, done.layers, measured)
-            write_text(report_path(report, _PAGE), page)
-        done.allocation.save(place.path / "allocation.json")
+        if whole is not None:
+            source, metrics = shrunk(source, whole, budget, data, place.path, options)
+        else:
+            how: dict[str, Any] = {"budget": budget, "allocate": allocate, "batches": data, "layers": layers}
+            how |= {"sequential": sequential, "by_block": by_block, "progress": place.progress, "track": track}
+            how |= {"round": round, "seed": seed, **options}
+            page = None if report is None else report_path(report, _PAGE)
+            metrics = _compressed(source, methods, Path(model).name, page, place.path, how)
+        metrics |= {"calibration": text, "calibration_tokens": tokens}
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
     return {"output": str(out), **({"report": str(report)} if report else {}), **metrics}
+
+
+def _compressed(
+    source: PreTrainedModel, methods: Methods, name: str, page: Path | None, place: Path, how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Compress in place, with the allocation beside it and, where asked for, the page of what was chosen."""
+    before, loss = _size(source), 0.0 if page is None else mean_loss(source, how["batches"])
+    done = compress(source, methods, **how)
+    if page is not None:
+        measured = {"before": loss, "after": mean_loss(source, how["batches"])}
+        write_text(page, frontier_page(name, done.allocation, done.layers, measured))
+    done.allocation.save(place / "allocation.json")
+    return {**_metrics(before, _size(source), done), **coverage(source, list(done.allocation)).facts()}
 
 
 def _check_arguments(
@@ -330,7 +344,7 @@ def _check_arguments(
     seed: int,
     options: Mapping[str, Any],
 ) -> None:
-    for found, chosen in chain(methods, options):
+    for found, chosen in chain(methods, options) if methods else ():
         check_options(found, chosen)
     if budget is not None:
         Budget.parse(budget)

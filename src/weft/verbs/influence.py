@@ -1,26 +1,17 @@
-"""Block influence: how much a block changes what passes through it, s = 1 - E[cos(x, y)] over the tokens (Men et al.,
-2024, arXiv 2403.03853).
-"""
+"""The influence of every site's block, for allocations that read it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from math import isfinite
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from weft.errors import WeftError
 from weft.runs.pieces import Store
-from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device
-from weft.stats.streams import Streams
-from weft.terms.layers import block_stacks
+from weft.stats.calibrate import Batch
+from weft.stats.influence import block_influence
 from weft.verbs.survey import Plan
 
-__all__ = ["block_influence", "influence"]
+__all__ = ["influence"]
 
 
 def influence(model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store) -> dict[str, float]:
@@ -28,44 +19,3 @@ def influence(model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Sto
     found = block_influence(model, batches)
     mean = sum(found.values()) / max(len(found), 1)
     return {site: next((s for block, s in found.items() if site.startswith(f"{block}.")), mean) for site in plan.sites}
-
-
-@torch.no_grad()
-def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
-    """Block -> 1 - the mean cosine of what goes in and what comes out, over the tokens that the masks keep.
-
-    Raises WeftError where that is no number.
-    """
-    sums, streams = dict[str, Tensor](), Streams()
-    counts = dict[str, int]()
-
-    def hook(name: str) -> Any:
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            y = output[0] if isinstance(output, tuple) else output
-            cosine = F.cosine_similarity(x.float(), y.float(), dim=-1).double()
-            keep = streams.now.keep(x)
-            cosine = cosine if keep is None else cosine[keep]
-            sums[name] = sums.get(name, 0.0) + cosine.sum()
-            counts[name] = counts.get(name, 0) + cosine.numel()
-
-        return after
-
-    with ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        stack.enter_context(streams.following(model))
-        for name, block in _blocks(model):
-            stack.callback(block.register_forward_hook(hook(name), with_kwargs=True).remove)
-        for batch in batches:
-            streams.begin(to_device(batch, model))
-            model(**forward_inputs(model, to_device(batch, model)))
-    found = {name: 1 - float(total) / counts[name] for name, total in sums.items()}
-    for name, s in found.items():
-        if not isfinite(s):
-            raise WeftError(f"The outputs of {name} hold NaN or infinity; load the model in float32, or repair it.")
-    return found
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, stack in block_stacks(model).items():
-        yield from ((f"{path}.{i}", block) for i, block in enumerate(stack))

@@ -25,12 +25,13 @@ from weft.files import write_json
 from weft.io.adapters import LooseAdapter, read_adapter
 from weft.io.base import Base, base_of
 from weft.methods import lora
-from weft.methods.loram import LAYERS, METHOD, cut, kept_sets, scatter, worth
+from weft.methods.loram import METHOD, cut, kept_sets, scatter, worth
 from weft.seeds import check_seed, generator
 from weft.stats.calibrate import Batch, calibrate
 from weft.terms import LowRank, Term
 from weft.terms.adapters import Adapter, unwrapped
-from weft.terms.layers import block_stacks, eligible, linear_layers, replace, shape_of
+from weft.terms.layers import linear_layers, replace, shape_of
+from weft.terms.units import LAYERS, blocks_of
 from weft.verbs.combine import common_pairs
 
 __all__ = ["Kept", "choose", "recover"]
@@ -110,7 +111,7 @@ def choose(
     if not 0 <= ratio < 1:
         raise WeftError(f"The ratio {ratio} is what is dropped of each block; give at least 0 and less than 1.")
     check_seed(seed)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     layers = {f"{block}.{name}": model.get_submodule(f"{block}.{name}") for block in blocks for name in LAYERS}
     shapes = {name: shape_of(layer) for name, layer in layers.items()}
     cut = blocks[first : len(blocks) - last]
@@ -156,16 +157,3 @@ def recover(adapter: str | os.PathLike[str], kept: Kept) -> LooseAdapter:
     made = LooseAdapter(Adapter("recovered", lora.METHOD.name, terms), base)
     made.adapter.settings["rank"] = made.rank
     return made
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """The names of all blocks, in order."""
-    names = [f"{path}.{i}" for path, stack in block_stacks(model).items() for i in range(len(stack))]
-    there = eligible(model)
-    for block in names:
-        missing = next((name for name in LAYERS if f"{block}.{name}" not in there), None)
-        if missing is not None:
-            raise WeftError(
-                f"{type(model).__name__} has no {missing} in {block}: only blocks of {', '.join(LAYERS)} can be pruned."
-            )
-    return names

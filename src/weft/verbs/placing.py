@@ -22,7 +22,7 @@ from weft.linalg.whiten import moment_root
 from weft.methods.base import Moments, Size, Split
 from weft.runs.pieces import Piece, Store, packed, unpacked
 from weft.signals import finishing
-from weft.stats.calibrate import Batch, frozen, layers_by_block, to_device, token_loss
+from weft.stats.calibrate import Batch, frozen, layers_by_block, mean_loss
 from weft.stats.collect import INPUT_NEEDS
 from weft.stats.walk import walk
 from weft.terms import Dense, SumLinear
@@ -32,7 +32,7 @@ from weft.terms.layers import replace as replace_layer
 from weft.terms.put import KEEP, put
 from weft.verbs.survey import Plan, carried_moments, check_finite, piece_name, site_of, surveyed_split
 
-__all__ = ["mean_loss", "measure", "one_shot", "place", "sequential"]
+__all__ = ["measure", "one_shot", "place", "sequential"]
 
 Sizes = Mapping[str, Size]
 
@@ -78,16 +78,6 @@ def measure(
         return found
 
     return losses
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The mean loss of a prediction over all batches, in nats."""
-    total, predictions = 0.0, 0
-    for batch in batches:
-        loss, count = token_loss(model, to_device(batch, model))
-        total, predictions = total + float(loss) * count, predictions + count
-    return total / predictions
 
 
 def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Batch], store: Store) -> None:
