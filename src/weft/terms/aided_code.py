@@ -6,11 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from weft.errors import WeftError
-from weft.kernels.transient_linear import Summand, transient_linear
+from weft.kernels.transient_linear import Summand
 from weft.linalg.svd import low_rank_factors
 from weft.terms.base import Spec, Term
 from weft.terms.integer_code import IntegerCode
@@ -72,11 +71,6 @@ class AidedCode(Term):
         term = cls.from_matrix(torch.randn(12, 8, generator=generator), 3, 3)
         term.gate[2] = 0.5
         return term
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return F.linear(x, self.dense(x.dtype))
-        return transient_linear(x, [self.summand()], self.out_features)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wide = _wide(self.V, dtype or self.V.dtype)

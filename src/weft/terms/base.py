@@ -1,8 +1,8 @@
 """The contract of a term: one summand T (out x in) of a weight matrix W = T_1 + ... + T_k.
 
 A term is a `torch.nn.Module` that knows its own matrix and nothing else: not its layer's name, not the model, not the
-method that made it. An author writes `forward` and `spec`; everything else is derived here, and overridden only to be
-faster (the conformance suite then runs both and compares them).
+method that made it. An author writes `forward` (or `summand`, from which it follows) and `spec`; everything else is
+derived here, and overridden only to be faster (the conformance suite then runs both and compares them).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.kernels.lean_linear import Factor, Weight
-from weft.kernels.transient_linear import Summand
+from weft.kernels.transient_linear import Summand, transient_linear
 
 __all__ = ["Factors", "IntegerCodes", "Lora", "Spec", "Term"]
 
@@ -92,9 +93,15 @@ class Term(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply T to the last dimension: x (..., in) -> (..., out), equal to x @ dense().T, computed in the dtype of x
-        (autocast's, under autocast).
+        (autocast's, under autocast). By default one product with the matrix that `summand` builds for the moment.
         """
-        raise NotImplementedError(f"{type(self).__name__} gives no forward")  # abstract
+        if type(self).summand is Term.summand:
+            raise NotImplementedError(f"{type(self).__name__} gives neither forward nor summand")  # abstract
+        if torch.compiler.is_compiling():  # which decides itself what is kept
+            return F.linear(x, self.dense(x.dtype))
+        summand = self.summand()
+        assert summand is not None
+        return transient_linear(x, [summand], self.out_features)
 
     def spec(self) -> Spec:
         """JSON-able constructor arguments, with `kind`."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.kernels.transient_linear import Summand, companded_summand, transient_linear
+from weft.kernels.transient_linear import Summand, companded_summand
 from weft.terms.base import Term
 
 __all__ = ["Companded"]
@@ -47,9 +47,6 @@ class Companded(Term):
     def example(cls, generator: torch.Generator) -> Companded:
         """A small one of random numbers."""
         return cls.from_matrix(torch.randn(12, 8, generator=generator) * 0.1, 0.3, 0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return transient_linear(x, [self.summand()], self.out_features)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         V, log_a, log_b = (t.to(dtype or t.dtype) for t in (self.V, self.log_a, self.log_b))

@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from weft.kernels.transient_linear import Summand, transient_linear
+from weft.kernels.transient_linear import Summand
 from weft.terms.base import Spec, Term
 
 __all__ = ["Fading", "largest_of"]
@@ -62,11 +61,6 @@ class Fading(Term):
         term = cls.from_matrix(torch.randn(12, 8, generator=generator), 2, 4)
         term.beta.fill_(0.5)
         return term
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return F.linear(x, self.dense(x.dtype))
-        return transient_linear(x, [self.summand()], self.out_features)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         V = self.V.to(dtype or self.V.dtype)

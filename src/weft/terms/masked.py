@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from weft.kernels.bit_packing import pack, packed_size, unpack
-from weft.kernels.transient_linear import Summand, transient_linear
+from weft.kernels.transient_linear import Summand
 from weft.terms.base import Spec, Term
 
 __all__ = ["Masked"]
@@ -66,11 +65,6 @@ class Masked(Term):
     def mask(self) -> Tensor:
         """(out, in) bool."""
         return unpack(self.bits, 1, self.out_features * self.in_features).view(self.out_features, -1).bool()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return F.linear(x, self.dense(x.dtype))
-        return transient_linear(x, [self.summand()], self.out_features)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values = self.values.to(dtype or self.values.dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from weft.kernels.transient_linear import Summand, transient_linear, worthwhile
+from weft.kernels.transient_linear import Summand, worthwhile
 from weft.terms.base import Spec, Term
 
 __all__ = ["SampledSpectral"]
@@ -62,10 +62,9 @@ class SampledSpectral(Term):
         return cls.from_svd(U, torch.rand(8, generator=generator), V, torch.tensor([5, 2, 7]))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return F.linear(x, self.dense(x.dtype))
-        if worthwhile(x.numel() // max(1, self.in_features), self.out_features, self.in_features):
-            return transient_linear(x, [self.summand()], self.out_features)
+        rows = x.numel() // max(1, self.in_features)
+        if torch.compiler.is_compiling() or worthwhile(rows, self.out_features, self.in_features):
+            return super().forward(x)
         s, U, V, P, Q = (t.to(x.dtype) for t in (self.s, self.U, self.V, self.P, self.Q))
         rest = F.linear(F.linear(x, V) * s, U)
         return rest + F.linear(F.linear(x, Q) * s[self.active], P)

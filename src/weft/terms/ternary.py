@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from weft.errors import unknown
 from weft.kernels.bits import numbers_of, product
-from weft.kernels.transient_linear import Summand, transient_linear
+from weft.kernels.transient_linear import Summand
 from weft.kernels.trits import SCALES, packed_trits, scale_of, to_trits, trits_of, trits_size
 from weft.terms.base import IntegerCodes, Spec, Term
 from weft.terms.quantized import Quantized
@@ -59,11 +58,6 @@ class TernaryLatent(Term):
         term = cls.from_matrix(torch.randn(12, 8, generator=generator))
         term.blend.fill_(0.5)
         return term
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return F.linear(x, self.dense(x.dtype))
-        return transient_linear(x, [self.summand()], self.out_features)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         V = self.V.to(_wide(self.V, dtype or self.V.dtype))
