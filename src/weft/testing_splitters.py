@@ -186,7 +186,7 @@ def _compress(model: nn.Module, method: Method, **given: Any) -> Any:
     chain: list[str | Method] = ["nf2", method] if method.kind == "compensate" else [method]
     budget = {"compress": 0.6, "quantize": None, "compensate": "12 bits"}[method.kind]
     if method.kind == "quantize" and len(_sizes(method, _site(method))) > 1:
-        budget = "6 bits"
+        budget = "8 bits"
     return compress(model, chain, budget=budget, batches=task(), **given)
 
 
@@ -210,15 +210,14 @@ def _losses_are_those_of_the_terms(method: Method) -> None:
     if method.joints is not None:
         return _effects_are_those_of_the_joints(method)
     model = tiny_llama()
-    layers = tuple(linear_layers(model))
-    plan = Plan(method=method, options=method.options({}), layers=layers, reads=("losses",))
-    stats = calibrate(model, task(), plan.needs)
+    name = next(iter(linear_layers(model)))
+    plan = Plan(method=method, options=method.options({}), layers=(name,), reads=("losses",))
+    stats = calibrate(model, task(), plan.needs, layers=name)
     infos = survey(model, plan, offered(model, plan), task(), stats, Store())
-    name = layers[0]
     W, moments = weight_of(model.get_submodule(name), torch.float64), stats[name]
     for choice in infos[name].sizes[:: max(len(infos[name].sizes) // 3, 1)]:
         changed = copy.deepcopy(model)
-        compress(changed, method, allocate={n: choice.size if n == name else None for n in layers}, batches=task())
+        compress(changed, method, allocate={name: choice.size}, batches=task(), layers=name)
         D = weight_of(changed.get_submodule(name), torch.float64) - W
         loss = float(weighted_loss(D, moments["input_moment"], moments["output_grad_moment"]))
         assert abs(loss - choice.loss) <= 1e-3 * loss + 1e-9, f"size {choice.size}: said {choice.loss}, is {loss}"

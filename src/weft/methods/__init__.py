@@ -74,6 +74,7 @@ from weft.methods import (
     random_mask,
     rtn,
     said,
+    saliency_apiq,
     salt,
     sft,
     sltrain,
@@ -121,6 +122,7 @@ _PAGES: tuple[ModuleType, ...] = (
     awq,
     adadim,
     baq,
+    saliency_apiq,
     eora,
     lorc,
     # several of the above, chosen by layer

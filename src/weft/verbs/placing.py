@@ -127,7 +127,7 @@ def _split(model: nn.Module, plan: Plan, name: str, size: Size, moments: Moments
     if plan.correction and "cross_moment" in site.moments:
         W, X = site.weight(torch.float64), site.moments["input_moment"]
         target = Dense.from_matrix(_corrected(W, X, site.moments["cross_moment"], plan.correction))
-        site = replace(site, terms={"base": target})
+        site = replace(site, terms={"base": target}, original=W)
     return plan.method.split(site, **plan.options)
 
 
