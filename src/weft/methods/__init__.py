@@ -28,6 +28,7 @@ from weft.methods import (
     corda,
     deft,
     dora,
+    dsformer,
     dylora,
     effort,
     eora,
@@ -107,6 +108,7 @@ _PAGES: tuple[ModuleType, ...] = (
     svd_llm,
     kfac_svd,
     pifa,
+    dsformer,
     welore,
     # layers that are cut together
     modegpt,

@@ -19,6 +19,7 @@ from weft.terms.columns import Columns
 from weft.terms.companded import Companded
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
+from weft.terms.dense_sparse import DenseSparse
 from weft.terms.factored import Factored
 from weft.terms.fading import Fading
 from weft.terms.float_code import FloatCode
@@ -66,6 +67,7 @@ __all__ = [
     "Companded",
     "CoreLowRank",
     "Dense",
+    "DenseSparse",
     "Factored",
     "Fading",
     "FloatCode",
@@ -124,6 +126,7 @@ TERMS: dict[str, type[Term]] = {
         Ternary,
         LowRank,
         PivotedLowRank,
+        DenseSparse,
         Spectral,
         Sparse,
         Masked,
