@@ -90,7 +90,10 @@ def command(
         int | None,
         typer.Option(help="Take its so many most likely tokens by themselves; all alike.", show_default=False),
     ] = None,
-    teacher_labels: Annotated[float, typer.Option(help="Weight of the labels' own loss beside it.")] = 0.0,
+    teacher_labels: Annotated[
+        float | None,
+        typer.Option(help="Weight of the labels' own loss beside it; the method's, mostly 0.", show_default=False),
+    ] = None,
     save_total_limit: SaveTotalLimit = 2,
     log_every: LogEvery = 10,
     report_to: ReportTo = "none",

@@ -38,6 +38,7 @@ from weft.methods import (
     fwsvd,
     gptq,
     increlora,
+    int2_1,
     int8,
     kasa,
     kfac_svd,
@@ -152,6 +153,7 @@ _PAGES: tuple[ModuleType, ...] = (
     qvgen,
     # starts of a low-rank product
     lora,
+    int2_1,
     dora,
     pissa,
     olora,

@@ -313,6 +313,8 @@ class Method(Record):
         given: defaults that differ where a method of kind "pretrain" goes on with a trained model.
         shrink: of kind "prune": (model, calibration batches, numbers at most, **options) -> (a smaller plain model of
             the same class, the units of the given one that it has).
+        labels: of a method that learns a teacher's predictions, and so needs one: the published weight of the labels'
+            own loss beside them.
         finish: (site) -> Split: what a layer becomes when its training has ended, of the options those that it names;
             a single Dense term is a plain layer again. None: it stays as it is.
     """
@@ -342,6 +344,7 @@ class Method(Record):
     trained: Callable[[nn.Module], list[nn.Parameter]] = no_terms
     begins: tuple[str, ...] = ("fresh",)
     given: Mapping[str, Any] = field(default_factory=dict)
+    labels: float | None = None
     finish: Callable[..., Split] | None = None
     shrink: Callable[..., tuple[Any, Kept]] | None = None
 

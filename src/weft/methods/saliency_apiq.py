@@ -1,14 +1,14 @@
 """saliency-apiq: codes with learned ranges and low-rank factors that are found together, so that a layer gives what it
 gave, most where the loss feels it (Cao and Aref, 2025, arXiv 2504.13932; ApiQ: Liao et al., 2024, arXiv 2402.05147).
 
-    W' = Q(W; gamma, beta) + B A,   Q rounds to nearest on each group's range [sigmoid(beta) min, sigmoid(gamma) max]
+    W' = Q(W; gamma, beta) + B A,   Q rounds to nearest on [sigmoid(beta) min, sigmoid(gamma) max]
     least  E(||W x_o - W' x||^2 + ||W x - W' x||^2) / 2 + saliency tr(X) / in sum_ij f_ij (W'_ij - W_ij)^2
 
-x are the layer's inputs in the model quantised so far, its factors included, x_o those in the dense model,
-X = E[x x^T], and f the squared gradients of the loss (rank one, of mean 1). AdamW steps gamma, beta (from 4: 0.98 of
-the range), B and A; rounding counts as the identity. `before` has the last term see Q alone, the released code's
-default. `rank` 64 of 4096 as published; null gives each matrix a sixty-fourth of its smaller side. Bits a weight: those
-of `rtn`, and the factors'.
+min and max are a group's, x the layer's inputs in the model quantised so far, its factors included, x_o those in the
+dense model, X = E[x x^T], and f the squared gradients of the loss (rank one, of mean 1). AdamW steps gamma, beta (from
+4: 0.98 of the range), B and A; rounding counts as the identity. `before` has the last term see Q alone, the released
+code's default. `rank` 64 of 4096 as published; null gives each matrix a sixty-fourth of its smaller side. Bits a
+weight: those of `rtn`, and the factors'.
 Deviations: by layer (ApiQ-lw), where the paper's runs go by block; the sums over tokens come from moments, so that each
 step sees all of them, and there are fewer, at larger rates. B A starts as the best for the first codes (`eora`), not as
 zero. f has the rows' and columns' sums of the squared gradients, not each; its mean of 1 and X stand for the paper's

@@ -67,7 +67,7 @@ def finetune(
     eval_data: str | Sequence[str | Document] | None = None,
     teacher: PreTrainedModel | None = None,
     teacher_top: int | None = None,
-    teacher_labels: float = 0.0,
+    teacher_labels: float | None = None,
     directory: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     skipped: Skipped | None = None,
@@ -88,7 +88,7 @@ def finetune(
         teacher: a model of the same tokens, on the same device, whose predictions are learned in the place of the
             labels: the divergence KL(teacher || model), see `weft.memory.lesson`. It is frozen.
         teacher_top: look at the teacher's so many most likely tokens by themselves (after TopKLD).
-        teacher_labels: weight of the labels' own loss beside that.
+        teacher_labels: weight of the labels' own loss beside that; None for the method's own, most often 0.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
         callbacks: of transformers, beside weft's own.
         skipped: gets the chats that are left out because the template refuses them; None leaves none out.
@@ -105,7 +105,8 @@ def finetune(
     recipe, options = split_settings(settings)
     check_judging(recipe, eval_data is not None)
     check_context(model, recipe.window)
-    lesson, chosen = lesson_of(model, teacher, teacher_top, teacher_labels), find(method, *KINDS)
+    chosen = find(method, *KINDS)
+    lesson = lesson_of(model, chosen, teacher, teacher_top, teacher_labels)
     if isinstance(chosen, Method) and chosen.kind == "compress":
         chosen.freeze(model)  # says at once where the model has nothing that it trains
     rows = rows_of(model, tokenizer, data, recipe, skipped)
@@ -215,7 +216,7 @@ def run(
     eval_data: str | Path | Sequence[str | Path] | None = None,
     teacher: str | None = None,
     teacher_top: int | None = None,
-    teacher_labels: float = 0.0,
+    teacher_labels: float | None = None,
     split: str = "train",
     text_field: str | None = None,
     prompt_field: str | None = None,
@@ -256,7 +257,7 @@ def run(
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
     check_judging(recipe, eval_data is not None)
-    check_teacher(teacher, teacher_top, teacher_labels)
+    check_teacher(find(method), teacher, teacher_top, teacher_labels)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     files = calibration_files() if data is None else data
     inputs = contents(model=model, teacher=teacher, data=files, eval_text=eval_text, eval_data=eval_data)

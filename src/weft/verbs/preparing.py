@@ -86,8 +86,14 @@ def calibration(rows: Rows, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def check_teacher(teacher: Any, top: int | None, labels: float) -> Lesson:
-    """What is learned of the teacher. Raises WeftError for a choice that makes no sense, or one without a teacher."""
+def check_teacher(method: Record, teacher: Any, top: int | None, labels: float | None) -> Lesson:
+    """What is learned of the teacher, labels None standing for the method's own weight. Raises WeftError for a choice
+    that makes no sense, or one without a teacher.
+    """
+    published = method.labels if isinstance(method, Method) else None
+    if published is not None and teacher is None:
+        raise WeftError(f"{method.name} learns the predictions of the model before it was quantised: give --teacher.")
+    labels = published or 0.0 if labels is None else labels
     for option, given in (("top", top is not None), ("labels", labels != 0)):
         if given and teacher is None:
             raise WeftError(f"--teacher-{option} is for a teacher that you name: give --teacher MODEL too.")
@@ -95,13 +101,13 @@ def check_teacher(teacher: Any, top: int | None, labels: float) -> Lesson:
 
 
 def lesson_of(
-    model: nn.Module, teacher: nn.Module | None, top: int | None, labels: float
+    model: nn.Module, method: Record, teacher: nn.Module | None, top: int | None, labels: float | None
 ) -> tuple[nn.Module, Lesson] | None:
     """The teacher, frozen, and what is learned of it; None where there is none.
 
     Raises WeftError for a teacher that is the model itself.
     """
-    lesson = check_teacher(teacher, top, labels)
+    lesson = check_teacher(method, teacher, top, labels)
     if teacher is None:
         return None
     if teacher is model:
