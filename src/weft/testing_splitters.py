@@ -71,7 +71,7 @@ def _sites(method: Method, dtype: torch.dtype = torch.float32) -> list[Site]:
     model = tiny_llama()
     joints = _joints(model, method)
     plan = Plan(method=method, options={}, layers=tuple(linear_layers(model)), joints=joints)
-    stats = calibrate(model, task(), (*method.needs, "output_grad_moment"))
+    stats = calibrate(model, task(), (*method.needs, "input_moment", "output_grad_moment"))
     return [site_of(model.to(dtype), plan, name, stats, None) for name in joints]
 
 

@@ -16,12 +16,15 @@ from torch.utils._pytree import tree_leaves
 import weft
 from tests.stats.models import BUILD, COMMON, GROUPED, batches, build, ids, reference
 from weft.errors import WeftError
-from weft.stats import cache
+from weft.stats import cache, collect
 from weft.stats import groups as stats_groups
 from weft.stats.calibrate import calibrate, layers_by_block
-from weft.stats.collect import NEEDS, Collector, check_needs
+from weft.stats.collect import Collector, check_needs
 from weft.stats.groups import groups_that_fit, moment_bytes
 from weft.terms.layers import linear_layers
+
+NEEDS = tuple(need for need in collect.NEEDS if need != "input_relevance")
+"""Those of one pass; relevance has its own, in tests/methods/test_lrp.py."""
 
 
 @pytest.mark.parametrize("name", [name for name in BUILD if name != "gemma3"])

@@ -47,7 +47,8 @@ def command(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="uniform, equal, energy, welore, asvd, best, lems, lems-search, modegpt, or a file; the method's own.",
+            help="uniform, equal, energy, welore, asvd, best, lems, lems-search, modegpt, relevance, or a file; "
+            "the method's own.",
             show_default=False,
         ),
     ] = None,

@@ -56,6 +56,7 @@ from weft.methods import (
     lost,
     low_rank,
     lq_lora,
+    lrp_pruning,
     maestro,
     minitron,
     modegpt,
@@ -113,6 +114,7 @@ _PAGES: tuple[ModuleType, ...] = (
     welore,
     # layers that are cut together
     modegpt,
+    lrp_pruning,
     # some of the weights, and a mask
     wanda,
     sparsegpt,

@@ -38,7 +38,7 @@ from weft.terms import Submatrix
 from weft.terms.joints import Joint, joints
 from weft.terms.submatrix import select
 
-__all__ = ["METHOD", "sizes", "split"]
+__all__ = ["METHOD", "keeping", "largest", "reading", "sizes", "split"]
 
 _LEAST = 1e-6
 """Of the mean of the diagonal of C: what is added to it where it is inverted."""
@@ -71,8 +71,8 @@ def _neurons(site: Site, ridge: float) -> Split:
     read = torch.linalg.solve(select(C + _LEAST * scale, J, J), C[J] @ W.mT).mT  # (out, k)
     changed = -W
     changed[:, J] += read
-    parts = {role: _kept(site.members[role], J) for role in writers}
-    return Split(members={**parts, reader: _reading(site.members[reader], read, J)}, effect=(reader, changed))
+    parts = {role: keeping(site.members[role], J) for role in writers}
+    return Split(members={**parts, reader: reading(site.members[reader], read, J)}, effect=(reader, changed))
 
 
 def _scores(site: Site, joint: Joint) -> Split:
@@ -80,7 +80,7 @@ def _scores(site: Site, joint: Joint) -> Split:
         _energy(member).view(joint.members[role].copies, joint.width) for role, member in site.members.items()
     )
     worth = queries.view(len(keys), -1, joint.width).sum(1) * keys
-    kept = _largest(worth, site.rank, joint.partners)  # (key heads, k)
+    kept = largest(worth, site.rank, joint.partners)  # (key heads, k)
     rows = {
         role: joint.places(role, kept.repeat_interleave(member.copies // len(kept), dim=0))
         for role, member in joint.members.items()
@@ -89,11 +89,11 @@ def _scores(site: Site, joint: Joint) -> Split:
     changed = -site.members[q].weight()
     changed.index_fill_(0, rows[q], 0)
     return Split(
-        members={role: _kept(site.members[role], places) for role, places in rows.items()}, effect=(q, changed)
+        members={role: keeping(site.members[role], places) for role, places in rows.items()}, effect=(q, changed)
     )
 
 
-def _largest(worth: Tensor, k: int, partners: tuple[int, ...] | None) -> Tensor:
+def largest(worth: Tensor, k: int, partners: tuple[int, ...] | None) -> Tensor:
     """The k columns (n, k), ascending, of the largest entries of each row of worth (n, width); whole pairs of them."""
     if partners is None:
         return worth.topk(k).indices.sort().values
@@ -124,7 +124,7 @@ def _values(site: Site, joint: Joint) -> Split:
     changed = (O @ (R @ L).unsqueeze(1) - O).permute(2, 0, 1, 3).reshape(o.shape)
     bias = None if v.bias is None else (L @ v.bias.double().view(groups, width, 1)).flatten()
     return Split(
-        members={role_v: _written(v, (L @ V).flatten(0, 1), rows, bias), role_o: _reading(o, read, columns)},
+        members={role_v: _written(v, (L @ V).flatten(0, 1), rows, bias), role_o: reading(o, read, columns)},
         effect=(role_o, changed),
     )
 
@@ -155,7 +155,7 @@ def _energy(site: Site) -> Tensor:
     return energy + 2 * b * (W @ site.moments["input_mean"]) + b.square()
 
 
-def _kept(site: Site, rows: Tensor) -> Split:
+def keeping(site: Site, rows: Tensor) -> Split:
     """The layer with these of its rows alone."""
     bias = None if site.bias is None else site.bias[rows]
     return _written(site, select(site.weight(torch.float64), rows, None), rows, bias)
@@ -170,7 +170,7 @@ def _written(site: Site, M: Tensor, rows: Tensor, bias: Tensor | None) -> Split:
     return Split({"submatrix": term}, whole.index_copy(0, rows, bias.to(site.dtype)))
 
 
-def _reading(site: Site, M: Tensor, columns: Tensor) -> Split:
+def reading(site: Site, M: Tensor, columns: Tensor) -> Split:
     """A layer that reads k of its inputs, by M (out, k)."""
     return Split({"submatrix": Submatrix.of(M.to(site.dtype), site.shape, columns=columns)})
 

@@ -9,7 +9,7 @@ outputs of the blocks already changed, is in `weft.stats.walk`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from weft.memory.lean import without_logits
 from weft.signals import requested, stop_here
 from weft.stats.cache import Snapshots, fingerprint
 from weft.stats.collect import GRADIENT_NEEDS, Collector, check_needs
+from weft.stats.relevance import relevance_rules, score
 from weft.stats.streams import is_encoder_decoder
 from weft.terms.experts import expert_layers, within_experts
 from weft.terms.layers import block_stacks, linear_layers
@@ -31,8 +32,11 @@ Batch = Mapping[str, Tensor]
 """What the model's forward takes: input_ids, attention_mask, labels ..."""
 Stats = dict[str, dict[str, Tensor]]
 """layer -> {statistic: tensor}; see `weft.stats.collect` for names and shapes."""
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 TOKENS_AT_ONCE = 512
 """In a backward pass."""
+_OWN = "input_relevance"
+"""What takes a pass of its own, whose gradients are others."""
 
 
 @within_experts
@@ -77,8 +81,13 @@ def calibrate(
         raise WeftError("Calibration needs at least one batch of text.")
     if not needs:
         return {name: {} for name in found}
-    snapshots = None if cache is None else Snapshots(Path(cache) / fingerprint(model, batches, needs, found))
-    return _collect(model, batches, needs, found, snapshots, track or (lambda items, what: items))
+    stats, shown = Stats(), track or (lambda items, what: items)
+    passes = [tuple(need for need in needs if need != _OWN), tuple(need for need in needs if need == _OWN)]
+    for part in (part for part in passes if part):
+        snapshots = None if cache is None else Snapshots(Path(cache) / fingerprint(model, batches, part, found))
+        for name, moments in _collect(model, batches, part, found, snapshots, shown).items():
+            stats.setdefault(name, {}).update(moments)
+    return stats
 
 
 def layers_by_block(model: nn.Module, layers: Iterable[str]) -> list[list[str]]:
@@ -100,10 +109,13 @@ def _collect(
 ) -> Stats:
     collector = Collector(layers, needs, expert_layers(model, layers))
     start = snapshots.restore(collector) if snapshots else 0
-    backward = any(need in GRADIENT_NEEDS for need in needs)
-    with frozen(model), collector, collector.streams.following(model), differentiable_inputs(model, backward):
+    backward, rules = (
+        any(need in GRADIENT_NEEDS for need in needs),
+        relevance_rules(model) if _OWN in needs else nullcontext(),
+    )
+    with frozen(model), rules, collector, collector.streams.following(model), differentiable_inputs(model, backward):
         for i, batch in enumerate(track(batches[start:], "calibrating"), start):
-            run_batch(model, batch, collector, backward)
+            run_batch(model, batch, collector, backward, score if _OWN in needs else token_loss)
             if i == start:
                 collector.check(complete=False)  # a dead or NaN layer is reported after the first batch, not the last
             if snapshots:
@@ -112,9 +124,12 @@ def _collect(
     return collector.moments()
 
 
-def run_batch(model: nn.Module, batch: Batch, collector: Collector, backward: bool) -> None:
-    """One forward pass, and the backward pass of the summed token loss when gradients are asked for: then of few
-    sequences at a time, since what a backward pass keeps of a whole batch is many times a small model's weights.
+def run_batch(
+    model: nn.Module, batch: Batch, collector: Collector, backward: bool, loss_of: Loss | None = None
+) -> None:
+    """One forward pass, and the backward pass of the summed token loss (or of what `loss_of` gives the mean of) when
+    gradients are asked for: then of few sequences at a time, since what a backward pass keeps of a whole batch is many
+    times a small model's weights.
     """
     batch = to_device(batch, model)
     if not backward:
@@ -123,7 +138,7 @@ def run_batch(model: nn.Module, batch: Batch, collector: Collector, backward: bo
         return
     for part in _parts(batch):
         collector.begin(part)
-        loss, count = token_loss(model, part)
+        loss, count = (loss_of or token_loss)(model, part)
         if not loss.requires_grad:
             raise WeftError(
                 f"The loss of {type(model).__name__} does not depend on its embeddings: "

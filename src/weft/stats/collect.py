@@ -9,6 +9,7 @@
     mean_grad           sum(g x^T) / tokens (out, in)    g x^T summed over all tokens: d(sum of token losses) / dW
     fisher_rows         E_d[sum_j Q_ij^2]   (out,)       Q: d(sum of token losses of sequence d) / dW
     fisher_columns      E_d[sum_i Q_ij^2]   (in,)
+    input_relevance     E|R|                (in,)        R: the relevance of an input number, see `weft.stats.relevance`
 
 Sums are in fp64, but for mean_grad, which is as large as the model: in fp32 (fp64 for an fp64 model), where the few
 dozen summands of a calibration lose a digit at most. Expectations run over the tokens that the attention mask keeps
@@ -35,7 +36,7 @@ __all__ = ["GRADIENT_NEEDS", "INPUT_NEEDS", "NEEDS", "Collector", "check_needs",
 
 INPUT_NEEDS = ("input_moment", "input_mean", "input_abs_mean")
 OUTPUT_NEEDS = ("output_mean", "output_moment")
-GRADIENT_NEEDS = ("output_grad_moment", "mean_grad", "fisher_rows", "fisher_columns")
+GRADIENT_NEEDS = ("output_grad_moment", "mean_grad", "fisher_rows", "fisher_columns", "input_relevance")
 NEEDS = INPUT_NEEDS + OUTPUT_NEEDS + GRADIENT_NEEDS
 _READS_INPUT_AND_GRADIENT = {"mean_grad", "fisher_rows", "fisher_columns"}
 
@@ -141,6 +142,8 @@ class Collector:
                 self._add_input(name, x, keep)
             if any(need in self.needs for need in OUTPUT_NEEDS):
                 self._add_output(name, output.detach(), keep)
+            if args[0].requires_grad and "input_relevance" in self.needs:
+                args[0].register_hook(lambda grad: self._add_relevance(name, x, grad, keep))
             if output.requires_grad and any(need in self.needs for need in GRADIENT_NEEDS):
                 self._uses[name] += 1
                 held = x if _READS_INPUT_AND_GRADIENT & set(self.needs) else None
@@ -187,6 +190,9 @@ class Collector:
             self._add(name, "mean_grad", _rows(grad).mT @ _rows(x))
         if "fisher_rows" in self.needs or "fisher_columns" in self.needs:
             self._add_fisher(name, self._sequences_of(x, tokens), self._sequences_of(grad, tokens))
+
+    def _add_relevance(self, name: str, x: Tensor, grad: Tensor, keep: Tensor | None) -> None:
+        self._add(name, "input_relevance", (_rows(x, keep) * _rows(grad, keep)).abs().double().sum(0))
 
     def _add_fisher(self, name: str, x: Tensor, grad: Tensor) -> None:
         """Squares of whole-sequence gradients: sums over tokens and the layer's uses come before the square."""

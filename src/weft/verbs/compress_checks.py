@@ -120,7 +120,7 @@ def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> No
             f"--round makes the ranks of one method multiples; {plan.method.name} chooses among the sizes of several: "
             "leave it out."
         )
-    looks = plan.sequential or plan.tries or "influence" in plan.reads
+    looks = plan.sequential or plan.tries or {"influence", "relevance"} & set(plan.reads)
     if not batches and (looks or (plan.needs and stats is None)):
         raise WeftError(f"The method {plan.method.name!r} needs calibration text here; give batches.")
     if plan.nested is None and {"spectrum", "weight_spectrum"} & set(plan.reads):

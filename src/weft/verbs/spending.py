@@ -16,11 +16,17 @@ from weft.terms.joints import layers_of
 from weft.verbs.divergence import divergence
 from weft.verbs.influence import influence
 from weft.verbs.placing import measure
+from weft.verbs.relevance import relevance
 from weft.verbs.survey import BEFORE, Plan, survey
 
 __all__ = ["chooser", "decide", "joined", "least", "leave_unreached"]
 
-TRIES: dict[str, Callable[..., Any]] = {"measure": measure, "divergence": divergence, "influence": influence}
+TRIES: dict[str, Callable[..., Any]] = {
+    "measure": measure,
+    "divergence": divergence,
+    "influence": influence,
+    "relevance": relevance,
+}
 """What allocations may learn of the model, by the name that they read it under."""
 
 

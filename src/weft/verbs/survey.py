@@ -52,7 +52,7 @@ __all__ = [
     "surveyed_split",
 ]
 
-BEFORE = ("influence",)
+BEFORE = ("influence", "relevance")
 """What allocations read of the model as it is, before the survey."""
 
 

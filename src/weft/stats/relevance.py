@@ -1,0 +1,92 @@
+"""Layer-wise relevance propagation as one backward pass: gradient times input, where what bends is held still.
+
+    norms, activations    y = x * s with s = y / x held still, so that relevance passes entry by entry
+    gate * up             half of the relevance to each
+    attention             its probabilities held still: queries and keys get none
+    linear layers         R_i = sum_j x_i w_ij R_j / y_j  (epsilon to 0), the plain gradient; biases take theirs
+
+R = x dS/dx then keeps its sum from layer to layer, where there are no biases; S is the sum of the true tokens' logits.
+The rules of transformers are those of AttnLRP (Achtibat et al., 2024, arXiv 2402.05602), those of linear layers of Bach
+et al., 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.stats.streams import is_encoder_decoder
+from weft.terms.joints import Joint, joints
+from weft.terms.layers import eligible
+
+__all__ = ["relevance_rules", "score", "unit_scores"]
+
+Hook = Callable[..., Any]
+
+
+@contextmanager
+def relevance_rules(model: nn.Module) -> Iterator[None]:
+    """Backward passes propagate relevance; what the model gives stays the same."""
+    with ExitStack() as stack:
+        for module, hook in _rules(model):
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def score(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """The mean of the true tokens' logits, and over how many it is a mean."""
+    logits, labels = model(**batch).logits, batch.get("labels", batch.get("input_ids"))
+    assert labels is not None
+    mask = batch.get("attention_mask")
+    if "labels" not in batch and mask is not None:
+        labels = labels.masked_fill(mask == 0, -100)
+    if logits.dim() == 3 and not is_encoder_decoder(model) and logits.shape[:2] == labels.shape:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    there = labels != -100
+    return logits[there].gather(-1, labels[there].unsqueeze(-1)).mean(), int(there.sum())
+
+
+def unit_scores(joint: Joint, relevance: Tensor) -> Tensor:
+    """Scores of a joint's units (groups, width), of sum 1, from E|R| (in,) of its reader's inputs: a group is an MLP,
+    or a value head with all its queries.
+    """
+    groups = next(iter(joint.members.values())).copies
+    found = relevance.view(groups, -1, joint.width).sum(1)
+    return found / found.sum()
+
+
+def _rules(model: nn.Module) -> Iterator[tuple[nn.Module, Hook]]:
+    gated = [joint for joint in joints(model, list(eligible(model))) if len(joint.members) == 3]
+    halved = {next(iter(joint.members.values())).layer.rpartition(".")[0]: list(joint.members)[1] for joint in gated}
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        if "norm" in type(module).__name__.lower():
+            yield module, _held
+        elif _bends(module):
+            yield module, _held
+            if parent in halved:
+                yield module, _half
+        elif own == halved.get(parent):
+            yield module, _half
+        elif own in ("q_proj", "k_proj"):
+            yield module, lambda module, args, output: output.detach()
+
+
+def _bends(module: nn.Module) -> bool:
+    return type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
+
+
+def _held(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """y, with y / x for the gradient."""
+    x = args[0]
+    with torch.no_grad():
+        slope = torch.where(x == 0, 0, output / torch.where(x == 0, 1, x))
+    return output.detach() + (x - x.detach()) * slope
+
+
+def _half(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output / 2 + (output / 2).detach()
