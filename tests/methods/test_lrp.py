@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.allocate.base import Choice, LayerInfo, Shape
-from weft.allocate.relevance import allocate
+from weft.allocate.lrp_pruning import allocate
 from weft.methods import METHODS
 from weft.stats.calibrate import calibrate
 from weft.stats.relevance import relevance_rules, score, unit_scores

@@ -47,7 +47,7 @@ def command(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="uniform, equal, energy, welore, asvd, best, lems, lems-search, modegpt, relevance, or a file; "
+            help="uniform, equal, energy, welore, asvd, best, lems, lems-search, modegpt, lrp-pruning, or a file; "
             "the method's own.",
             show_default=False,
         ),

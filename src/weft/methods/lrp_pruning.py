@@ -5,7 +5,7 @@ code seulkiyeom/LRP_pruning).
     score   sum over tokens of |R_j|, divided by its sum over the layer
 
 Units are the neurons of MLPs and, in each value head, the numbers that reach the output projection. What they are worth
-is ranked over all layers together, the least go until the budget is met (`weft.allocate.relevance`); what stays is as
+is ranked over all layers together, the least go until the budget is met (`weft.allocate.lrp_pruning`); what stays is as
 it was. A few sequences do. `weft finetune OUT --method lrp-pruning` trains what is left.
 Deviations: published networks are convolutional and their hidden layers propagate positive products alone (alpha 1,
 beta 0); activations of transformers have both signs, so that the rule is epsilon's at epsilon 0, with the rules of
@@ -67,7 +67,7 @@ METHOD = Method(
     summary="Neurons and numbers of value heads that explain the right answers least are cut.",
     paper="Yeom et al., 2021, arXiv 1912.08881",
     needs=("input_relevance",),
-    allocate="relevance",
+    allocate="lrp-pruning",
     split=split,
     sizes=sizes,
     joints=cut_joints,

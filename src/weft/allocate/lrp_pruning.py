@@ -1,4 +1,4 @@
-"""relevance: the units of all layers in one ranking, the most relevant of the network stay (Yeom et al., 2021, arXiv
+"""lrp-pruning: the units of all layers in one ranking, the most relevant of the network stay (Yeom et al., 2021, arXiv
 1912.08881).
 
 Scores are of sum 1 in each layer, so that wide layers, where each unit has less, are cut more; no layer goes below the
@@ -39,7 +39,7 @@ def allocate(layers: Mapping[str, LayerInfo], budget: int, *, relevance: Mapping
 
 
 ALLOCATION = Allocator(
-    name="relevance",
+    name="lrp-pruning",
     summary="The units of all layers in one ranking by relevance: the first of it stay.",
     paper="Yeom et al., 2021, arXiv 1912.08881",
     allocate=allocate,
