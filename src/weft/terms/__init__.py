@@ -13,6 +13,7 @@ from weft.terms.aided_code import AidedCode
 from weft.terms.base import Spec, Term
 from weft.terms.block_affine import BlockAffine
 from weft.terms.bottleneck import Bottleneck
+from weft.terms.codebook import Codebook
 from weft.terms.coded_factors import CodedFactors, PackedFactors
 from weft.terms.column_code import ColumnCode
 from weft.terms.columns import Columns
@@ -61,6 +62,7 @@ __all__ = [
     "AidedCode",
     "BlockAffine",
     "Bottleneck",
+    "Codebook",
     "CodedFactors",
     "ColumnCode",
     "Columns",
@@ -123,6 +125,7 @@ TERMS: dict[str, type[Term]] = {
         ScaledCode,
         TransposedCode,
         ColumnCode,
+        Codebook,
         Ternary,
         LowRank,
         PivotedLowRank,
