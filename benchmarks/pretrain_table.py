@@ -8,10 +8,12 @@ Learning rates lie on the lattice centre * step^k; from the published centre the
 better, so the chosen rate beats both its neighbours (at most --tries runs an optimizer; a rate at the edge is marked).
 Then GaLore with the warm-started subspace runs against the exact SVD at one rate, with several seeds: the difference is
 to be smaller than the spread over seeds. Data: Python's own sources unless --text is given; loss on held-out ones.
-Writes benchmarks/results/pretrain_table_<device>_<size>_<steps><suffix>.json. The table of structures in the docs:
+Writes benchmarks/results/pretrain_table_<device>_<size>_<steps>[_structures].json.
 
-    python benchmarks/pretrain_table.py --suffix _structures --tries 3 --only AdamW Muon "low-rank factors, AdamW" \\
-        "low-rank factors, Muon" SLTrain LOST CoLA
+Structures in the place of matrices, each over seeds at its tuned rate, and beside it plain low rank at the rank that
+takes the same bytes (weights, gradients, moments):
+
+    python benchmarks/pretrain_table.py --structures --tries 3             # an hour; it goes on where it was stopped
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ from weft.train.sources import read_texts, source_files
 from weft.verbs.fresh import Structure
 from weft.verbs.pretrain import build, pretrain
 
+Row = tuple[float, dict[str, Any]]
 Run = Callable[[str, float, int], dict[str, Any]]  # (name, learning rate, seed) -> loss, bytes, seconds
 
 WARM, EXACT = "GaLore, warm-started", "GaLore, exact SVD"
+PLAIN = "low rank, AdamW"
 
 
 def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float, dict[str, Any]]]:
@@ -67,23 +71,37 @@ def optimizers(rank: int, density: float, refresh: int) -> dict[str, tuple[float
         "SinkGD": (2e-2, {"optimizer": "sinkgd"}),
         "Muon": (1e-3, {"optimizer": "muon"}),
         "SCALE": (1e-3, {"optimizer": "scale"}),
-        "low-rank factors, AdamW": (1e-3, {"optimizer": "adamw", "structure": ("low-rank", rank)}),
-        "low-rank factors, Muon": (1e-3, {"optimizer": "muon", "structure": ("low-rank", rank)}),
-        "SLTrain": (3e-3, {"optimizer": "adamw", "structure": ("sltrain", rank)}),
-        "LOST": (1e-3, {"optimizer": "adamw", "structure": ("lost", rank)}),
-        "CoLA": (1e-3, {"optimizer": "adamw", "structure": ("cola", rank)}),
-        "Monarch": (1e-3, {"optimizer": "adamw", "structure": ("monarch", None, {"blocks": 4})}),
-        "low-rank factors, Spectron": (1e-3, {"optimizer": "spectron", "structure": ("low-rank", rank)}),
-        "SST": (1e-3, {"optimizer": "adamw", "structure": ("sst", rank)}),
-        "Maestro": (1e-3, {"optimizer": "adamw", "structure": ("maestro", None)}),
-        "TRP, from scratch": (1e-3, {"optimizer": "adamw", "structure": ("trp", None)}),
-        "SPDF, sparse phase": (1e-3, {"optimizer": "adamw", "structure": ("spdf", None)}),
-        "N:M gradient flow, 2:4": (1e-3, {"optimizer": "adamw", "structure": ("nm-gradient-flow", None)}),
-        "weight compander": (1e-3, {"optimizer": "adamw", "structure": ("weight-compander", None)}),
     }
 
 
-def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any]]]) -> Run:
+def structures(rank: int) -> dict[str, tuple[float, dict[str, Any]]]:
+    """The same of what is trained in the place of dense matrices, the references first."""
+
+    def under(structure: str, rank: int | None = None, optimizer: str = "adamw", **options: Any) -> dict[str, Any]:
+        return {"optimizer": optimizer, "structure": (structure, rank, options)}
+
+    return {
+        "AdamW": (1e-3, {"optimizer": "adamw"}),
+        "Muon": (1e-3, {"optimizer": "muon"}),
+        "SCALE": (1e-3, {"optimizer": "scale"}),
+        PLAIN: (1e-3, under("low-rank", rank)),
+        "low rank, Muon": (1e-3, under("low-rank", rank, "muon")),
+        "low rank, Spectron": (1e-3, under("low-rank", rank, "spectron")),
+        "SLTrain": (3e-3, under("sltrain", rank)),
+        "LOST": (1e-3, under("lost", rank)),
+        "CoLA": (1e-3, under("cola", rank)),
+        "SST": (1e-3, under("sst", rank)),
+        "Maestro": (1e-3, under("maestro")),
+        "Monarch": (1e-3, under("monarch", blocks=4)),
+        "SPDF, sparse phase": (1e-3, under("spdf")),
+        "N:M gradient flow, 2:4": (1e-3, under("nm-gradient-flow")),
+        "TRP, from scratch": (1e-3, under("trp")),
+        "weight compander": (1e-3, under("weight-compander")),
+        "BitNet b1.58": (1e-3, under("bitnet-1.58")),
+    }
+
+
+def runner(args: argparse.Namespace, table: dict[str, Row]) -> Run:
     """One training run of the table; a diverged one has an infinite loss."""
     tokenizer = load_tokenizer(args.tokenizer)
     files = source_files(args.text) if args.text else calibration_files()
@@ -94,6 +112,8 @@ def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any
         options = dict(table[name][1])
         structure = Structure.of(*options.pop("structure")) if "structure" in options else None
         model, _ = build(args.size, tokenizer, args.window, seed, structure=structure)
+        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        held += sum(p.nbytes for p in model.parameters() if p.requires_grad)
         recipe = Recipe(
             steps=args.steps, lr=lr, window=args.window, batch=args.batch, warmup=args.steps // 10, clip=0.0,
             save_every=args.steps, log_every=args.steps, seed=seed,
@@ -112,6 +132,7 @@ def runner(args: argparse.Namespace, table: dict[str, tuple[float, dict[str, Any
         loss = math.log(found["perplexity"])
         result = {"lr": lr, "loss": loss if loss == loss else math.inf}
         result |= {key: found[key] for key in ("optimizer_bytes", "parameters")}
+        result["bytes"] = held + found["optimizer_bytes"]  # weights, gradients, moments
         result["seconds"] = time.perf_counter() - began
         print(
             f"  {name:<24} lr {lr:<9.3g} seed {seed}  loss {result['loss']:.4f}  {result['seconds']:.1f} s", flush=True
@@ -133,6 +154,32 @@ def seeds_of(lr: float, seeds: int, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def over_seeds(name: str, row: dict[str, Any], seeds: int, run: Run) -> dict[str, Any]:
+    """The losses of a row at its rate, the seed that it was tuned on first."""
+    return {**row, "losses": [run(name, row["lr"], seed)["loss"] for seed in range(seeds)]}
+
+
+def equal_bytes(row: dict[str, Any], args: argparse.Namespace, table: dict[str, Row], run: Run, lr: float) -> Any:
+    """Plain low rank at the rank whose weights, gradients and moments take the bytes of the row; None where even its
+    smallest takes more. Ranks end where the factors have as many numbers as the matrix.
+    """
+    width = SIZES[args.size][0]
+    low, high = (run(named(rank, table), lr, 0)["bytes"] for rank in (width // 8, width // 4))
+    rank = width // 8 + round((row["bytes"] - low) * (width // 8) / (high - low))
+    if rank < 1:
+        return None
+    rank = min(rank, width // 2)
+    found = run(named(rank, table), lr, 0)
+    return {"rank": rank, **over_seeds(named(rank, table), found, args.seeds, run)}
+
+
+def named(rank: int, table: dict[str, Row]) -> str:
+    """The name of plain low rank at another rank, a row of its own."""
+    name = f"low rank {rank}, AdamW"
+    table[name] = (table[PLAIN][0], {"optimizer": "adamw", "structure": ("low-rank", rank)})
+    return name
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="9m")
@@ -144,13 +191,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--grid", type=float, default=3.0, help="the factor between two learning rates")
     parser.add_argument("--tries", type=int, default=5, help="most learning rates an optimizer")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--structures", action="store_true", help="the rows of what stands in the place of matrices")
     parser.add_argument("--only", nargs="*", default=[], help="names of rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--tokenizer", default="pico")
     parser.add_argument("--text", type=Path, nargs="*")
     parser.add_argument("--eval-text", type=Path, nargs="*")
     parser.add_argument("--eval-windows", type=int, default=128)
-    parser.add_argument("--suffix", default="", help="of the name of the file that is written")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     return parser
 
@@ -158,22 +205,48 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     rank = args.rank or SIZES[args.size][0] // 4
+    path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}{'_structures' * args.structures}.json"
+    args.output.mkdir(exist_ok=True)
+    record = structures_table(args, rank, path) if args.structures else optimizers_table(args, rank)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['seconds']:.0f} s; written to {path}")
+
+
+def chosen(args: argparse.Namespace, table: dict[str, Row]) -> list[str]:
+    return [n for n in table if not args.only or any(part.lower() == n.lower() for part in args.only)]
+
+
+def optimizers_table(args: argparse.Namespace, rank: int) -> dict[str, Any]:
     table = optimizers(rank, rank / SIZES[args.size][0], args.refresh)
-    names = [n for n in table if not args.only or any(part.lower() == n.lower() for part in args.only)]
     run, began, rows = runner(args, table), time.perf_counter(), {}
-    for name in names:
+    for name in chosen(args, table):
         rows[name] = tuned(table[name][0], args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
     both = {WARM, EXACT} <= rows.keys() and args.seeds > 1
     compared = seeds_of(rows[EXACT]["lr"], args.seeds, run) if both else None
     show(rows, compared)
-    args.output.mkdir(exist_ok=True)
-    path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}{args.suffix}.json"
-    record = {
-        **environment(args), "rank": rank, "rows": rows, "warm_against_exact": compared,
-        "seconds": time.perf_counter() - began,
-    }  # fmt: skip
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{record['seconds']:.0f} s; written to {path}")
+    found = {**environment(args), "rank": rank, "rows": rows, "warm_against_exact": compared}
+    return {**found, "seconds": time.perf_counter() - began}
+
+
+def structures_table(args: argparse.Namespace, rank: int, path: Path) -> dict[str, Any]:
+    """Every row tuned, over seeds, and plain low rank at its bytes; kept after each row, so that a run goes on."""
+    found = {**environment(args), "rank": rank, "rows": {}, "seconds": 0.0}
+    if path.exists() and (before := json.loads(path.read_text()))["arguments"] == found["arguments"]:
+        found = before
+    table = structures(rank)
+    run, rows = runner(args, table), found["rows"]
+    for name in chosen(args, table):
+        if name in rows:
+            continue
+        began = time.perf_counter()
+        row = tuned(table[name][0], args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
+        rows[name] = over_seeds(name, row, args.seeds, run)
+        if PLAIN in rows and name != PLAIN:
+            rows[name]["plain"] = equal_bytes(row, args, table, run, rows[PLAIN]["lr"])
+        found["seconds"] += time.perf_counter() - began
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    show(rows, None)
+    return found
 
 
 def show(rows: dict[str, Any], compared: dict[str, Any] | None) -> None:

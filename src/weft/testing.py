@@ -191,10 +191,10 @@ def check_answers(term: Term) -> None:
         term.train(training)
         lean = term.lean_weight()
         matrix = 0 if lean is None else lean if isinstance(lean, Tensor) else lean(torch.float32)
-        products = term.lean_factors() or []
+        products = term.lean_parts() or []
         x = _draw(5, term.in_features, dtype=torch.float32)
         if lean is not None or products:
-            total = sum(((B @ A) * scale for B, A, scale in products), start=matrix)
+            total = sum((part.matrix() for part in products), start=matrix)
             _close(x @ total.mT, term(x), "the lean form is another function", atol=1e-5, rtol=1e-4)  # type: ignore[union-attr]
     assert term.rate_scale is None or isinstance(term.rate_scale, float)
     state = term.own_state()

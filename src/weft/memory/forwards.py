@@ -96,23 +96,17 @@ def plain_linear(module: Any, x: Tensor) -> Any:
 
 
 def sum_linear(module: SumLinear, x: Tensor) -> Any:
-    """A sum of terms: keeps x once for the base and all low-rank terms; further terms keep what they keep."""
+    """A sum of terms: keeps x once for the base and all low-rank and sparse terms; further ones keep what they keep."""
     fused = module.fused(x)  # keeps x, or what it is made from, once for all terms already
     if fused is not None:
         return fused
     first, *rest = module._terms()
-    weight, own = first.lean_weight(), first.lean_factors() or []
+    weight, found = first.lean_weight(), [term.lean_parts() for term in rest]
+    own = (first.lean_parts() or []) if weight is None else []
     if weight is None and not own:
         return original(module, x)
-    found = [term.lean_factors() for term in rest]
-    factors = [factor for of_term in found for factor in of_term or ()]
-    if weight is not None:
-        y = linear(x, weight, module.bias, factors)
-    else:  # a layer that is low-rank as a whole
-        (B, A, scale), *more = own
-        y = linear(linear(x, A) * scale, B, module.bias)
-        for B, A, scale in (*more, *factors):
-            y = y + linear(linear(x, A) * scale, B)
+    parts = [*own, *(part for of_term in found for part in of_term or ())]
+    y = linear(x, weight, module.bias, parts)
     for term, of_term in zip(rest, found, strict=True):
         y = y if of_term is not None else y + term(x)
     return y

@@ -155,8 +155,8 @@ def _known(module: nn.Module) -> Callable[..., Any] | str | None:
 
 def _fits(module: SumLinear) -> bool:
     first, *rest = module._terms()
-    known = first.lean_weight() is not None or bool(first.lean_factors())
-    return known and all(term.lean_factors() is not None or term.lean_alone for term in rest)
+    known = first.lean_weight() is not None or bool(first.lean_parts())
+    return known and all(term.lean_parts() is not None or term.lean_alone for term in rest)
 
 
 def _computes(module: nn.Module, run: Callable[..., Any]) -> bool:

@@ -40,9 +40,10 @@ def planned(
 
 
 def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> dict[str, Any]:
-    """The bytes of the second of two steps: weights (with the buffers), gradients, moments (the optimizer's state),
-    activations (what the forward pass leaves for the backward pass), peak (all that is alive at the same time), and
-    workspace, the rest: below zero where the others are never all alive at once.
+    """The bytes of the second of two steps: weights (with buffers, and what layers keep from the first step on),
+    gradients, moments (the optimizer's state), activations (what the forward pass leaves for the backward pass), peak
+    (all that is alive at the same time), and workspace, the rest: below zero where the others are never all alive at
+    once.
 
     A subspace optimizer's own workspace within its step is not counted, its state is. Memory that kernels use for
     themselves, and an allocator's waste, are not seen.
@@ -52,12 +53,14 @@ def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Te
     found: dict[str, Any] = {}
     with Live() as live:
         weights = live.count([*model.parameters(), *model.buffers(), ids])
-        for _ in range(2):
+        for first in (True, False):
             start, live.peak = live.now, live.now
             loss = model(input_ids=ids, labels=ids).loss
             found["activations_bytes"] = live.now - start
             loss.backward()
             del loss
+            if first:
+                weights += live.now - start - sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
             found["gradients_bytes"] = live.now - start
             _step(optimizer, of_state is None)
             optimizer.zero_grad()

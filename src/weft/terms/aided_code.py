@@ -33,7 +33,6 @@ class AidedCode(Term):
     """
 
     kind = "aided_code"
-    builds = True
     lean_alone = True
     gate: Tensor
 

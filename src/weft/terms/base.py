@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.kernels.lean_linear import Factor, Weight
+from weft.kernels.lean_linear import Part, Weight
 from weft.kernels.transient_linear import Summand, transient_linear
 
 __all__ = ["Factors", "IntegerCodes", "Lora", "Spec", "Term"]
@@ -80,8 +80,6 @@ class Term(nn.Module):
     alone: ClassVar[bool] = False
     lean_alone: ClassVar[bool] = False
     """Whether its own forward keeps little for backward already, so that a lean step leaves it as it is."""
-    builds: ClassVar[bool] = False
-    """Whether its forward builds the (out, in) matrix, so that further summands cost little beside it."""
     entries: ClassVar[tuple[str, ...]] = ()
     """Its vectors that hold entries of the matrix, by name: weight decay takes them for a matrix."""
     dropout: float = 0.0
@@ -149,8 +147,8 @@ class Term(nn.Module):
         """
         return None
 
-    def lean_factors(self) -> list[Factor] | None:
-        """Its differentiable low-rank factors in the present mode, for a lean step; None where it has none."""
+    def lean_parts(self) -> list[Part] | None:
+        """Its differentiable factors and entries in the present mode, for a lean step; None where it has none."""
         return None
 
     def summand(self) -> Summand | None:
@@ -158,6 +156,10 @@ class Term(nn.Module):
         where it has none.
         """
         return None
+
+    def builds(self, x: Tensor) -> bool:
+        """Whether its forward of x builds the (out, in) matrix, so that further summands cost little beside it."""
+        return type(self).forward is Term.forward
 
     def finished(self) -> Term:
         """What is left of it when its training has ended, the same function in evaluation; by default itself."""

@@ -21,7 +21,6 @@ class Companded(Term):
     """
 
     kind = "companded"
-    builds = True
     lean_alone = True
 
     def __init__(self, in_features: int, out_features: int, **place: Any) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from weft.kernels.lean_linear import Factor
+from weft.kernels.lean_linear import Factor, Part
 from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["Factored"]
@@ -47,7 +47,7 @@ class Factored(Term):
         B, A = _gathered(self).factors(torch.float32)
         return B.detach() * self.scale, A.detach()
 
-    def lean_factors(self) -> list[Factor] | None:
+    def lean_parts(self) -> list[Part] | None:
         return None if self.dropout and self.training else [Factor(*self.factors(), self.scale)]
 
     def spec(self) -> Spec:

@@ -34,7 +34,6 @@ class Fading(Term):
     """
 
     kind = "fading"
-    builds = True
     lean_alone = True
     beta: Tensor
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.kernels.lean_linear import Factor
+from weft.kernels.lean_linear import Factor, Part
 from weft.tensors import owned
 from weft.terms.base import Factors, Spec, Term
 from weft.terms.factors import gated_factors
@@ -61,7 +61,7 @@ class GatedLowRank(Term):
     def exact_factors(self) -> Factors | None:
         return gated_factors(self.B, self.gate.detach().float() * self.scale, self.A)
 
-    def lean_factors(self) -> list[Factor] | None:
+    def lean_parts(self) -> list[Part] | None:
         return [Factor(self.B, self.now.unsqueeze(1) * self.A, self.scale)]
 
     def spec(self) -> Spec:

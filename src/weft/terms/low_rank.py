@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.kernels.lean_linear import Factor
+from weft.kernels.lean_linear import Factor, Part
 from weft.kernels.transient_linear import Summand, low_rank_summand
 from weft.tensors import owned
 from weft.terms.base import Factors, Spec, Term
@@ -53,7 +53,7 @@ class LowRank(Term):
     def exact_factors(self) -> Factors | None:
         return self.B.detach().float() * self.scale, self.A.detach().float()
 
-    def lean_factors(self) -> list[Factor] | None:
+    def lean_parts(self) -> list[Part] | None:
         return None if self.dropout and self.training else [Factor(self.B, self.A, self.scale)]
 
     def summand(self) -> Summand | None:

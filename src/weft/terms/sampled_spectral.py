@@ -24,7 +24,6 @@ class SampledSpectral(Term):
     """
 
     kind = "sampled_spectral"
-    builds = True
     lean_alone = True
     U: Tensor
     V: Tensor
@@ -72,6 +71,9 @@ class SampledSpectral(Term):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         s, U, V, P, Q = (t.to(dtype or t.dtype) for t in (self.s, self.U, self.V, self.P, self.Q))
         return (U * s) @ V + (P * s[self.active]) @ Q
+
+    def builds(self, x: Tensor) -> bool:
+        return True
 
     def summand(self) -> Summand:
         return Summand(_add, _pull, 1.0, (self.s, self.P, self.Q, self.U, self.V, self.active))

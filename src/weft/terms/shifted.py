@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.kernels.lean_linear import Factor
+from weft.kernels.lean_linear import Part
 from weft.terms.base import Factors, Spec, Term
 
 __all__ = ["Shifted"]
@@ -52,9 +52,9 @@ class Shifted(Term):
             return None
         return torch.cat([now[0], -start[0]], dim=1), torch.cat([now[1], start[1]])
 
-    def lean_factors(self) -> list[Factor] | None:
-        now, start = self.now.lean_factors(), self.start.lean_factors()
-        return None if now is None or start is None else [*now, *(Factor(B, A, -scale) for B, A, scale in start)]
+    def lean_parts(self) -> list[Part] | None:
+        now, start = self.now.lean_parts(), self.start.lean_parts()
+        return None if now is None or start is None else [*now, *(part._replace(scale=-part.scale) for part in start)]
 
     def spec(self) -> Spec:
         return super().spec() | {"term": self.now.spec()}

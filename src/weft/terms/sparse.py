@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.kernels.sparse_linear import scatter_dense, sparse_linear
+from weft.kernels.autocast import compute_dtype
+from weft.kernels.lean_linear import Entries, Part
+from weft.kernels.sparse_linear import entries_alone, scatter_dense, sparse_linear
 from weft.kernels.transient_linear import Summand, sparse_summand
 from weft.terms.base import Spec, Term
 
@@ -21,7 +23,6 @@ class Sparse(Term):
 
     kind = "sparse"
     lean_alone = True
-    builds = True
     entries = ("values",)
 
     def __init__(self, in_features: int, out_features: int, nonzeros: int, **place: Any) -> None:
@@ -49,6 +50,12 @@ class Sparse(Term):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         values = self.values.to(dtype or self.values.dtype)
         return scatter_dense(values, self.positions, self.out_features, self.in_features)
+
+    def lean_parts(self) -> list[Part] | None:
+        return [Entries(self.values, self.positions, self.out_features, self.in_features)]
+
+    def builds(self, x: Tensor) -> bool:
+        return not entries_alone(self.values, self.out_features, self.in_features, compute_dtype(x))
 
     def summand(self) -> Summand | None:
         return sparse_summand(self.values, self.positions)

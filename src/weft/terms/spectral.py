@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.kernels.lean_linear import Factor
+from weft.kernels.lean_linear import Factor, Part
 from weft.tensors import owned
 from weft.terms.base import Factors, Spec, Term
 from weft.terms.factors import gated_factors
@@ -55,7 +55,7 @@ class Spectral(Term):
     def exact_factors(self) -> Factors | None:
         return gated_factors(self.U, self.s.detach().float() * self.scale, self.V)
 
-    def lean_factors(self) -> list[Factor] | None:
+    def lean_parts(self) -> list[Part] | None:
         masked = self.dropout and self.training
         return None if masked else [Factor(self.U, self.s.unsqueeze(1) * self.V, self.scale)]
 

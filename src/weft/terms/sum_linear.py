@@ -64,7 +64,7 @@ class SumLinear(nn.Module):
         product a term is better: few rows, or no term that builds its matrix anyway.
         """
         terms = self._terms()
-        if len(terms) < 2 or not any(term.builds for term in terms):
+        if len(terms) < 2 or not any(term.builds(x) for term in terms):
             return None
         if not worthwhile(x.numel() // max(1, self.in_features), self.out_features, self.in_features):
             return None

@@ -31,7 +31,6 @@ class TernaryLatent(Term):
     """
 
     kind = "ternary_latent"
-    builds = True
     lean_alone = True
     blend: Tensor
 
