@@ -73,6 +73,7 @@ from weft.methods import (
     pela,
     pifa,
     pissa,
+    pst,
     pv_tuning,
     qvgen,
     randlora,
@@ -155,6 +156,7 @@ _PAGES: tuple[ModuleType, ...] = (
     conadv,
     # training of what is there
     full,
+    pst,
     pv_tuning,
     qvgen,
     # starts of a low-rank product

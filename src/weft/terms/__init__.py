@@ -44,6 +44,7 @@ from weft.terms.replacement import Replacement
 from weft.terms.rounded_inputs import RoundedInputs
 from weft.terms.sampled_spectral import SampledSpectral
 from weft.terms.scaled_code import ScaledCode
+from weft.terms.scored_mask import ScoredMask
 from weft.terms.shard_sum import ShardSum
 from weft.terms.shifted import Shifted
 from weft.terms.singular_basis import SingularBasis
@@ -95,6 +96,7 @@ __all__ = [
     "RoundedInputs",
     "SampledSpectral",
     "ScaledCode",
+    "ScoredMask",
     "ShardSum",
     "Shifted",
     "SingularBasis",
@@ -133,6 +135,7 @@ TERMS: dict[str, type[Term]] = {
         Spectral,
         Sparse,
         Masked,
+        ScoredMask,
         Fading,
         SampledSpectral,
         CoreLowRank,
