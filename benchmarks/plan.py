@@ -27,7 +27,8 @@ from weft.memory.live import Live
 from weft.runs.loading import load_tokenizer
 from weft.train.sizes import configuration, fresh_model
 from weft.verbs.finetune import finetune
-from weft.verbs.plan import Job, run
+from weft.verbs.plan import run
+from weft.verbs.plan_jobs import Job
 from weft.verbs.quantize import quantize
 
 JOBS = ("lora", "nf4+lora", "full", "full+galore")

@@ -110,9 +110,10 @@ MAY_NAME: dict[str, set[str]] = {
     "train/recipe.py": {"linear"},  # a schedule
     "verbs/demo.py": {"kfac-svd", "best", "welore", "svd", "uniform", "svd-llm"},  # what the demonstration shows
     "verbs/export.py": {"lora"},  # what PEFT's files call a product of two factors
-    "verbs/plan.py": {
+    "verbs/plan.py": {"adamw"},  # what pre-training steps by
+    "verbs/plan_jobs.py": {
         *("full", "lora", "dora", "lora-xs", "int8", "nf4", "nf3", "rtn", "adamw", "galore", "apollo", "muon"),
-        *("low-rank", "sltrain", "cola"),
+        *("low-rank", "sltrain", "cola", "svd", "svd-llm", "kfac-svd", "modegpt"),
     },  # what is planned where nothing is named
     "verbs/prospects.py": {"svd", "kfac-svd", "rtn"},  # whose ranks and widths are offered where nothing is named
     "verbs/pretrain.py": {"low-rank"},  # what --low-rank is

@@ -18,7 +18,8 @@ from weft.memory import lean
 from weft.plan import BLOCKS, Held, Supposed, held, stepped, unmasked
 from weft.train.optimizers import make_optimizer
 from weft.verbs.adapt import adapt
-from weft.verbs.plan import DEFAULTS, Job, jobs, run
+from weft.verbs.plan import run
+from weft.verbs.plan_jobs import DEFAULTS, Job, jobs
 
 LAYERS = 4
 

@@ -23,7 +23,7 @@ def command(
         str | None,
         typer.Option(help="In the place of a model: a published size, 9m to 7b.", show_default=False),
     ] = None,
-    task: Annotated[str, typer.Option(help="finetune, pretrain or serve.")] = "finetune",
+    task: Annotated[str, typer.Option(help="finetune, pretrain, compress or serve.")] = "finetune",
     methods: Annotated[
         str,
         typer.Option(
@@ -45,10 +45,12 @@ def command(
     if json:
         print_json(result)
         return
-    parts = ("peak_bytes", "weights", "gradients", "optimizer", "activations", "workspace")
+    training = ("gradients", "optimizer", "activations")
+    own = ("statistics", "disk") if result["task"] == "compress" else training
+    parts = ("peak_bytes", "weights", *own, "workspace")
     columns = {"method": "left", "fits": "left"} | {p.removesuffix("_bytes") + " MB": "right" for p in parts}
     rows = [
-        [row["name"], row["fits"], *(None if row[p] is None else row[p] / 1e6 for p in parts), row["batch"]]
+        [row["name"], row["fits"], *(None if row.get(p) is None else row[p] / 1e6 for p in parts), row["batch"]]
         for row in result["methods"]
     ]
     title = f"{result['task']} of {result['model']}, {result['rows']} x {result['window']} tokens, {result['dtype']}"

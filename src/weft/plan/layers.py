@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from weft.memory.live import Live
 from weft.terms.layers import block_stacks
 
-__all__ = ["BLOCKS", "Borders", "Held", "Stepped", "blocks_of", "held", "stepped"]
+__all__ = ["BLOCKS", "Borders", "Held", "Passes", "Stepped", "blocks_of", "held", "stepped"]
 
 BLOCKS = {"training": 2, "forward": 2, "inference": 3}
 """Of the model that is counted, the last of which stands for all others: a pass that leaves nothing frees what the

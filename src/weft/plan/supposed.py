@@ -21,21 +21,24 @@ _aten = torch.ops.aten
 
 class Supposed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the block, a number read from a tensor without values is 1, any two such tensors of a shape are equal, a
-    mask chooses all entries, all of them are so and none is, which is what checks of values hope for: what depends on
-    shapes alone is as it would be. Tensors with values keep them.
+    mask chooses all entries, all of them are so and none is, and no number is zero, which is what checks of values hope
+    for: what depends on shapes alone is as it would be. Tensors with values keep them. `masked` says whether
+    a mask has chosen.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.masked = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         special = func in _ANSWERS or func in _INDEXING
         if special and any(_valueless(leaf) for leaf in tree_leaves(args)):
             if func in _ANSWERS:
                 return _ANSWERS[func](*args)
+            self.masked = self.masked or any(index is not None and index.dtype == torch.bool for index in args[1])
             args = (args[0], [*_unmasked(args[1])], *args[2:])
         found = func(*args, **(kwargs or {}))
-        if func in _NONE_IS and _valueless(found):
+        if func in _NONE_IS and _valueless(found) and args[0].dtype == torch.bool:
             found.supposed = False  # type: ignore[attr-defined]
         return found
 

@@ -82,8 +82,8 @@ def unpacked(piece: Piece, name: str, like: nn.Module) -> tuple[dict[str, Term],
     terms = {}
     for role, spec in piece.words[name].items():
         prefix = f"{name}:{role}:"
-        state = {key.removeprefix(prefix): t for key, t in piece.tensors.items() if key.startswith(prefix)}
-        term = build(spec, device="meta")
-        term.load_state_dict(state, assign=True)
-        terms[role] = term.to(device)  # type: ignore[arg-type]
+        own = ((key.removeprefix(prefix), t) for key, t in piece.tensors.items() if key.startswith(prefix))
+        state = {key: t.to(device) for key, t in own}  # type: ignore[arg-type]
+        terms[role] = build(spec, device="meta")
+        terms[role].load_state_dict(state, assign=True)
     return terms, piece.tensors.get(f"{name}:bias")

@@ -63,7 +63,7 @@ def put(
     new = SumLinear(terms, transposed=transposed)
     weight = old.weight
     assert isinstance(weight, Tensor)
-    if not weight.is_meta:
+    if not weight.is_meta and any(t.device != weight.device for t in [*new.parameters(), *new.buffers()]):
         new.to(weight.device)
     new.bias = _bias(old, bias)
     replace(model, layer, new)

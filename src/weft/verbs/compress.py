@@ -60,12 +60,11 @@ from weft.verbs.shrink import check_shrinks, shrinks, shrunk
 from weft.verbs.spending import chooser, decide, joined, least, leave_unreached
 from weft.verbs.survey import Plan, offered, unit_of
 
-__all__ = ["Compressed", "calibrate", "compress", "needs", "run"]
+__all__ = ["Compressed", "calibrate", "compress", "needs", "plan_of", "run"]
 
 Methods = str | Method | Sequence[str | Method | tuple[str | Method, Mapping[str, Any]]]
 
 _PAGE = {".html": "a page with plots"}
-_LARGE = 2**28  # bytes of a model whose finished pieces lie on a disk
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,14 @@ def needs(method: Methods, *, allocate: str | None = None) -> tuple[str, ...]:
     first, last = stages[0], stages[-1]
     if first.split is None or first.kind == "adapt":
         return first.needs
-    how = reads(allocate or last.allocate) if last is first else ()
-    return Plan(method=first, options=first.options({}), layers=(), reads=how, sequential=first.sequential).needs
+    return plan_of(first, (allocate or last.allocate) if last is first else None).needs
+
+
+def plan_of(method: Method, allocate: str | None, layers: Sequence[str] = ()) -> Plan:
+    """A method's plan with its own options, and what an allocation reads."""
+    how = reads(allocate) if allocate else ()
+    options = method.options({})
+    return Plan(method=method, options=options, layers=tuple(layers), reads=how, sequential=method.sequential)
 
 
 _walk = sequential  # an argument of `compress` bears its name
@@ -116,7 +121,7 @@ def compress(
     correction: float | None = None,
     by_block: bool | None = None,
     seed: int = 0,
-    progress: Path | None = None,
+    progress: Path | Store | None = None,
     track: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
     **options: Any,
 ) -> Compressed:
@@ -142,7 +147,7 @@ def compress(
         by_block: collect one block's statistics at a time, with a pass over the batches for each (None: as many blocks
             at a time as take 1.5 times the model's bytes).
         seed: of methods that draw; a layer's draw depends on it and on the layer's name alone.
-        progress: a directory for finished blocks, from which an interrupted call goes on.
+        progress: a directory for finished blocks, from which an interrupted call goes on; or what keeps them.
         track: (items, description) -> the same items, for a progress bar.
         options: the methods' own hyperparameters; of a list, each goes to the one that names it.
 
@@ -176,7 +181,7 @@ def compress(
 
     began, surveying, chosen, found = time.perf_counter(), 0.0, list[Mapping[str, Choice]](), {}
     with _place(model, plans, progress) as place:
-        store = Store() if place is None else Store(Path(place), _key(model, plans, data, stats))
+        store = _store(place, model, plans, data, stats)
         for plan in (plan for plan in plans if plan.in_unit):
             keep_unit(unit_of(model, plan, data, store), store)
         for plan, info in zip(plans, infos, strict=True):
@@ -225,15 +230,18 @@ def _plans(
     ]
 
 
-def _place(model: nn.Module, plans: Sequence[Plan], progress: Path | None) -> AbstractContextManager[Any]:
-    """Where finished pieces lie: where the caller says; on a disk for a large model, since one block's statistics at a
-    time are of no use while all factors, or the tries of several methods, pile up; or in memory.
-    """
+def _store(place: Any, model: nn.Module, plans: Sequence[Plan], batches: Sequence[Batch], stats: Stats | None) -> Store:
+    if place is None or isinstance(place, Store):
+        return place or Store()
+    return Store(Path(place), _key(model, plans, batches, stats))
+
+
+def _place(model: nn.Module, plans: Sequence[Plan], progress: Path | Store | None) -> AbstractContextManager[Any]:
+    """Where finished pieces lie: where the caller says, on a disk or in memory."""
     if progress is not None:
         return nullcontext(progress)
-    many = any(plan.by_block or plan.carried or plan.mixed or plan.in_unit for plan in plans)
-    large = many or sum(p.nbytes for p in model.parameters()) > _LARGE
-    return tempfile.TemporaryDirectory() if large else nullcontext()
+    nbytes = sum(p.nbytes for p in model.parameters())
+    return tempfile.TemporaryDirectory() if any(plan.on_disk(nbytes) for plan in plans) else nullcontext()
 
 
 def _key(model: nn.Module, plans: Sequence[Plan], batches: Sequence[Batch], stats: Stats | None) -> str:

@@ -6,6 +6,7 @@ without values (`weft.plan`). Nothing here knows what a method keeps: its own co
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -16,17 +17,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weft.allocate import Budget
-from weft.errors import WeftError, unknown
+from weft.errors import WeftError
 from weft.grafts import Graft
 from weft.memory import lean as make_lean
 from weft.memory.cross_entropy import CHUNK_LOGITS
-from weft.methods import METHODS
 from weft.methods.base import Method
-from weft.optim import OPTIMIZERS
 from weft.plan import BLOCKS, Held, Stepped, Supposed, held, stepped, unmasked
-from weft.plan.layers import blocks_of
+from weft.plan.layers import Passes, blocks_of
 from weft.progress import track
-from weft.records import find
 from weft.runs.loading import resolve_device, resolve_dtype
 from weft.terms.layers import linear_layers
 from weft.train.optimizers import chosen_options, find_optimizer
@@ -35,83 +33,15 @@ from weft.train.trainer import HALF, checkpointing, wide
 from weft.verbs.adapt import adapt, make_optimizer
 from weft.verbs.evaluate import check_causal
 from weft.verbs.fresh import Structure, restructure
-from weft.verbs.quantize import quantize, schemes
+from weft.verbs.plan_compress import Compressing
+from weft.verbs.plan_jobs import Job, jobs
+from weft.verbs.quantize import quantize
 from weft.verbs.sources import Source, source_of
 
-__all__ = ["DEFAULTS", "Job", "jobs", "run"]
+__all__ = ["run"]
 
-DEFAULTS = {
-    "finetune": ("full", "full+galore", "full+apollo", "lora", "nf4+lora", "int8+lora", "dora", "lora-xs"),
-    "pretrain": ("adamw", "galore", "apollo", "muon", "low-rank", "sltrain", "cola", "low-rank+galore"),
-    "serve": ("dense", "int8", "nf4", "nf3", "rtn"),
-}
-"""What is planned where nothing is named. A name is of one method, or of several with + between them."""
-_KINDS = {"finetune": ("adapt", "graft", "train", "compress"), "pretrain": ("pretrain",), "serve": ()}
 _TRIED = 2**28
 """Logits of the largest batch that is run, in chunks of 2^24."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is done, by name: a code of the weights, a method or structure, an optimizer."""
-
-    name: str
-    scheme: str | None = None
-    method: str | None = None
-    optimizer: str | None = None
-
-    @classmethod
-    def parse(cls, name: str, task: str) -> Job:
-        """Raises WeftError for a name that means nothing in this task."""
-        parts: dict[str, str] = {}
-        for part in name.split("+"):
-            kind = _kind(part, task)
-            if kind in parts:
-                raise WeftError(f"{name!r} names two of a kind: {parts[kind]} and {part}; give one of them.")
-            parts[kind] = part
-        parts.pop("dense", None)
-        if task == "finetune" and "method" not in parts:
-            parts["method"] = "full" if "scheme" not in parts else "lora"
-        return cls(name, **parts)
-
-    @property
-    def record(self) -> Method | Graft | None:
-        """That of the method."""
-        return None if self.method is None else find(self.method)  # type: ignore[return-value]
-
-
-def _kind(part: str, task: str) -> str:
-    known: dict[str, Mapping[str, Any]] = {
-        "scheme": schemes() if task != "pretrain" else {},
-        "dense": {"dense": None} if task == "serve" else {},
-    }
-    known["optimizer"] = OPTIMIZERS if task != "serve" else {}
-    for kind, names in known.items():
-        if part in names:
-            return kind
-    if _KINDS[task]:
-        return "method" if find(part, *_KINDS[task]) else ""
-    raise unknown("form of the weights", part, [*known["scheme"], "dense"])
-
-
-def jobs(task: str, methods: str | Sequence[str] = ()) -> list[Job]:
-    """The jobs of a task: those named, with commas or as a list, or the usual ones; "all" is every method there is.
-
-    Raises WeftError for an unknown task or method.
-    """
-    if task not in DEFAULTS:
-        raise unknown("task to plan", task, DEFAULTS)
-    names = [n.strip() for n in (methods.split(",") if isinstance(methods, str) else methods) if n.strip()]
-    if names == ["all"]:
-        names = _every(task)
-    return [Job.parse(name, task) for name in names or DEFAULTS[task]]
-
-
-def _every(task: str) -> list[str]:
-    kinds = {"finetune": ("adapt", "train"), "pretrain": ("pretrain",), "serve": ()}[task]
-    # what trains codes has none to train in a dense model
-    more = [name for name, m in METHODS.items() if m.kind in kinds and (m.kind != "train" or m.split is None)]
-    return list(dict.fromkeys([*DEFAULTS[task], *more, *(schemes() if task == "serve" else ())]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +60,8 @@ class Asked:
 
     @property
     def training(self) -> bool:
-        """Whether there is a backward pass."""
-        return self.task != "serve"
+        """Whether something is trained."""
+        return self.task in ("finetune", "pretrain")
 
 
 def run(
@@ -156,7 +86,7 @@ def run(
     Args:
         size: a published size of `weft pretrain`, in the place of a model.
         memory: what there is, such as 8GB (10^9 bytes) or 24GiB.
-        task: finetune, pretrain or serve.
+        task: finetune, pretrain, compress or serve.
         methods: names with commas between them, such as lora,nf4+lora,full+galore, or "all"; the usual ones by default.
         batch: the rows for which the parts are given; the largest that fits is found besides.
         device: cpu or cuda, which this machine must have. `seed` is accepted as by every verb; nothing here is random.
@@ -181,13 +111,14 @@ def run(
         task=task, memory=int(there), batch=batch, window=window, rank=rank, lean=lean,
         checkpointing=checkpointing, device=target, dtype=resolve_dtype(dtype, target) or fallback,
     )  # fmt: skip
-    rows = [_row(job, source, asked) for job in track(asked_for, "plans")]
+    rows = _rows(asked_for, source, asked)
     known = [row for row in rows if row["peak_bytes"] is not None]
     if known and all(row["batch"] == 0 for row in known):
         least = min(known, key=lambda row: row["least_bytes"])
+        rows_of = "" if task == "compress" else f" with one row of {window} tokens"
         raise WeftError(
             f"{memory} is too little for {source.name}: {task} takes at least {_words(least['least_bytes'])}, by "
-            f"{least['name']} with one row of {window} tokens, of which the weights are {_words(least['weights'])}."
+            f"{least['name']}{rows_of}, of which the weights are {_words(least['weights'])}."
         )
     facts: dict[str, Any] = {
         "model": source.name,
@@ -199,10 +130,25 @@ def run(
     return {**facts, "methods": rows}
 
 
-def _row(job: Job, source: Source, asked: Asked) -> dict[str, Any]:
-    """What is known of one job."""
+def _rows(asked_for: Sequence[Job], source: Source, asked: Asked) -> list[dict[str, Any]]:
+    """What is known of each job; those that differ by their optimizer alone share the passes of one model."""
+    known: dict[tuple[str | None, str | None], _Plan] = {}
+    compressing = Compressing(source, asked.dtype, asked.device, asked.window)
+
+    def planned(job: Job) -> dict[str, Any]:
+        if asked.task == "compress":
+            return compressing.row(job.name, asked.memory)
+        alike = (job.scheme, job.method)
+        known[alike] = known[alike].stepped_by(job) if alike in known else _Plan(job, source, asked)
+        return known[alike].row()
+
+    return [_row(job, planned) for job in track(asked_for, "plans")]
+
+
+def _row(job: Job, planned: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
+    """What is known of one job, or why nothing is."""
     try:
-        return _Plan(job, source, asked).row()
+        return planned(job)
     except (WeftError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         parts = ("fits", "peak_bytes", "weights", "gradients", "optimizer", "activations", "workspace", "batch")
         return {"name": job.name, **dict.fromkeys(parts), "reason": " ".join(str(error).split())[:200]}
@@ -220,7 +166,14 @@ class _Plan:
         self.layers = None if alone or not source.equal or source.layers <= self.blocks else source.layers
         self.model = self._made(source.empty(self.blocks if self.layers else source.layers, asked.dtype))
         self.vocabulary = source.config.get_text_config().vocab_size
-        self.known: dict[int, Held] = {}
+        self.known: dict[tuple[Passes, int, str], Held] = {}
+        self.stepping: Stepped | None = None
+
+    def stepped_by(self, job: Job) -> _Plan:
+        """The same model and passes with another job's optimizer."""
+        other = copy.copy(self)
+        other.job, other.stepping = job, None
+        return other
 
     def row(self) -> dict[str, Any]:
         """The parts at the batch that was asked for, and the largest batch."""
@@ -239,13 +192,11 @@ class _Plan:
 
     def passes(self, batch: int) -> Held:
         """What the passes over so many rows hold."""
-        if batch not in self.known:
-            self.known[batch] = self._held("training" if self.asked.training else "inference", batch)
-        return self.known[batch]
+        return self._held("training" if self.asked.training else "inference", batch)
 
     def step(self) -> Stepped:
         """What the optimizer holds, once."""
-        if "stepping" not in self.__dict__:
+        if self.stepping is None:
             self.stepping = Stepped(0, 0)
             if self.asked.training:
                 with self._inside():
@@ -314,7 +265,13 @@ class _Plan:
             return whole
         return whole + more * sum(p.nbytes for p in blocks[1].parameters() if chosen(p))
 
-    def _held(self, passes: Any, batch: int, mode: str = "") -> Held:
+    def _held(self, passes: Passes, batch: int, mode: str = "") -> Held:
+        key = (passes, batch, mode)
+        if key not in self.known:
+            self.known[key] = self._counted(*key)
+        return self.known[key]
+
+    def _counted(self, passes: Passes, batch: int, mode: str) -> Held:
         again = mode == "checkpointed" or (not mode and self.asked.checkpointing)
         make_lean(self.model, not mode and self.asked.lean)
         with ExitStack() as stack:

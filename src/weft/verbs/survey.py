@@ -54,6 +54,7 @@ __all__ = [
 
 BEFORE = ("influence", "relevance")
 """What allocations read of the model as it is, before the survey."""
+_LARGE = 2**28  # bytes of a model whose finished pieces lie on a disk
 
 
 def _plain(items: Iterable[Any], what: str) -> Iterable[Any]:
@@ -124,6 +125,12 @@ class Plan:
         """Statistics of the survey."""
         read = [need for name in self.reads for need in NEEDS.get(name, ())]
         return tuple(dict.fromkeys([*(self.reads_of if self.reads_weights else self.carried), *read]))
+
+    def on_disk(self, nbytes: int) -> bool:
+        """Whether finished pieces of a model of so many bytes lie on a disk: of a large one, since one block's
+        statistics at a time are of no use while all factors, or the tries of several methods, pile up.
+        """
+        return bool(self.by_block or self.carried or self.mixed or self.in_unit) or nbytes > _LARGE
 
     @property
     def in_unit(self) -> bool:
