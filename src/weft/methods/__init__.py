@@ -38,6 +38,7 @@ from weft.methods import (
     full,
     fwsvd,
     gptq,
+    ifairy,
     increlora,
     int2_1,
     int8,
@@ -147,6 +148,7 @@ _PAGES: tuple[ModuleType, ...] = (
     maestro,
     weight_compander,
     bitnet,
+    ifairy,
     # made for trained ones
     trp,
     pela,

@@ -38,7 +38,7 @@ def split(site: Site, *, scale: str, activations: int | None, normalise: bool) -
 
 def finish(site: Site) -> Split:
     """The packed numbers."""
-    return Split({"ternary": next(iter(site.terms.values())).finished()})
+    return Split({role: term.finished() for role, term in site.terms.items()})
 
 
 def count(out_features: int, in_features: int, rank: int, options: Mapping[str, Any]) -> int:

@@ -18,6 +18,7 @@ from weft.terms.coded_factors import CodedFactors, PackedFactors
 from weft.terms.column_code import ColumnCode
 from weft.terms.columns import Columns
 from weft.terms.companded import Companded
+from weft.terms.complex_code import ComplexCode, ComplexLatent
 from weft.terms.core_low_rank import CoreLowRank
 from weft.terms.dense import Dense
 from weft.terms.dense_sparse import DenseSparse
@@ -68,6 +69,8 @@ __all__ = [
     "ColumnCode",
     "Columns",
     "Companded",
+    "ComplexCode",
+    "ComplexLatent",
     "CoreLowRank",
     "Dense",
     "DenseSparse",
@@ -129,6 +132,7 @@ TERMS: dict[str, type[Term]] = {
         ColumnCode,
         Codebook,
         Ternary,
+        ComplexCode,
         LowRank,
         PivotedLowRank,
         DenseSparse,
@@ -162,6 +166,7 @@ TERMS: dict[str, type[Term]] = {
         Companded,
         Monarch,
         TernaryLatent,
+        ComplexLatent,
         TunedCode,
         AidedCode,
         RoundedInputs,

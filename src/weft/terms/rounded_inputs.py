@@ -28,6 +28,7 @@ class RoundedInputs(Term):
         term: linear; it meets whole numbers, which bf16 holds exactly.
         bits: b, 2 to 8; None rounds nothing.
         normalise: each token to a root mean square of 1, without a gain.
+        parts: of each token, which have a scale each; of more than one, the term meets q / s.
     """
 
     kind = "rounded_inputs"
@@ -40,6 +41,7 @@ class RoundedInputs(Term):
         term: Term,
         bits: int | None = 8,
         normalise: bool = True,
+        parts: int = 1,
         *,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -47,12 +49,12 @@ class RoundedInputs(Term):
         super().__init__(in_features, out_features)
         if bits is not None and bits not in range(2, 9):
             raise WeftError(f"Inputs are rounded to 2 to 8 bits, not to {bits}.")
-        self.term, self.bits, self.normalise = term, bits, normalise
+        self.term, self.bits, self.normalise, self.parts = term, bits, normalise, parts
 
     @classmethod
-    def of(cls, term: Term, bits: int | None = 8, normalise: bool = True) -> RoundedInputs:
+    def of(cls, term: Term, bits: int | None = 8, normalise: bool = True, parts: int = 1) -> RoundedInputs:
         """The term, its inputs rounded."""
-        return cls(term.in_features, term.out_features, term, bits, normalise)
+        return cls(term.in_features, term.out_features, term, bits, normalise, parts)
 
     @classmethod
     def example(cls, generator: Generator) -> RoundedInputs:
@@ -68,8 +70,14 @@ class RoundedInputs(Term):
             bare: Tensor = self.term(u.to(x.dtype))
             return bare
         last = 2 ** (self.bits - 1) - 1
+        if self.parts > 1:
+            u = u.reshape(*u.shape[:-1], self.parts, -1)
         s = last / u.detach().abs().amax(-1, keepdim=True).clamp(min=_LEAST)
-        y: Tensor = self.term(self._rounded(u * s, last).to(x.dtype))
+        q = self._rounded(u * s, last)
+        if self.parts > 1:
+            each: Tensor = self.term((q / s).flatten(-2).to(x.dtype))
+            return each
+        y: Tensor = self.term(q.to(x.dtype))
         return (y / s).to(y.dtype)
 
     def _rounded(self, u: Tensor, last: int) -> Tensor:
@@ -86,7 +94,7 @@ class RoundedInputs(Term):
         )
 
     def finished(self) -> RoundedInputs:
-        return self.of(self.term.finished(), self.bits, self.normalise)
+        return self.of(self.term.finished(), self.bits, self.normalise, self.parts)
 
     @property
     def num_params(self) -> int:
@@ -94,7 +102,8 @@ class RoundedInputs(Term):
         return self.term.num_params
 
     def spec(self) -> Spec:
-        return super().spec() | {"term": self.term.spec(), "bits": self.bits, "normalise": self.normalise}
+        own = {"term": self.term.spec(), "bits": self.bits, "normalise": self.normalise}
+        return super().spec() | own | ({"parts": self.parts} if self.parts > 1 else {})
 
     def _reference(self) -> Tensor:
         return self.term._reference()
