@@ -95,6 +95,7 @@ from weft.methods import (
     svd,
     svd_llm,
     svfit,
+    tiny_training,
     trp,
     wanda,
     weight_compander,
@@ -160,6 +161,7 @@ _PAGES: tuple[ModuleType, ...] = (
     full,
     pst,
     pv_tuning,
+    tiny_training,
     qvgen,
     # starts of a low-rank product
     lora,

@@ -51,6 +51,7 @@ from weft.terms.shifted import Shifted
 from weft.terms.singular_basis import SingularBasis
 from weft.terms.sparse import Sparse
 from weft.terms.spectral import Spectral
+from weft.terms.stepped_code import SteppedCode
 from weft.terms.submatrix import Submatrix
 from weft.terms.sum_linear import SumLinear
 from weft.terms.ternary import Ternary, TernaryLatent
@@ -106,6 +107,7 @@ __all__ = [
     "Sparse",
     "Spec",
     "Spectral",
+    "SteppedCode",
     "Submatrix",
     "SumLinear",
     "Term",
@@ -168,6 +170,7 @@ TERMS: dict[str, type[Term]] = {
         TernaryLatent,
         ComplexLatent,
         TunedCode,
+        SteppedCode,
         AidedCode,
         RoundedInputs,
     )
