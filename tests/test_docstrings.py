@@ -117,7 +117,7 @@ MACHINERY = {
     *("optim/distributed.py", "optim/lowrank.py", "optim/parameters.py", "optim/seeds.py", "optim/state.py"),
     "optim/several.py",
     *("allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),
-    *("allocate/base.py", "allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),
+    *("allocate/base.py", "allocate/search.py", "allocate/allocation.py", "allocate/equal.py", "allocate/uniform.py"),
 }
 """Files that hold no idea of a paper."""
 PAGES = [file for file in FILES if file.parent.name in ROOMS and file.name not in ("__init__.py", "base.py")]

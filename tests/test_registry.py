@@ -32,7 +32,7 @@ SHARED = {
     "merging": {"base"},
     "scaling": {"base", "fit"},
     "measures": {"base"},
-    "allocate": {"allocation", "base", "greedy", "integer_program"},
+    "allocate": {"allocation", "base", "greedy", "integer_program", "search"},
 }
 
 

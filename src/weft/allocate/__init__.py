@@ -4,14 +4,26 @@ records by name.
 
 from __future__ import annotations
 
-from weft.allocate import asvd, best, energy, equal, lems, lrp_pruning, modegpt, uniform, welore
+from weft.allocate import (
+    asvd,
+    best,
+    energy,
+    equal,
+    lems,
+    llama_nas,
+    lrp_pruning,
+    modegpt,
+    quantune,
+    uniform,
+    welore,
+)
 from weft.allocate.allocation import Allocation
 from weft.allocate.base import Allocator, Budget, Choice, Choices, LayerInfo, Shape
 from weft.records import Table
 
 __all__ = ["ALLOCATIONS", "NEEDS", "Allocation", "Allocator", "Budget", "Choice", "Choices", "LayerInfo", "Shape"]
 
-_PAGES = (uniform, equal, energy, welore, asvd, best, modegpt, lrp_pruning, lems)
+_PAGES = (uniform, equal, energy, welore, asvd, best, modegpt, lrp_pruning, llama_nas, quantune, lems)
 
 ALLOCATIONS = Table(Allocator, [*(page.ALLOCATION for page in _PAGES), lems.SEARCHED])
 

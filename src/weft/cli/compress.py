@@ -47,8 +47,8 @@ def command(
     allocate: Annotated[
         str | None,
         typer.Option(
-            help="uniform, equal, energy, welore, asvd, best, lems, lems-search, modegpt, lrp-pruning, or a file; "
-            "the method's own.",
+            help="uniform, equal, energy, welore, asvd, best, lems, lems-search, modegpt, lrp-pruning, llama-nas, "
+            "quantune, or a file; the method's own.",
             show_default=False,
         ),
     ] = None,
