@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from weft.methods import (
+    acm,
     adadim,
     afm,
     allora,
@@ -160,6 +161,7 @@ _PAGES: tuple[ModuleType, ...] = (
     # training of what is there
     full,
     pst,
+    acm,
     pv_tuning,
     tiny_training,
     qvgen,

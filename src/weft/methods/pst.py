@@ -22,21 +22,19 @@ from torch import nn
 from weft.errors import WeftError
 from weft.methods.base import Method, Site, Split
 from weft.rules.cubic_sparsity import CubicSparsity
-from weft.terms import Dense, ScoredMask
+from weft.terms import ScoredMask
 
 __all__ = ["METHOD", "finish", "split", "trained"]
 
 
 def split(site: Site, *, change: int, score: int) -> Split:
-    """The weight of a dense layer, all of it kept; others stay as they are.
+    """The weight, whatever it is made of, all of it kept.
 
     Raises:
         WeftError: a rank below 0.
     """
     if min(change, score) < 0:
         raise WeftError(f"The ranks are {change} (change) and {score} (score): give 0 or more.")
-    if any(not isinstance(term, Dense) for term in site.terms.values()):
-        return Split()
     term = ScoredMask.from_matrix(site.weight().to(site.dtype), change, score, site.generator)
     return Split({"base": term})
 

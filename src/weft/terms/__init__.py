@@ -25,6 +25,7 @@ from weft.terms.dense_sparse import DenseSparse
 from weft.terms.factored import Factored
 from weft.terms.fading import Fading
 from weft.terms.float_code import FloatCode
+from weft.terms.gated_learners import GatedLearners
 from weft.terms.gated_low_rank import GatedLowRank
 from weft.terms.integer_code import IntegerCode
 from weft.terms.kronecker import Kronecker
@@ -78,6 +79,7 @@ __all__ = [
     "Factored",
     "Fading",
     "FloatCode",
+    "GatedLearners",
     "GatedLowRank",
     "Int8",
     "IntegerCode",
@@ -146,6 +148,7 @@ TERMS: dict[str, type[Term]] = {
         SampledSpectral,
         CoreLowRank,
         GatedLowRank,
+        GatedLearners,
         Shifted,
         Magnitude,
         Replacement,

@@ -1,0 +1,124 @@
+"""GatePhases: gates learn which learners a token needs, then learners and gates together keep a budget (ACM, Wojcik et
+al., 2023, arXiv 2312.10193).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.errors import WeftError
+from weft.rules.each_step import EachStep
+from weft.rules.hooks import watch
+from weft.rules.schedule import length
+from weft.terms.gated_learners import GatedLearners, at_least
+
+__all__ = ["GatePhases", "share_run"]
+
+
+class GatePhases(EachStep):
+    """Two phases of a run for trained `GatedLearners`:
+
+        first     all learners run; the gate is taught the smallest k with  ||h_N - h_k||^2 <= tolerance ||h_N||^2
+        then      k is drawn (Gumbel), and added to the loss is  weight |c - target| - entropy H - diversity D
+
+    c is the mean share of the learners that run, by their numbers; H the entropy of a layer's mean gate over log(N +
+    1); D the mean |p_t - p_u| of neighbours, summed over choices. Tokens that the attention mask leaves out do not
+    count.
+
+    Args:
+        target: c, above 0 and at most 1.
+        gates: share of the run that the first phase takes.
+    """
+
+    works_on = (GatedLearners,)
+
+    def __init__(
+        self, target: float, gates: float, tolerance: float, weight: float, entropy: float, diversity: float
+    ) -> None:
+        if not 0 < target <= 1 or not 0 <= gates < 1:
+            raise WeftError(
+                f"target is {target} and gates {gates}: give shares, the first above 0, the second below 1."
+            )
+        self.target, self.gates, self.tolerance = target, gates, tolerance
+        self.weight, self.entropy, self.diversity = weight, entropy, diversity
+
+    def begin(self, model: nn.Module) -> None:
+        self.terms_ = [term for _, term in self.found(GatedLearners)]
+        self.until = int(self.gates * length(self.steps, "The training of the gates"))
+        self.seen: dict[GatedLearners, Tensor] = {}
+        self.mask: Any = None
+        for term in self.terms_:
+            watch(term, _Inputs(term, self))
+        for key, other in list(model._forward_pre_hooks.items()):
+            if isinstance(other, _Mask):
+                del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+        model.register_forward_pre_hook(_Mask(self), with_kwargs=True)
+        self.open(1)
+
+    def prepare(self, step: int) -> None:
+        for term in self.terms_:
+            term.runs = "drawn" if step > self.until else "all"
+        self.seen.clear()
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        if not self.seen:
+            return None
+        found = self._taught() if self.step <= self.until else self._kept_to_budget()
+        self.seen.clear()
+        return found
+
+    def _taught(self) -> Tensor:
+        losses = []
+        for term, x in self.seen.items():
+            x = x.detach()
+            with torch.no_grad():
+                needed = (term.lacking(x.float()) <= self.tolerance).int().argmax(-1)  # the first that does
+            losses.append(F.cross_entropy(term.gate(x).float(), needed))
+        return torch.stack(losses).mean()
+
+    def _kept_to_budget(self) -> Tensor:
+        gates = {term: term.gate(x).float().softmax(-1) for term, x in self.seen.items()}
+        spread = [_entropy(p.mean(0)) for p in gates.values()]
+        apart = [(p - p.roll(1, 0)).abs().sum(-1).mean() for p in gates.values()]
+        cost = self.weight * (share_run(gates) - self.target).abs()
+        return cost - self.entropy * torch.stack(spread).mean() - self.diversity * torch.stack(apart).mean()
+
+
+class _Mask:
+    """A pre-hook of the model: which tokens count in the pass to come."""
+
+    def __init__(self, rule: GatePhases) -> None:
+        self.rule = rule
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.rule.mask = kwargs.get("attention_mask")
+
+
+class _Inputs:
+    """A hook of a term: the tokens that it saw in training."""
+
+    def __init__(self, term: GatedLearners, rule: GatePhases) -> None:
+        self.term, self.rule = term, rule
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        x, mask = args[0], self.rule.mask
+        fits = isinstance(mask, Tensor) and mask.shape == x.shape[:-1]
+        self.rule.seen[self.term] = x[mask.bool()] if fits else x.reshape(-1, x.shape[-1])
+
+
+def share_run(gates: dict[GatedLearners, Tensor]) -> Tensor:
+    """The mean share of the learners that run, of gates (tokens, N + 1), each layer by the numbers of its factors."""
+    sizes = [term.A.numel() + term.B.numel() for term in gates]
+    shares = [at_least(p).mean() * size for p, size in zip(gates.values(), sizes, strict=True)]
+    return torch.stack(shares).sum() / sum(sizes)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Of p (n,), over log n."""
+    return -(p * p.clamp(min=1e-12).log()).sum() / torch.log(torch.tensor(float(len(p)), device=p.device))
