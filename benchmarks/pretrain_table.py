@@ -85,7 +85,6 @@ def structures(rank: int) -> dict[str, tuple[float, dict[str, Any]]]:
         "Muon": (1e-3, {"optimizer": "muon"}),
         "SCALE": (1e-3, {"optimizer": "scale"}),
         PLAIN: (1e-3, under("low-rank", rank)),
-        "low rank, Muon": (1e-3, under("low-rank", rank, "muon")),
         "low rank, Spectron": (1e-3, under("low-rank", rank, "spectron")),
         "SLTrain": (3e-3, under("sltrain", rank)),
         "LOST": (1e-3, under("lost", rank)),
@@ -175,6 +174,8 @@ def equal_bytes(row: dict[str, Any], args: argparse.Namespace, table: dict[str, 
 
 def named(rank: int, table: dict[str, Row]) -> str:
     """The name of plain low rank at another rank, a row of its own."""
+    if rank == table[PLAIN][1]["structure"][1]:
+        return PLAIN
     name = f"low rank {rank}, AdamW"
     table[name] = (table[PLAIN][0], {"optimizer": "adamw", "structure": ("low-rank", rank)})
     return name

@@ -189,7 +189,7 @@ LINES = {
     },
     "src/weft/merging/mean.py": {r"import cmlora": "import mean, cmlora", r"^( +)lego.M": r"\1mean.MERGER,\n\1lego.M"},
     "src/weft/allocate/small_first.py": {
-        r"import asvd": "import small_first, asvd",
+        r"^    asvd,": "    asvd,\n    small_first,",
         r"\(uniform,": "(small_first, uniform,",
     },
 }

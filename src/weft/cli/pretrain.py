@@ -88,6 +88,9 @@ def command(
         int | None, typer.Option(help="Scale rates from a base model of this width (muP).", show_default=False)
     ] = None,
     decay: Annotated[str, typer.Option(help="Weight decay by width, with --mup: sqrt, independent, fixed.")] = "sqrt",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread weights, gradients and optimizer state over the processes (FSDP2).")
+    ] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(help="A model whose tokenizer a fresh one takes; that of pico.", show_default=False),

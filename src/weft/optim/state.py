@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
+from weft.optim.distributed import local
 
 __all__ = ["restore", "state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes held by the tensors of the optimizer's state (not by weights or gradients)."""
-    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in _tensors(state))
+    """Bytes that this process holds in tensors of the optimizer's state (not in weights or gradients)."""
+    held = (local(t) for state in optimizer.state.values() for t in _tensors(state))
+    return sum(t.numel() * t.element_size() for t in held)
 
 
 def restore(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:

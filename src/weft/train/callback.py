@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weft.errors import WeftError
 from weft.files import replacing
 from weft.rules import Rule, State
+from weft.rules.sharded import sharded_like, whole
 from weft.tensors import read_metadata, read_tensors
 
 __all__ = ["RULES_FILE", "RuleCallback", "load_rule_state", "save_rule_state"]
@@ -42,7 +44,7 @@ class RuleCallback(TrainerCallback):
     ) -> None:
         self.rule.start(kwargs["model"], steps=state.max_steps)
         if state.global_step > 0:
-            self.rule.load_state_dict(load_rule_state(checkpoint(args, state)))
+            self.rule.load_state_dict(load_rule_state(checkpoint(args, state), kwargs["model"]))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,8 +57,7 @@ class RuleCallback(TrainerCallback):
         self.rule.after_step(kwargs["model"], state.global_step + 1)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            save_rule_state(self.rule, checkpoint(args, state))
+        save_rule_state(self.rule, checkpoint(args, state), write=state.is_world_process_zero)
 
 
 def checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
@@ -65,18 +66,31 @@ def checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def save_rule_state(rule: Rule, directory: Path) -> None:
-    """Write the rule's state into a checkpoint, as a whole or not at all."""
+def save_rule_state(rule: Rule, directory: Path, write: bool = True) -> None:
+    """Write the rule's state into a checkpoint, as a whole or not at all. Where a model is sharded, call it on every
+    process, and `write` on one.
+    """
     state = rule.state_dict()
-    tensors = {name: value.detach().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    spread = [name for name, value in state.items() if isinstance(value, DTensor)]
+    tensors = {name: whole(value.detach()).contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    if not write:
+        return
     numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     with replacing(directory / RULES_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"numbers": json.dumps(numbers)})
+        save_file(tensors, temporary, metadata={"numbers": json.dumps(numbers), "spread": json.dumps(spread)})
 
 
-def load_rule_state(directory: Path) -> State:
-    """The state that `save_rule_state` wrote. Raises WeftError when there is none."""
+def load_rule_state(directory: Path, model: nn.Module | None = None) -> State:
+    """The state that `save_rule_state` wrote, spread as it was over the processes of a sharded model. Raises WeftError
+    when there is none.
+    """
     path = directory / RULES_FILE
     if not path.is_file():
         raise WeftError(f"{directory} has no {RULES_FILE}, so training with rules cannot go on from it: start it anew.")
-    return {**json.loads(read_metadata(path).get("numbers", "{}")), **read_tensors(path)}
+    told, tensors = read_metadata(path), read_tensors(path)
+    like = next((p for p in model.parameters() if isinstance(p, DTensor)), None) if model is not None else None
+    if like is not None:
+        tensors |= {
+            name: sharded_like(tensors[name].to(like.device), like) for name in json.loads(told.get("spread", "[]"))
+        }
+    return {**json.loads(told.get("numbers", "{}")), **tensors}

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weft.errors import WeftError
+from weft.rules.sharded import sharded_like, whole
 from weft.tensors import read_tensors
 from weft.train.callback import RULES_FILE
 
@@ -32,9 +34,11 @@ class Changes:
         self.model = model
         self.versions = {name: p._version for name, p in model.named_parameters() if not p.requires_grad}
 
-    def save(self, directory: Path) -> None:
-        """Write the changed tensors."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.changed().items()}
+    def save(self, directory: Path, write: bool = True) -> None:
+        """Write the changed tensors, whole. Of a sharded model, call it on every process, with `write` on one."""
+        tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in self.changed().items()}
+        if not write:
+            return
         # one file may not name one storage twice, and a buffer may be a view of a parameter
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / WEIGHTS_FILE)
 
@@ -57,7 +61,10 @@ class Changes:
                 raise WeftError(
                     f"The checkpoint {directory} holds {name}, which the model has not: it is another model's."
                 )
-            here[name].data = saved.to(here[name])
+            if isinstance(here[name], DTensor):
+                here[name].copy_(sharded_like(saved.to(here[name].device), here[name]))
+            else:
+                here[name].data = saved.to(here[name])
             self.versions.pop(name, None)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from weft.files import write_json
 from weft.memory import lean, lean_report, unlean
 from weft.memory.lesson import Lesson
 from weft.memory.teaching import taught
@@ -44,6 +47,7 @@ from weft.train.interrupt import Interrupt
 from weft.train.metrics import METRICS_FILE, MetricsLog
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
+from weft.train.sharding import SHARDED_FILE, is_sharded, regather, reshard
 from weft.train.shown import Progress
 from weft.train.stream import StreamedRows
 
@@ -163,7 +167,9 @@ class Trainer(transformers.Trainer):
     def __init__(self, model: nn.Module, rule: Rule, train_dataset: Rows | StreamedRows, **kwargs: Any) -> None:
         super().__init__(model, train_dataset=train_dataset, **kwargs)
         self.rule, self.rows = rule, train_dataset
-        self.changes = Changes(model)
+        self.changes, self.sharded = Changes(model), is_sharded(model)
+        if self.sharded:  # gradients are summed by the shards: no DDP around them
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -187,6 +193,36 @@ class Trainer(transformers.Trainer):
             directory = Path(output_dir or str(self.args.output_dir))
             os.makedirs(directory, exist_ok=True)
             self.changes.save(directory)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers'; of a sharded model every process takes part."""
+        if not self.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        directory = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            os.makedirs(directory, exist_ok=True)
+        self.changes.save(directory, write=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state, spread = regather(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            write_json(Path(output_dir) / SHARDED_FILE, spread)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
+        self.optimizer.load_state_dict(reshard(state, self.optimizer, Path(checkpoint)))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

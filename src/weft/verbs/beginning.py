@@ -35,6 +35,7 @@ def build(
     structure: Structure | None = None,
     mup: int | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, nn.Module | None]:
     """A fresh model of a published size, and, for width scaling, its narrow base on the meta device.
 
@@ -44,6 +45,7 @@ def build(
         structure: what stands in the place of the blocks' matrices.
         mup: the width of the base model on which lr and weight decay were tuned; initial weights are scaled
             accordingly.
+        device: where the finished model goes; None for where it was made.
     """
     model = given
     base: nn.Module | None = None
@@ -57,7 +59,7 @@ def build(
         scale_init_(model, base)
     if structure is not None:
         restructure(model, structure, seed=seed)
-    return model, base
+    return model if device is None else model.to(device), base  # type: ignore[arg-type]
 
 
 def check_beginning(

@@ -8,35 +8,28 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.embedded.text import calibration_files
 from weft.errors import WeftError, unknown
 from weft.io.quantizer import sum_specs
 from weft.io.save import save_model
 from weft.methods import Method
-from weft.optim import fold_weights
-from weft.optim.state import state_bytes
 from weft.plan.step import planned
 from weft.plan.supposed import Supposed
-from weft.rules import Rule, Rules
-from weft.rules.refactorise import Refactorise
-from weft.rules.reset_moments import ResetMoments
+from weft.rules import Rules
 from weft.rules.schedule import in_time
 from weft.runs.inputs import contents
 from weft.runs.loading import load_tokenizer, resolve_dtype
-from weft.runs.output import check_output, keep_logs, open_output
-from weft.runs.record import begin
+from weft.runs.output import Workplace, check_output, keep_logs, open_output
+from weft.runs.record import Run, begin
 from weft.terms.coverage import coverage
 from weft.train.metrics import OneStep
 from weft.train.optimizers import (
@@ -48,108 +41,20 @@ from weft.train.optimizers import (
     make_optimizer,
 )
 from weft.train.recipe import Recipe
+from weft.train.sharding import asked_to_shard, rows_a_step
 from weft.train.sources import read_texts, source_files
-from weft.train.stream import StreamedRows
-from weft.train.trainer import train
 from weft.verbs.beginning import build, check_beginning, check_held_out, emptied, given_model, held_out
-from weft.verbs.evaluate import model_size, peak_memory, reset_peak_memory
-from weft.verbs.figures import course, perplexity_on, rehearsed
-from weft.verbs.finetune import check_judging, rows_of, training_device
-from weft.verbs.fresh import Structure, finish
+from weft.verbs.figures import rehearsed
+from weft.verbs.finetune import check_judging, training_device
+from weft.verbs.fresh import Structure
 from weft.verbs.pace import period_of, schedule_of
+from weft.verbs.pretraining import pretrain, rules_of
 
 __all__ = ["build", "pretrain", "run"]
 
 
-def pretrain(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    files: Sequence[Path],
-    recipe: Recipe,
-    directory: Path,
-    *,
-    structure: Structure | None = None,
-    original: nn.Module | None = None,
-    optimizer: str = "adamw",
-    schedule: str = "cosine",
-    restart: int = 0,
-    refactorise: int | None = None,
-    reset_moments: int | None = None,
-    base: nn.Module | None = None,
-    decay: str = "sqrt",
-    evaluation: str | Sequence[str] | None = None,
-    eval_windows: int | None = None,
-    eval_data: Sequence[str] | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    **options: Any,
-) -> dict[str, Any]:
-    """Train `model` in place on the files' text, and return what was measured.
-
-    Args:
-        files: text, JSONL or Parquet files; each document ends with the end-of-text token.
-        directory: for the token stream, checkpoints and metrics; training goes on from the last checkpoint in it.
-        structure: that the model was built with (`build`); its method's rules run around the steps, and in the end the
-            layers become what it leaves.
-        original: the model before it was (`Structure.original`), for methods whose rules follow it.
-        optimizer: "adamw" or a name of `weft.optim.OPTIMIZERS`; its options (rank, refresh, scale, projection ...) as
-            `options`.
-        schedule: "cosine" (to a tenth), "wsd" or "constant", after `recipe.warmup` steps of warm-up.
-        restart: steps of warm-up after each refresh of the optimizer's subspace (or reset of its moments).
-        refactorise: steps between two re-balancings of low-rank factors; reset_moments: between two resets of all
-            moments.
-        base: the narrow model of width scaling; decay: how weight decay scales with width
-            (`weft.optim.mup.mup_groups`).
-        evaluation: text whose perplexity is measured in the end and every `recipe.eval_every` steps, `eval_windows`
-            windows of it.
-        eval_data: texts held out, whose mean loss is logged as often, and decides which checkpoint is best.
-
-    Raises:
-        WeftError: a text that is too short, or a best checkpoint is asked for and there are no texts held out.
-    """
-    check_judging(recipe, eval_data is not None)
-    measure = partial(perplexity_on, evaluation, model, tokenizer, recipe, eval_windows)
-    options = chosen_options(optimizer, options, recipe.steps, model)
-    made = make_optimizer(optimizer, model, recipe.lr, recipe.weight_decay, recipe.seed, options, base, decay)
-    plan = schedule_of(schedule, recipe, restart, reset_moments or period_of(optimizer, options))
-    device = next(model.parameters()).device
-    reset_peak_memory(device)
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    judge = None if eval_data is None else rows_of(model, tokenizer, eval_data, recipe)
-    count = recipe.steps * recipe.batch * recipe.accumulate * processes
-    began = time.perf_counter()
-    tokens = directory / f"tokens-{rank}.bin"
-    with StreamedRows(files, tokenizer, recipe.window, count, recipe.seed, tokens, recipe.bos) as rows:
-        rows[0]  # says whether the text is too short, before anything is kept
-        log = train(
-            model,
-            rows,
-            recipe,
-            directory,
-            optimizer=lambda: made,
-            scheduler=lambda optim: LambdaLR(optim, plan),
-            widen=False,
-            rules=_rules(model, structure, original, recipe, refactorise, reset_moments),
-            measure=measure if evaluation is not None else None,
-            judge=judge,
-            callbacks=callbacks,
-        )
-        run = course(recipe, log)
-        seen = count * run["steps"] // recipe.steps
-        epochs = seen / min(rows.windows, count)
-    _leave(model, structure)
-    return {
-        **run,
-        "processes": processes,
-        "parameters": model_size(model)[0],
-        "tokens": seen * recipe.window,
-        "epochs": epochs,
-        **({} if structure is None else structure.described()),
-        "optimizer_options": options,
-        "optimizer_bytes": state_bytes(made),
-        "seconds": time.perf_counter() - began,
-        "peak_memory_bytes": peak_memory(device),
-        **measure(),
-    }
+ASIDE = ("settings", "device", "dry_run", "plan", "shard")
+"""Arguments that decide nothing of what is written."""
 
 
 def run(
@@ -175,6 +80,7 @@ def run(
     reset_moments: int | None = None,
     mup: int | None = None,
     decay: str = "sqrt",
+    shard: bool = False,
     dry_run: bool = False,
     plan: bool = False,
     device: str | None = None,
@@ -199,6 +105,8 @@ def run(
             given model for none.
         eval_data: text held out, whose mean loss is logged every `eval_every` steps, and decides which checkpoint is
             best.
+        shard: spread weights, gradients and the optimizer's state over the processes (FSDP2); so does a configuration
+            of accelerate with FSDP.
         lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
         plan: make nothing, and say what a step would hold in bytes (`weft.plan.step`); `out` may then be None.
@@ -209,13 +117,15 @@ def run(
         WeftError: any argument that cannot work, before a model is made.
         KeyboardInterrupt: a signal came; the same call goes on from the last step to the same bits.
     """
-    arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run", "plan")} | settings
+    arguments = {k: v for k, v in locals().items() if k not in ASIDE} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings, given=model is not None)
     recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
     size, tokenizer = check_beginning(model, size, tokenizer, mup, structure)
     arguments |= {"size": None if model else size, "tokenizer": tokenizer, "method": getattr(method, "name", method)}
+    arguments |= rows_a_step(recipe)
+    shard = asked_to_shard(shard)
     words = load_tokenizer(tokenizer)
     _check_rules(refactorise, reset_moments, structure, recipe.steps)
     _check_width(optimizer, mup, decay)
@@ -233,27 +143,38 @@ def run(
     shape: dict[str, Any] = {"given": given, "structure": structure, "mup": mup, "dtype": kind}
     empty, make = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     if plan:
-        told = _counted(structure, model, size)
-        return {**told, "optimizer": optimizer, **planned(empty, make, recipe, str(target))}
-    record = begin("pretrain", arguments | asdict(recipe) | {"schedule": schedule}, seed=recipe.seed, device=target)
+        return {**_counted(structure, model, size, optimizer), **planned(empty, make, recipe, str(target))}
+    told = arguments | asdict(recipe) | {"schedule": schedule, "shard": shard}
+    record = begin("pretrain", told, seed=recipe.seed, device=target)
     check_held_out(evaluation, words, recipe.window, eval_windows)
     original = None if structure is None or given is None else structure.original(given)
-    made, base = build(size, words, recipe.window, recipe.seed, **shape)
-    made.to(target)  # type: ignore[arg-type]
+    made, base = build(size, words, recipe.window, recipe.seed, **shape, device=target)
     covered = {} if structure is None or structure.grafts else coverage(made, sum_specs(made)).facts()
     chosen: dict[str, Any] = {
         "structure": structure, "original": original, "optimizer": optimizer, "schedule": schedule, "restart": restart,
-        "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, **options,
+        "refactorise": refactorise, "reset_moments": reset_moments, "base": base, "decay": decay, "shard": shard,
+        **options,
     }  # fmt: skip
     if dry_run:
         return _rehearsal(made, words, files, recipe, chosen)
     with open_output(_named(out), arguments, inputs) as place:
         judging: dict[str, Any] = {"evaluation": evaluation, "eval_windows": eval_windows, "eval_data": judge}
         metrics = pretrain(made, words, files, recipe, place.progress, **judging, **chosen) | covered
-        if int(os.environ.get("RANK", "0")) == 0:
-            save_model(made, words, place.path, run=record.write(place.path, metrics))
-            keep_logs(place)
+        _write(made, words, place, record, metrics)
     return {"output": str(out), **metrics}
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    place: Workplace,
+    record: Run,
+    metrics: Mapping[str, Any],
+) -> None:
+    """The model and what is told of it, by one of the processes."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_model(model, tokenizer, place.path, run=record.write(place.path, metrics))
+        keep_logs(place)
 
 
 def _rehearsal(
@@ -270,16 +191,9 @@ def _rehearsal(
     return rehearsed(recipe, done)
 
 
-def _leave(model: PreTrainedModel, structure: Structure | None) -> None:
-    """After the last step: what optimizer and method leave in the model."""
-    fold_weights(model)  # gradnormlorp's lengths and directions become the matrices that they stand for
-    if structure is not None:
-        finish(model, structure)
-
-
-def _counted(structure: Structure | None, model: str | None, size: str) -> dict[str, Any]:
+def _counted(structure: Structure | None, model: str | None, size: str, optimizer: str) -> dict[str, Any]:
     """What a plan counts. Raises WeftError where that is less than a step holds."""
-    begun = {"size": size} if model is None else {"model": model}
+    begun = ({"size": size} if model is None else {"model": model}) | {"optimizer": optimizer}
     if structure is None:
         return begun
     held = structure.uncounted
@@ -334,19 +248,6 @@ def _rank(optimizer: str, rank: float) -> float:
     return int(rank) if rank >= 1 else rank
 
 
-def _rules(
-    model: nn.Module,
-    structure: Structure | None,
-    original: nn.Module | None,
-    recipe: Recipe,
-    refactorise: int | None,
-    reset_moments: int | None,
-) -> list[Rule]:
-    found = [] if structure is None else structure.rules(model, recipe.seed, original)
-    found += [Refactorise(refactorise)] if refactorise else []
-    return found + ([ResetMoments(reset_moments)] if reset_moments else [])
-
-
 def _check_rules(refactorise: int | None, reset_moments: int | None, structure: Structure | None, steps: int) -> None:
     for name, value in (("refactorise", refactorise), ("reset-moments", reset_moments)):
         if value is not None and value < 1:
@@ -388,7 +289,7 @@ def _rehearse(
             return make_optimizer(optimizer, model, *rates, chosen, base, decay)
 
         made = make(model)
-        rules = Rules(_rules(model, structure, original, recipe, *every))
+        rules = Rules(rules_of(model, structure, original, recipe, *every))
         rules.bind(made)
         rules.start(model, steps=recipe.steps)
     return model, make
