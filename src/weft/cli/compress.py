@@ -9,7 +9,7 @@ import typer
 
 from weft.cli.answer import answer
 from weft.cli.common import Loading
-from weft.cli.options import Bos, MethodOptions, Model, Out, Window, method_names
+from weft.cli.options import Bos, Embeddings, MethodOptions, Model, Out, Window, method_names
 
 __all__ = ["command"]
 
@@ -79,6 +79,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    embeddings: Embeddings = None,
     report: Annotated[
         Path | None,
         typer.Option(help="A page (.html) of what was chosen, and why.", show_default=False),

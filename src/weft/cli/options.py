@@ -17,6 +17,7 @@ __all__ = [
     "DryRun",
     "Dtype",
     "EarlyStopping",
+    "Embeddings",
     "GgufFile",
     "Json",
     "LoadBest",
@@ -49,6 +50,9 @@ Out = Annotated[
 OutUnlessPlanned = Annotated[
     Path | None,
     typer.Option("-o", "--out", help="The directory to write; it may not hold anything yet.", show_default=False),
+]
+Embeddings = Annotated[
+    str | None, typer.Option(help="8bit: the embedding and the head in codes too, a scale a row.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Where all randomness comes from.")]

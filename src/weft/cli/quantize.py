@@ -8,7 +8,7 @@ import typer
 
 from weft.cli.answer import answer
 from weft.cli.common import Loading
-from weft.cli.options import Model, Out
+from weft.cli.options import Embeddings, Model, Out
 
 __all__ = ["command"]
 
@@ -34,6 +34,7 @@ def command(
         typer.Option(help="Only layers of this name or pattern, such as q_proj; again for more.", show_default=False),
     ] = None,
     rank: Annotated[int, typer.Option(help="Of the low-rank term, for lq-lora.")] = 64,
+    embeddings: Embeddings = None,
     max_shard_size: Annotated[str, typer.Option(help="Split the weights into files of at most this.")] = "5GB",
     **common: Unpack[Loading],
 ) -> None:

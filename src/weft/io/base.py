@@ -139,8 +139,9 @@ def sample(model: nn.Module, layers: Iterable[str]) -> dict[str, Sample]:
     found = {layer: _of_terms(list(base_terms(model, layer).values())) for layer in layers}
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
     name = next((name for name, module in model.named_modules() if module is embedding), None)
-    if name is not None and isinstance(getattr(embedding, "weight", None), Tensor):
-        table = _whole(embedding.weight)  # type: ignore[union-attr, arg-type]
+    weight = getattr(embedding, "weight", None)
+    if name is not None and isinstance(weight, Tensor) and weight.dim() == 2:  # in codes it is empty
+        table = _whole(weight)
         found[name] = _sample([table[:ROWS]], ["embedding"])
     return {key: one for key, one in found.items() if one is not None}
 

@@ -5,6 +5,7 @@
     weft                    the version that wrote it
     method, settings        what made the terms
     layers                  {"model.layers.0.self_attn.q_proj": SumLinear.spec(), ...}
+    embeddings              name -> shape and head of tables of tokens in codes, where there are any
     graft                   name, options and seed of a graft (`weft.grafts`), where there is one
 
 Everything that can be wrong with a checkpoint is found in its headers, while the model is still on the meta device.
@@ -30,6 +31,7 @@ from weft.io.headers import check_tensors, keep_mixed_precision
 from weft.records import find
 from weft.tensors import own_memory
 from weft.terms import Spec, SumLinear, build_sum
+from weft.terms.coded_embedding import embedding_specs, rebuild_embeddings
 from weft.terms.experts import fuse, open_experts
 from weft.terms.layers import is_linear, replace, weight_of
 from weft.terms.random_products import share_stores
@@ -73,6 +75,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method: str | None = None,
         settings: Mapping[str, Any] | None = None,
         tied: Mapping[str, str] | None = None,
+        embeddings: Mapping[str, Mapping[str, Any]] | None = None,
         graft: Mapping[str, Any] | None = None,
         format: int = FORMAT,
         weft: str | None = None,
@@ -90,6 +93,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format, self.weft = format, weft or __version__
         self.method, self.settings, self.layers = method, dict(settings or {}), dict(layers or {})
         self.tied, self.graft = dict(tied or {}), graft
+        self.embeddings: dict[str, Any] = dict(embeddings or {})
         self._model: weakref.ref[nn.Module] | None = None
 
     def bind(self, model: nn.Module) -> None:
@@ -99,7 +103,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         state = self.__getstate__()
         del state["_model"]
-        for name in ("tied", "graft"):
+        for name in ("tied", "embeddings", "graft"):
             if not state[name]:
                 del state[name]
         return copy.deepcopy(state)
@@ -108,6 +112,7 @@ class WeftConfig(QuantizationConfigMixin):  # type: ignore[misc]
         model = None if self._model is None else self._model()
         if model is not None:
             self.layers, self.tied = sum_specs(model), tied_tensors(model)
+            self.embeddings = dict(embedding_specs(model))
             grafted = getattr(model, GRAFT, None)
             self.graft = None if grafted is None else grafted.json()
         return {**self.__dict__, "_model": None}  # a copy belongs to no model until it is bound
@@ -127,15 +132,16 @@ class WeftQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Iterable[str] | None = None, **_: Any
     ) -> None:
-        placed = _resolve(model, self.quantization_config.layers)
+        placed = _resolve(model, self.quantization_config.layers, self.quantization_config.embeddings)
         for name, spec in placed.items():
             _place(model, name, spec)
         said = self.quantization_config.graft
         grafted = [] if said is None else find(said["name"], "graft").rebuild(model, said)  # type: ignore[attr-defined]
         tied = _tied_here(model, self.quantization_config.tied)
         model.all_tied_weights_keys |= tied  # transformers makes them one again, whichever is stored
+        coded = rebuild_embeddings(model, self.quantization_config.embeddings)
         if checkpoint_files:
-            places = [*placed, *grafted]
+            places = [*placed, *coded, *grafted]
             stored = check_tensors(model, places, list(checkpoint_files), self, tied)
             keep_mixed_precision(model, places, stored)
 
@@ -196,14 +202,14 @@ def marked_as(model: PreTrainedModel, config: Mapping[str, Any] | None) -> Itera
 
 
 def remark(model: nn.Module) -> None:
-    """Marks where the model holds sums of terms or a graft, none where it holds none; nothing for a module that is not
-    transformers', or whose config another tool has marked.
+    """Marks where the model holds sums of terms, coded tables or a graft, none where it holds none; nothing for a
+    module that is not transformers', or whose config another tool has marked.
     """
     from transformers import PreTrainedModel
 
     fuse(model)
     if isinstance(model, PreTrainedModel) and _marks_of_another(model) is None:
-        if sum_specs(model) or getattr(model, GRAFT, None) is not None:
+        if sum_specs(model) or embedding_specs(model) or getattr(model, GRAFT, None) is not None:
             mark(model)
         else:
             unmark(model)
@@ -266,8 +272,10 @@ def forget_quantizer(model: PreTrainedModel) -> None:
             module.config._is_quantized = False
 
 
-def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The layers that this class of model has, by its own names: with or without the base prefix."""
+def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec], beside: Iterable[str]) -> dict[str, Spec]:
+    """The layers that this class of model has, by its own names: with or without the base prefix, as the names beside
+    tell too.
+    """
     prefix = model.base_model_prefix + "."
     listed = {form for name in layers for form in _forms(name, prefix)}
     open_experts(model, lambda name: name in listed)
@@ -279,7 +287,7 @@ def _resolve(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Sp
             absent.append(name)
         else:
             found[match] = spec
-    has_prefix = any(name.startswith(prefix) for name in layers)
+    has_prefix = any(name.startswith(prefix) for name in (*layers, *beside))
     foreign_head = [name for name in absent if has_prefix and not name.startswith(prefix)]
     unused = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["(?!)"]))
     wrong = [name for name in absent if name not in foreign_head and not unused.search(name)]

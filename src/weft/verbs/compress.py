@@ -33,9 +33,9 @@ from weft.runs.pieces import Store
 from weft.runs.record import begin
 from weft.runs.report.frontier import frontier_page
 from weft.runs.report.pages import report_path
-from weft.seeds import check_seed
 from weft.stats.cache import fingerprint
 from weft.stats.calibrate import Batch, Stats, calibrate, mean_loss
+from weft.terms.coded_embedding import check_width, code_embeddings
 from weft.terms.coverage import coverage
 from weft.terms.experts import within_experts
 from weft.terms.joints import layers_of
@@ -46,7 +46,7 @@ from weft.verbs.compress_checks import (
     allowed_bytes,
     chain,
     check,
-    check_options,
+    check_arguments,
     check_round,
     given_sizes,
     is_sizes_file,
@@ -278,6 +278,7 @@ def run(
     sequential: bool | None = None,
     by_block: bool | None = None,
     seed: int = 0,
+    embeddings: str | None = None,
     report: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -287,8 +288,9 @@ def run(
     """`weft compress`: read a model, calibrate, compress, write a directory with `allocation.json` and `run.json`.
 
     `then` is a method for what the first one made, with `then_options`; `report` a page (.html) of what was chosen,
-    and why. Arguments are those of `compress` and of `weft.train.windows.calibration_batches`; the result is what
-    `run.json` holds as metrics. An interrupted run keeps its finished blocks beside `out` and goes on from them.
+    and why; `embeddings` "8bit" codes the embedding and the head first. Arguments are those of `compress` and of
+    `weft.train.windows.calibration_batches`; the result is what `run.json` holds as metrics. An interrupted run keeps
+    its finished blocks beside `out` and goes on from them.
 
     Raises:
         WeftError: any argument that cannot work, before the model is loaded where it can be told.
@@ -302,8 +304,11 @@ def run(
     whole = shrinks(method)
     if whole is not None:
         given = {"then": then, "allocate": allocate, "layers": layers, "sequential": sequential, "by_block": by_block}
-        check_shrinks(whole, options, budget, {**given, "round": round != 1, "report": report})
-    _check_arguments([] if whole else methods, budget, allocate, round, windows, window, seed, options)
+        check_shrinks(
+            whole, options, budget, {**given, "round": round != 1, "report": report, "embeddings": embeddings}
+        )
+    check_arguments([] if whole else methods, budget, allocate, round, windows, window, seed, options)
+    check_width(embeddings)
     check_output(out, arguments)
     spent = None if allocate is None or is_sizes_file(allocate) else str(allocate)
     read = whole is not None or report is not None or any(needs([one], allocate=spent) for one in methods)
@@ -323,49 +328,31 @@ def run(
             how |= {"sequential": sequential, "by_block": by_block, "progress": place.progress, "track": track}
             how |= {"round": round, "seed": seed, **options}
             page = None if report is None else report_path(report, _PAGE)
-            metrics = _compressed(source, methods, Path(model).name, page, place.path, how)
+            metrics = _compressed(source, methods, Path(model).name, page, place.path, how, embeddings)
         metrics |= {"calibration": text, "calibration_tokens": tokens}
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics))
     return {"output": str(out), **({"report": str(report)} if report else {}), **metrics}
 
 
 def _compressed(
-    source: PreTrainedModel, methods: Methods, name: str, page: Path | None, place: Path, how: Mapping[str, Any]
+    source: PreTrainedModel,
+    methods: Methods,
+    name: str,
+    page: Path | None,
+    place: Path,
+    how: Mapping[str, Any],
+    embeddings: str | None,
 ) -> dict[str, Any]:
     """Compress in place, with the allocation beside it and, where asked for, the page of what was chosen."""
     before, loss = _size(source), 0.0 if page is None else mean_loss(source, how["batches"])
+    if embeddings is not None:
+        code_embeddings(source)
     done = compress(source, methods, **how)
     if page is not None:
         measured = {"before": loss, "after": mean_loss(source, how["batches"])}
         write_text(page, frontier_page(name, done.allocation, done.layers, measured))
     done.allocation.save(place / "allocation.json")
     return {**_metrics(before, _size(source), done), **coverage(source, list(done.allocation)).facts()}
-
-
-def _check_arguments(
-    methods: Sequence[Any],
-    budget: Any,
-    allocate: Any,
-    round: int,
-    windows: int,
-    window: int,
-    seed: int,
-    options: Mapping[str, Any],
-) -> None:
-    for found, chosen in chain(methods, options) if methods else ():
-        check_options(found, chosen)
-    if budget is not None:
-        Budget.parse(budget)
-    check_seed(seed)
-    if allocate is not None and is_sizes_file(allocate):
-        Allocation.load(allocate)
-    elif allocate is not None:
-        reads(allocate)
-    check_round(round)
-    if windows < 1 or window < 2:
-        raise WeftError(
-            f"Calibration takes --windows of at least 1 and --window of at least 2, not {windows} and {window}."
-        )
 
 
 def _size(model: nn.Module) -> dict[str, int]:

@@ -17,6 +17,7 @@ from weft.errors import WeftError, unknown
 from weft.io.precision import layer_bytes, saved_size
 from weft.methods import METHODS
 from weft.methods.base import LowRankSplit, Method
+from weft.seeds import check_seed
 from weft.stats.calibrate import Batch, Stats
 from weft.terms.adapters import adapters_of
 from weft.terms.experts import names_an_expert
@@ -30,6 +31,7 @@ __all__ = [
     "allowed_bytes",
     "chain",
     "check",
+    "check_arguments",
     "check_options",
     "check_round",
     "given_sizes",
@@ -308,3 +310,30 @@ def reads(allocate: Any) -> tuple[str, ...]:
     if allocate not in ALLOCATIONS:
         raise unknown("allocation", str(allocate), ALLOCATIONS)
     return ALLOCATIONS[allocate].reads
+
+
+def check_arguments(
+    methods: Sequence[Any],
+    budget: Any,
+    allocate: Any,
+    round: int,
+    windows: int,
+    window: int,
+    seed: int,
+    options: Mapping[str, Any],
+) -> None:
+    """What can be refused of the arguments of the verb before anything is read. Raises WeftError."""
+    for found, chosen in chain(methods, options) if methods else ():
+        check_options(found, chosen)
+    if budget is not None:
+        Budget.parse(budget)
+    check_seed(seed)
+    if allocate is not None and is_sizes_file(allocate):
+        Allocation.load(allocate)
+    elif allocate is not None:
+        reads(allocate)
+    check_round(round)
+    if windows < 1 or window < 2:
+        raise WeftError(
+            f"Calibration takes --windows of at least 1 and --window of at least 2, not {windows} and {window}."
+        )

@@ -35,6 +35,7 @@ from weft.runs.output import check_output, open_output
 from weft.runs.record import Result, Run, begin
 from weft.terms import SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of
+from weft.terms.coded_embedding import embedding_specs, plain_embeddings
 from weft.terms.coverage import coverage_of
 from weft.terms.experts import names_an_expert
 from weft.terms.hooks import check_at_hand
@@ -80,6 +81,8 @@ def export(
         raise WeftError(f"The directory {out} is not empty; choose another one, or remove it first.")
     arguments = {"model": model.name_or_path, "format": format}
     check_ungrafted(model)
+    if embedding_specs(model):
+        raise WeftError("The embedding is in codes, which no format holds; export the directory by weft export.")
     plan = _plan(model, find_format(format), tokenizer, dtype)
     with open_output(out, arguments) as place:
         return Result(_write(model, plan, place.path, out, tokenizer, begin("export", arguments)))
@@ -112,6 +115,8 @@ def run(
     tokenizer = _tokenizer(model, trust_remote_code)
     source = load_model(model, device=target, dtype="auto", trust_remote_code=trust_remote_code)
     check_ungrafted(source)
+    if plain_embeddings(source):
+        say("The embedding and the head, in codes here, are written dense: no such format holds them.")
     with torch.no_grad():
         plan = _plan(source, wanted, tokenizer, given)
         with open_output(out, arguments) as place:

@@ -35,6 +35,7 @@ from weft.runs.record import begin
 from weft.terms import SumLinear
 from weft.terms.adapters import forget
 from weft.terms.adapters import merge as fold
+from weft.terms.coded_embedding import embedding_specs, plain_embeddings
 from weft.terms.coverage import coverage_of
 from weft.terms.experts import fuse
 from weft.terms.extras import tables
@@ -52,7 +53,8 @@ NOTABLE = 0.1
 
 @torch.no_grad()
 def merge(model: Model) -> Model:
-    """Replace every `SumLinear`, in place, by the plain `nn.Linear` or `Conv1D` it equals; returns the model.
+    """Replace every `SumLinear`, in place, by the plain `nn.Linear` or `Conv1D` it equals, and tables of tokens in
+    codes by dense ones; returns the model.
 
     Raises:
         WeftError: the model has no sum of terms, or a graft, which is none.
@@ -62,8 +64,9 @@ def merge(model: Model) -> Model:
         >>> plain = weft.merge(model)
     """
     check_ungrafted(model)
+    coded = plain_embeddings(model)
     names = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]
-    if not names:
+    if not coded and not names:
         raise WeftError(f"This {type(model).__name__} has no sum of terms to merge: every layer is plain already.")
     check_at_hand(model, names)
     for name in track(names, "merging"):
@@ -123,7 +126,7 @@ def run(
     covered = coverage_of(source, {*lost, *sum_specs(source)}).facts()
     sums = sum(isinstance(module, SumLinear) for module in source.modules())
     with open_output(out, arguments) as place:
-        merge(source) if sums else unmark(source)
+        merge(source) if sums or embedding_specs(source) else unmark(source)
         if wanted is not None:
             source.to(wanted)  # type: ignore[arg-type]
         metrics: dict[str, Any] = {
@@ -161,7 +164,7 @@ def _tokenizer(model: str, adapter: str | Path | None, trust_remote_code: bool) 
 
 def _check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     embedding, _ = tables(model)
-    rows = None if embedding is None else len(embedding.weight)  # type: ignore[arg-type]
+    rows = None if embedding is None else getattr(embedding, "num_embeddings", len(embedding.weight))  # type: ignore[arg-type]
     if tokenizer is not None and rows is not None and len(tokenizer) > rows:
         raise WeftError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {rows} rows for them, and the adapter brings no "

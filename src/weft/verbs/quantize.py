@@ -27,6 +27,7 @@ from weft.runs.record import begin
 from weft.seeds import generator
 from weft.terms import Dense, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
+from weft.terms.coded_embedding import check_width, code_embeddings
 from weft.terms.coverage import coverage
 from weft.terms.experts import within_experts
 from weft.terms.layers import is_conv1d
@@ -137,6 +138,7 @@ def run(
     targets: Sequence[str] | None = None,
     rank: int = 64,
     alpha: float | None = None,
+    embeddings: str | None = None,
     max_shard_size: str | int = "5GB",
     device: str | None = None,
     dtype: str | None = None,
@@ -147,6 +149,7 @@ def run(
     Args:
         scheme: as in `quantize`; None for the NormalFloat of `bits`.
         bits: 2, 3, 4 or 8; for "lq-lora" the mean, a fraction too. None for 4, and for "lq-lora" NF4 everywhere.
+        embeddings: "8bit" for the embedding and the head in codes too.
         dtype: of what stays dense; None for the one it is stored in.
 
     Raises:
@@ -154,6 +157,7 @@ def run(
     """
     arguments = {key: value for key, value in locals().items() if key != "device"}
     chosen = _scheme(scheme, bits)
+    check_width(embeddings)
     check_output(out, arguments)
     target = resolve_device(device)
     load_config(model, trust_remote_code=trust_remote_code)
@@ -163,6 +167,8 @@ def run(
     before = model_size(source)
     # a part of the weight from now on, so not under the name that an adapter gets by default
     mean = {"bits": bits, "rank": rank, "alpha": alpha, "name": "low_rank"}
+    if embeddings is not None:
+        code_embeddings(source)
     with open_output(out, arguments) as place:
         quantize(source, chosen, targets or "all-linear", **mean)  # type: ignore[arg-type]
         mark(source, chosen)
