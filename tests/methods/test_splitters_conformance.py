@@ -11,7 +11,7 @@ from weft.testing_splitters import PROPERTIES, check_splitter
 
 SPLITTERS = [name for name, method in METHODS.items() if method.kind in ("compress", "quantize", "compensate")]
 
-BRIEF = {"saliency-apiq": {"steps": 5}, "jlcm": {"steps": 5}}
+BRIEF = {"saliency-apiq": {"steps": 5}, "jlcm": {"steps": 5}, "signround": {"steps": 5}}
 """Defaults that would take long, and that no property depends on."""
 
 

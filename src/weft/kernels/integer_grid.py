@@ -9,13 +9,14 @@ sum |w - w'|^2.4 least among 80 ranges, shrunk by 0, 1, ... 79 hundredths (the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Grid", "fit", "grouped", "of_range", "to_codes", "ungrouped"]
+__all__ = ["Grid", "fit", "grouped", "learned", "of_range", "to_codes", "ungrouped"]
 
 _SHRINKS = [1 - i / 100 for i in range(80)]
 _NORM = 2.4
@@ -83,6 +84,32 @@ def of_range(
         return Grid(stored, torch.full_like(stored, 2 ** (bits - 1)), bits)
     safe = torch.where(stored > 0, stored, 1.0)
     return Grid(stored, torch.round(-low / safe).clamp_(0, last), bits)
+
+
+def learned(
+    numbers: Tensor, ends: Tensor, bits: int, scale_dtype: torch.dtype, offsets: Tensor | float = 0.0
+) -> tuple[Tensor, Grid]:
+    """The codes (..., group) and grids of `numbers` on shares of their ranges, differentiable: rounding counts as the
+    identity, for numbers, ends and offsets alike.
+
+    Args:
+        ends: (2, ..., 1), shares of the least and of the largest number, from 0 to 1.
+        scale_dtype: that scales are rounded to.
+        offsets: added to numbers / scale before they are rounded.
+    """
+    last = 2**bits - 1
+    low = numbers.amin(-1, keepdim=True).clamp(max=0) * ends[0]
+    high = numbers.amax(-1, keepdim=True).clamp(min=0) * ends[1]
+    scale = _through((high - low) / last, lambda s: s.to(scale_dtype).to(s.dtype))
+    safe = torch.where(scale > 0, scale, 1.0)
+    zero = _through(-low / safe, lambda z: z.round().clamp(0, last))
+    codes = (_through(numbers / safe + offsets, torch.round) + zero).clamp(0, last)
+    return codes, Grid(scale, zero, bits)
+
+
+def _through(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """f(x), with the gradient of x."""
+    return x + (f(x) - x).detach()
 
 
 def _shrunk(

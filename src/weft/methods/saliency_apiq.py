@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.kernels.integer_grid import Grid, grouped, ungrouped
+from weft.kernels.integer_grid import Grid, grouped, learned, ungrouped
 from weft.linalg.principal import principal_factors
 from weft.methods import rtn
 from weft.methods.base import Method, Shape, Site, Size, Split, Splitter, factor_bytes, low_rank_terms
@@ -50,14 +50,8 @@ class Problem(NamedTuple):
 
     def codes(self, ranges: Tensor) -> tuple[Tensor, Grid, Tensor]:
         """The codes (out, groups, group), the grids and the matrix (out, in) of range logits (2, out, groups, 1)."""
-        groups, last = grouped(self.W, self.group), 2**self.bits - 1
-        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-        low, high = low * ranges[0].sigmoid(), high * ranges[1].sigmoid()
-        scale = _through((high - low) / last, lambda s: s.to(self.scale_dtype).to(s.dtype))
-        safe = torch.where(scale > 0, scale, 1.0)
-        zero = _through(-low / safe, lambda z: z.round().clamp(0, last))
-        codes = (_through(groups / safe, torch.round) + zero).clamp(0, last)
-        return codes, Grid(scale, zero, self.bits), ungrouped((codes - zero) * scale, self.W.shape[1])
+        codes, grid = learned(grouped(self.W, self.group), ranges.sigmoid(), self.bits, self.scale_dtype)
+        return codes, grid, ungrouped(grid.values(codes), self.W.shape[1])
 
     def step(self, ranges: Tensor, B: Tensor, A: Tensor) -> Tensor:
         """The loss at these numbers, whose gradients are added to theirs."""
@@ -68,11 +62,6 @@ class Problem(NamedTuple):
         G, P = D @ self.X, self.weight * far
         torch.autograd.backward([Q, product], [2 * (G + P), 2 * (G if self.before else G + P)])
         return (G * D).sum() + (P * far).sum()
-
-
-def _through(x: Tensor, f: Any) -> Tensor:
-    """f(x), with the gradient of x."""
-    return x + (f(x) - x).detach()
 
 
 def solve(problem: Problem, rank: int, steps: int) -> tuple[Tensor, Tensor, Tensor, list[float]]:
