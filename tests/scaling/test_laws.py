@@ -116,3 +116,9 @@ def test_numbers() -> None:
         7,
         0.5,
     ]
+
+
+def test_repeated_tokens_are_warned_of() -> None:
+    said = [LAWS["token-crisis"].predict(tokens=t, unique="1B", parameters="50M") for t in ("1B", "3B", "10B")]
+    assert [one["epochs"] for one in said] == [1, 3, 10] and said[0]["tokens_per_parameter"] == 20
+    assert [("dropout" in one["advice"]) for one in said] == [False, False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from weft.errors import WeftError
 from weft.runs.loading import load_model, load_tokenizer
 from weft.select import Duplicates
 from weft.select.clusters import spherical_k_means
+from weft.select.cures import posterior
+from weft.select.gvm_raft import neyman, weights
+from weft.select.odis import axes
 from weft.verbs.embedding import embedded, weighted_mean
 from weft.verbs.select import run, select
 
@@ -64,6 +68,67 @@ def test_scales_stand_for_all_and_their_weights_sum_to_one():
     whole = select(E, "scales-plus-plus", 30)
     torch.testing.assert_close(whole.scores, torch.full((30,), 1 / 30))
     assert spherical_k_means(E, 6, 3).equal(spherical_k_means(E, 6, 3))
+
+
+def test_odis_takes_the_best_of_uncorrelated_axes_in_turn():
+    draws = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 200, generator=draws, dtype=torch.float64)
+    S = torch.stack([a, a + 1e-9 * b, b, 3 * b + 5], 1)  # two axes under four rubrics
+    z = axes(S, 0.1)
+    covariance = z.mT @ z / len(z)
+    assert z.shape[1] == 2 and abs(float(covariance[0, 1])) < 1e-8
+    assert float(covariance.trace()) == pytest.approx(4)
+    order = select(S, "odis", 40).order
+    assert len(set(order.tolist())) == 40
+    assert set(order[::2].tolist()) | set(order[1::2].tolist()) == set(order.tolist())
+    for column, mine in zip(z.mT, (order[::2], order[1::2]), strict=True):
+        assert float(column[mine].mean()) > float(column.topk(40).values.mean()) - 0.3
+    with pytest.raises(WeftError, match="same scores"):
+        select(torch.ones(5, 2), "odis", 1)
+
+
+def test_cures_prefers_middling_difficulty():
+    S = torch.tensor([[0.0, 4], [2, 4], [4, 4], [1, 4]])
+    torch.testing.assert_close(posterior(*S.double().unbind(1)), torch.tensor([1 / 6, 0.5, 5 / 6, 1 / 3]).double())
+    assert select(S, "cures", 2, tau=0.0).order.tolist() == [1, 3]
+    many = torch.cat([S[:1]] * 500 + [S[1:2]] * 500)
+    drawn = select(many, "cures", 300, tau=0.05).order
+    assert float((drawn >= 500).double().mean()) > 0.85  # exp((0.5 - 0.373) / 0.05) = 13 times as likely
+    assert abs(float((select(many, "cures", 300, tau=100.0).order >= 500).double().mean()) - 0.5) < 0.1
+
+
+def test_samples_are_spread_as_the_least_variance_asks():
+    G, p = torch.tensor([1.0, 2, 0.5, 3]).double(), torch.tensor([0.1, 0.5, 0.9, 0.25]).double()
+    shares = weights(G, p, alpha=0.0)
+    assert neyman(shares, 40).tolist() == [10, 9, 2, 19]  # the best of all whole numbers
+    objective = lambda n: float((G**2 / (p * n)).sum())  # noqa: E731
+    assert objective(shares / shares.sum() * 40) == pytest.approx(3.9174, abs=1e-4)
+    assert neyman(torch.ones(4), 10).sum() == 10 and neyman(weights(5 * G, p), 99).equal(neyman(weights(G, p), 99))
+    near = weights(torch.ones(3).double(), torch.tensor([0.01, 0.0316, 0.125]).double())
+    torch.testing.assert_close(near, torch.tensor([3.015, 3.976, 2.742]).double(), atol=1e-3, rtol=0)
+    assert select(torch.stack([G, p], 1), "gvm-raft", 1).order.tolist() == [3]
+
+
+def test_figures_of_the_records_take_no_model(tmp_path):
+    path = tmp_path / "tried.jsonl"
+    path.write_text("".join(json.dumps({"text": f"q {i}", "right": i, "tried": 4}) + "\n" for i in range(5)))
+    said = run(path, tmp_path / "k.jsonl", model="/none", method="cures", keep="2", tau=0.0)
+    assert said["kept"] == 2 and '"right": 2' in (tmp_path / "k.jsonl").read_text()
+    with pytest.raises(WeftError, match="odis reads .* of every record, which record 1 lacks"):
+        run(path, tmp_path / "o.jsonl", model="/none", method="odis")
+
+
+def test_records_stream_by(tmp_path):
+    path, size, count = tmp_path / "large.jsonl", 100_000, 200
+    with path.open("w") as file:
+        for i in range(count):
+            file.write(json.dumps({"text": f"{i}" + "x" * size, "right": i % 5, "tried": 4}) + "\n")
+    tracemalloc.start()
+    run(path, tmp_path / "kept.jsonl", model="/none", method="cures", keep="50%")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < size * count / 5
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == count / 2
 
 
 def test_the_mean_leaves_padding_out_and_weighs_later_tokens():

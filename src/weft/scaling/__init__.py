@@ -9,7 +9,7 @@ Example:
 from __future__ import annotations
 
 from weft.records import Table
-from weft.scaling import chinchilla, fast_scaling, knowledge_capacity, qid_law, step_law, vocab_law
+from weft.scaling import chinchilla, fast_scaling, knowledge_capacity, qid_law, step_law, token_crisis, vocab_law
 from weft.scaling.base import Law, Quantity, number
 from weft.scaling.fit import Fit, fit
 
@@ -17,5 +17,5 @@ __all__ = ["LAWS", "Fit", "Law", "Quantity", "fit", "number"]
 
 LAWS = Table(
     Law,
-    [page.LAW for page in (step_law, chinchilla, vocab_law, qid_law, knowledge_capacity, fast_scaling)],
+    [page.LAW for page in (step_law, chinchilla, vocab_law, qid_law, knowledge_capacity, fast_scaling, token_crisis)],
 )

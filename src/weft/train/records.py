@@ -80,7 +80,7 @@ def utf8(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> Numbered:
-    for number, line in enumerate(utf8(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             place = f"{path}, line {number}"
             try:
@@ -89,6 +89,15 @@ def _json_lines(path: Path) -> Numbered:
                 yield place, WeftError(f"{place} is not JSON ({error.msg} at column {error.colno}).")
             except RecursionError:
                 yield place, WeftError(f"{place} is JSON nested too deeply.")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Those of a file, one in memory at a time."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            yield from file
+    except UnicodeDecodeError:
+        utf8(path)  # says which byte of the whole file it is
 
 
 def _json_list(path: Path) -> Numbered:

@@ -30,6 +30,7 @@ __all__ = [
     "Text",
     "read_documents",
     "read_texts",
+    "recorded",
     "source_files",
     "texts_of",
 ]
@@ -160,6 +161,23 @@ def read_texts(paths: str | Path | Sequence[str | Path]) -> list[str]:
     `read_documents`.
     """
     return [plain_text(document) for document in read_documents(paths)]
+
+
+def recorded(path: Path) -> Iterator[tuple[Any, str]]:
+    """Each record of a file with its text, one after another, none of which is kept here.
+
+    Raises WeftError, naming the line, where one cannot be read or holds no text, or where the file is one text.
+    """
+    numbered = records_of(path)
+    if numbered is None:
+        raise WeftError(f"{path} is one text: give records to choose among (.jsonl, .csv, .parquet ...).")
+    for place, record in numbered:
+        if isinstance(record, WeftError):
+            raise record
+        document = _document(record, Fields().chosen(), place)
+        if not has_content(document):
+            raise WeftError(f"{place} is a record without text; take such records out first.")
+        yield record, plain_text(document)
 
 
 def source_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:

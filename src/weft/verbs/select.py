@@ -6,8 +6,11 @@ OUT.partial/   what is embedded so far; the same command goes on from it, and it
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,7 @@ from weft.seeds import check_seed
 from weft.select import SELECTIONS, Chosen, Duplicates, Selection
 from weft.signals import finishing
 from weft.tensors import read_tensors
-from weft.train.records import records_of
-from weft.train.sources import Fields, Skipped, plain_text, read_documents
+from weft.train.sources import Fields, Skipped, plain_text, read_documents, recorded
 from weft.verbs.embedding import embedded
 
 __all__ = ["run", "select"]
@@ -101,28 +103,75 @@ def run(
         report_path(report, {".html": "a page"})
     if chosen.query and query is None:
         raise WeftError(f"{chosen.name} chooses what is like a task's own examples: give them by --query FILE.")
-    records = _records(Path(data))
-    texts = [plain_text(document) for document in read_documents(data, Fields(), "train", Skipped(0))]
-    if len(texts) != len(records):
-        raise WeftError(f"{data} holds {len(records) - len(texts)} records without text; take them out first.")
+    seen = _seen(Path(data), chosen, previews=report is not None)
     asked = [] if query is None else [plain_text(d) for d in read_documents(query, Fields(), "train", Skipped(0))]
-    count = _count(keep, len(records))
-    inputs = contents(model=model, data=data)
-    target = resolve_device(device)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
-    work = _workplace(place, {"arguments": {k: arguments[k] for k in ("model", "window", "dtype")}, "inputs": inputs})
-    E = _embedded(source, tokenizer, texts, window, batch, work)
-    Q = torch.cat([*embedded(source, tokenizer, asked, window, batch)]) if asked else None
-    found = select(E, chosen, count, query=Q, seed=seed, **options)
-    repeats = _repeats(texts)
-    kept = sorted(found.order.tolist())
-    figures = {"records": len(records), "kept": len(kept), "method": chosen.name, **_figures(repeats, kept)}
+    count = _count(keep, seen.records)
+    work: Path | None = None
+    if chosen.figures is not None:
+        found = select(torch.tensor(seen.figures, dtype=torch.float64), chosen, count, seed=seed, **options)
+    else:
+        inputs = contents(model=model, data=data)
+        target = resolve_device(device)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
+        decisive = {"arguments": {k: arguments[k] for k in ("model", "window", "dtype")}, "inputs": inputs}
+        work = _workplace(place, decisive)
+        texts = (text for _, text in recorded(Path(data)))
+        E = _embedded(source, tokenizer, texts, seen.records, window, batch, work)
+        Q = torch.cat([*embedded(source, tokenizer, asked, window, batch)]) if asked else None
+        found = select(E, chosen, count, query=Q, seed=seed, **options)
+    kept = set(found.order.tolist())
+    figures = {"records": seen.records, "kept": len(kept), "method": chosen.name, **_figures(seen.repeats, kept)}
     if report is not None:
-        write_text(report, _page(figures, chosen, found, texts, repeats))
-    write_text(place, "".join(json.dumps(records[i], ensure_ascii=False) + "\n" for i in kept))
-    shutil.rmtree(work)
+        write_text(report, _page(figures, chosen, found, seen.previews, seen.repeats))
+    with replacing(place) as beside, Path(beside).open("w", encoding="utf-8") as file:
+        for i, (record, _) in enumerate(recorded(Path(data))):
+            if i in kept:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if work is not None:
+        shutil.rmtree(work)
     return {"output": str(out), **figures}
+
+
+@dataclass
+class _Seen:
+    """What a first pass over the records leaves: none of their texts."""
+
+    records: int = 0
+    repeats: dict[int, tuple[int, bool]] = field(default_factory=dict)  # record -> an earlier one, and whether exactly
+    figures: list[list[float]] = field(default_factory=list)  # what the method reads of each
+    previews: list[str] = field(default_factory=list)  # the beginnings of the texts, for a page
+
+
+def _seen(path: Path, method: Selection, *, previews: bool) -> _Seen:
+    """Raises WeftError for what is no file of records, or a record that cannot be read, or lacks what is read of it."""
+    if not path.is_file():
+        raise WeftError(f"There is no file of records {path}.")
+    found, known = _Seen(), Duplicates()
+    for i, (record, text) in enumerate(recorded(path)):
+        found.records = i + 1
+        repeat = known.of(text, i)
+        if repeat is not None:
+            found.repeats[i] = repeat
+        if method.figures is not None:
+            found.figures.append(_read(method, record, i + 1, len(found.figures[0]) if i else 0))
+        if previews:
+            found.previews.append(" ".join(text.split())[:160])
+    if not found.records:
+        raise WeftError(f"{path} holds no record.")
+    return found
+
+
+def _read(method: Selection, record: Any, number: int, width: int) -> list[float]:
+    """What a method reads of a record, as many figures as of the first."""
+    assert method.figures is not None
+    try:
+        row = method.figures(record)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        row = []
+    if not row or len(row) != (width or len(row)) or not all(map(math.isfinite, row)):
+        raise WeftError(f"{method.name} reads {method.asks} of every record, which record {number} lacks.")
+    return row
 
 
 def _check_output(place: Path) -> None:
@@ -132,22 +181,6 @@ def _check_output(place: Path) -> None:
         raise WeftError(f"The output {place} exists; choose another -o, or remove it first.")
     if not place.absolute().parent.is_dir():
         raise WeftError(f"There is no directory {place.parent} to write {place.name} to.")
-
-
-def _records(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise WeftError(f"There is no file of records {path}.")
-    numbered = records_of(path)
-    if numbered is None:
-        raise WeftError(f"{path} is one text: give records to choose among (.jsonl, .csv, .parquet ...).")
-    records = []
-    for _, record in numbered:
-        if isinstance(record, WeftError):
-            raise record
-        records.append(record)
-    if not records:
-        raise WeftError(f"{path} holds no record.")
-    return records
 
 
 def _count(keep: str, records: int) -> int:
@@ -179,29 +212,24 @@ def _workplace(out: Path, decisive: Mapping[str, Any]) -> Path:
     return work
 
 
-def _embedded(model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch: int, work: Path) -> Tensor:
-    """(n, d) of all texts, of which finished parts are read from the disk."""
+def _embedded(
+    model: Any, tokenizer: Any, texts: Iterator[str], count: int, window: int, batch: int, work: Path
+) -> Tensor:
+    """(count, d) of all texts, of which finished parts are read from the disk."""
     parts = []
     with finishing():
-        for start in track(range(0, len(texts), _STEP), "texts"):
+        for start in track(range(0, count, _STEP), "texts"):
+            some = list(islice(texts, _STEP))
             file = work / f"{start}.safetensors"
             if not file.is_file():
-                E = torch.cat([*embedded(model, tokenizer, texts[start : start + _STEP], window, batch)])
+                E = torch.cat([*embedded(model, tokenizer, some, window, batch)])
                 with replacing(file) as temporary:
                     save_file({"E": E}, temporary)
             parts.append(read_tensors(file)["E"])
     return torch.cat(parts)
 
 
-def _repeats(texts: Sequence[str]) -> dict[int, tuple[int, bool]]:
-    """Text -> the earlier one that it repeats, and whether exactly."""
-    seen = Duplicates()
-    found = {i: seen.of(text, i) for i, text in enumerate(texts)}
-    return {i: repeat for i, repeat in found.items() if repeat is not None}
-
-
-def _figures(repeats: Mapping[int, tuple[int, bool]], kept: Sequence[int]) -> dict[str, int]:
-    inside = set(kept)
+def _figures(repeats: Mapping[int, tuple[int, bool]], inside: set[int]) -> dict[str, int]:
     exact = sum(same for _, same in repeats.values())
     both = sum(i in inside and other in inside for i, (other, _) in repeats.items())
     return {"duplicates": exact, "near_duplicates": len(repeats) - exact, "repeats_among_kept": both}
@@ -218,7 +246,7 @@ def _page(
 
     def row(i: int) -> list[Any]:
         again = repeats[i][0] + 1 if i in repeats else ""
-        return [i + 1, float(found.scores[i]), " ".join(texts[i].split())[:160], again]
+        return [i + 1, float(found.scores[i]), texts[i], again]
 
     def rows(chosen: Sequence[int]) -> list[list[Any]]:
         return [row(i) for i in chosen[:_SHOWN]]
