@@ -106,6 +106,7 @@ MAY_NAME: dict[str, set[str]] = {
     "optim/presets.py": {"svd", "sign", "adamw"},  # a projection, a residual and an inner rule
     "testing_optim.py": {"full"},  # what optimizers are tried with
     "testing_splitters.py": {"nf2"},  # what compensations are tried on
+    "terms/dense_sparse.py": {"atoms"},  # the dense columns of a dictionary
     "terms/random_store.py": {"uniform"},  # a law of random numbers
     "train/recipe.py": {"linear"},  # a schedule
     "verbs/demo.py": {"kfac-svd", "best", "welore", "svd", "uniform", "svd-llm"},  # what the demonstration shows

@@ -181,6 +181,44 @@ def planted_lora_limits() -> None:
     assert none[""]["logits_largest"] == 0 and none[""]["mild_heads_share"] == 1 and none[first]["degree"] == 0
 
 
+def planted_superposition() -> None:
+    basis = torch.linalg.qr(gaussian(24, 24))[0]
+    assert value("superposition", basis)["overlap_random"] < 1e-9
+    twice = value("superposition", torch.cat([basis, basis]))["overlap"]
+    assert twice == pytest.approx(24 / (48 * 47 / 2))  # one pair in so many is parallel
+
+
+def planted_atoms() -> None:
+    basis = torch.linalg.qr(gaussian(24, 24))[0]
+    leaning = basis.clone()
+    leaning[:, 1] = 0.6 * basis[:, 0] + 0.8 * basis[:, 1]
+    assert value("atoms", basis)["coherence"] < 1e-9
+    assert value("atoms", leaning)["coherence"] == pytest.approx(0.6)
+
+
+def planted_control_theory() -> None:
+    model = tiny_decoder()
+    first = "model.layers.0.self_attn.v_proj"
+    before = value("control-theory", model)[first]
+    model.get_submodule(first).weight.data *= 3
+    model.get_submodule("model.layers.0.self_attn.k_proj").weight.data *= 2
+    after = value("control-theory", model)[first]
+    assert [after[key] / before[key] for key in before] == pytest.approx([3, 2], rel=1e-5)
+
+
+def planted_high_dim_dynamics() -> None:
+    x = gaussian(100, 5) @ torch.linalg.qr(gaussian(20, 20))[0][:5]
+    assert value("high-dim-dynamics", moments(x))["frozen_share"] == pytest.approx(15 / 20)
+
+
+def planted_hash_encoders() -> None:
+    model = tiny_decoder()
+    first = "model.layers.0.mlp.gate_proj"
+    model.get_submodule(first).weight.data[:4] = 0  # never above 0
+    found = value("hash-encoders", model, texts())[first]
+    assert found["constant_units"] >= 4 / model.get_submodule(first).out_features
+
+
 PLANTED: dict[str, Callable[[], None]] = {
     "farms": planted_farms,
     "power-law": planted_power_law,
@@ -194,6 +232,11 @@ PLANTED: dict[str, Callable[[], None]] = {
     "drift": planted_drift,
     "intruder-dimensions": planted_intruder_dimensions,
     "weight-matching": planted_weight_matching,
+    "superposition": planted_superposition,
+    "atoms": planted_atoms,
+    "control-theory": planted_control_theory,
+    "high-dim-dynamics": planted_high_dim_dynamics,
+    "hash-encoders": planted_hash_encoders,
 }
 
 

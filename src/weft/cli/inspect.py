@@ -10,7 +10,7 @@ import typer
 
 from weft.cli.answer import gathered, print_facts, print_json, print_table, work
 from weft.cli.common import Loading
-from weft.cli.options import Model, Window
+from weft.cli.options import MethodOptions, Model, Window
 
 __all__ = ["command"]
 
@@ -53,6 +53,7 @@ def command(
         str | None,
         typer.Option(help="The model before training or compression, for measures of a change.", show_default=False),
     ] = None,
+    option: MethodOptions = None,
     **common: Unpack[Loading],
 ) -> None:
     """Measure every weight matrix, what the model makes of a text, and what compression would do to each."""

@@ -6,6 +6,7 @@
     input       moments, the statistics named in `needs`        that linear layer
     gradient    x (tokens, in), g (tokens, out) of one text     that linear layer
     hidden      H (tokens, d) of one text                       the model
+    weights     model                                           layers by name, "" for the model
     model       model, batches of texts                         layers by name, "" for the model
     models      model, other model                              layers by name, "" for the model
 
@@ -43,6 +44,7 @@ SUBJECTS = {
     "input": Subject("activations", data=True, pair=False),
     "gradient": Subject("gradients", data=True, pair=False),
     "hidden": Subject("texts", data=True, pair=False),
+    "weights": Subject("weights", data=False, pair=False),
     "model": Subject("activations", data=True, pair=False),
     "models": Subject("pairs of models", data=False, pair=True),
 }

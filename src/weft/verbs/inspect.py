@@ -228,25 +228,26 @@ def run(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """`weft inspect`: the report of a model on disk as a dict, with `report` also as a page and a record.
 
-    `measures` are names, also with commas between them; `data` is text that the model reads, `windows` of `window`
-    tokens spread over it; `against` is another model's place. `seed` draws the windows.
+    `measures` are names, also with commas between them, and `options` theirs; `data` is text that the model reads,
+    `windows` of `window` tokens spread over it; `against` is another model's place. `seed` draws the windows.
 
     Raises:
         WeftError: any argument that cannot work, before a model is loaded where it can be told.
     """
     check_seed(seed)
     names = [name.strip() for name in (measures.split(",") if isinstance(measures, str) else measures) if name.strip()]
-    chosen(names, pair=against is not None, data=data is not None)
+    taken = chosen(names, pair=against is not None, data=data is not None, options=options)
     target = resolve_device(device)
     resolve_dtype(dtype, target)
     if report is not None:
         report_path(report, _FORMS)
     arguments = {
         "model": model, "report": report, "layers": layers, "measures": names, "data": data, "windows": windows,
-        "window": window, "against": against, "dtype": dtype,
+        "window": window, "against": against, "dtype": dtype, **options,
     }  # fmt: skip
     started = record.begin("inspect", arguments, seed=seed, device=target)
     batches = _batches(model, data, windows, window, seed, trust_remote_code) if data is not None else []
@@ -259,7 +260,7 @@ def run(
     if batches:
         check_enough(source, batches, layers or None)
     found = inspect(
-        source, layers or None, measures=names, batches=batches, against=other, name=model,
+        source, layers or None, measures=taken, batches=batches, against=other, name=model,
         data=None if data is None else str(data), against_name=against,
     )  # fmt: skip
     covered = coverage_of(source, [matrix.name for matrix in found.matrices]).facts()

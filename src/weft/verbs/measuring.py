@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from weft.errors import WeftError
+from weft.errors import WeftError, unknown
 from weft.measures import MEASURES, Measure
 from weft.stats.calibrate import Batch
 from weft.stats.groups import Collected
@@ -27,10 +27,13 @@ from weft.terms.layers import linear_layers
 __all__ = ["Looked", "OfInput", "beyond", "chosen", "of_matrix", "whole"]
 
 
-def chosen(wanted: Sequence[str | Measure], *, pair: bool, data: bool) -> list[Measure]:
-    """The records; without a name, those of pairs where there is another model.
+def chosen(
+    wanted: Sequence[str | Measure], *, pair: bool, data: bool, options: Mapping[str, Any] | None = None
+) -> list[Measure]:
+    """The records, with options for those that have them; without a name, those of pairs where there is another model.
 
-    Raises WeftError for an unknown name, with the nearest, and for a measure that lacks what it looks at.
+    Raises WeftError for an unknown name, with the nearest, for a measure that lacks what it looks at, and for an option
+    that none of them has.
     """
     found = [MEASURES.find(name, "measure") for name in wanted]
     for measure in found:
@@ -39,7 +42,21 @@ def chosen(wanted: Sequence[str | Measure], *, pair: bool, data: bool) -> list[M
         if measure.data and not data:
             what = "a text's gradients" if measure.of == "gradient" else "what a model makes of a text"
             raise WeftError(f"The measure {measure.name!r} looks at {what}: give some, by --data FILE.")
-    return found or [measure for measure in MEASURES.values() if measure.pair and pair]
+    found = found or [measure for measure in MEASURES.values() if measure.pair and pair]
+    return [_with(measure, options) for measure in _checked(found, options)] if options else found
+
+
+def _checked(measures: list[Measure], options: Mapping[str, Any]) -> list[Measure]:
+    known = [name for measure in measures for name in measure.defaults]
+    for name in options:
+        if name not in known:
+            raise unknown("option of these measures", name, known)
+    return measures
+
+
+def _with(measure: Measure, options: Mapping[str, Any]) -> Measure:
+    own = {name: value for name, value in options.items() if name in measure.defaults}
+    return replace(measure, defaults=measure.options(own))
 
 
 @dataclass
@@ -145,6 +162,10 @@ def _hidden(looked: Looked, measure: Measure) -> dict[str, dict[str, float]]:
     return {"": _mean(rows)}
 
 
+def _weights(looked: Looked, measure: Measure) -> dict[str, dict[str, float]]:
+    return dict(measure.value(looked.model, **measure.defaults))
+
+
 def _model(looked: Looked, measure: Measure) -> dict[str, dict[str, float]]:
     return dict(measure.value(looked.model, looked.batches, **measure.defaults))
 
@@ -162,5 +183,11 @@ def _mean(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {key: math.fsum(found) / len(found) if found else math.nan for key, found in values.items()}
 
 
-_WAYS: Mapping[str, Any] = {"gradient": _gradient, "hidden": _hidden, "model": _model, "models": _models}
+_WAYS: Mapping[str, Any] = {
+    "gradient": _gradient,
+    "hidden": _hidden,
+    "weights": _weights,
+    "model": _model,
+    "models": _models,
+}
 """What a measure is of -> (what there is, the measure) -> figures by layer, for those that look at no single matrix."""

@@ -1,0 +1,98 @@
+"""Measures of overlap, coherence, learning directions, gains and codes, on what was planted for them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from weft.errors import WeftError
+from weft.measures import MEASURES
+from weft.measures.control_theory import gains
+from weft.measures.hash_encoders import Codes
+from weft.verbs.measuring import chosen
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def value(name: str, *given: object) -> dict[str, float]:
+    return dict(MEASURES[name].value(*given, **MEASURES[name].defaults))
+
+
+def test_rows_overlap_as_random_orthogonal_and_simplex_ones_do() -> None:
+    found = value("superposition", gaussian(2000, 64))
+    assert found["overlap_random"] == pytest.approx(1, rel=0.03)
+    assert value("superposition", 3 * torch.linalg.qr(gaussian(64, 64))[0])["overlap"] < 1e-12
+    m = 7
+    simplex = torch.eye(m + 1, dtype=torch.float64) - 1 / (m + 1)
+    simplex = torch.linalg.svd(simplex)[0][:, :m] * 1.0
+    assert value("superposition", simplex)["overlap"] == pytest.approx(1 / m**2)
+    W = gaussian(30, 12)
+    w = W / W.norm(dim=1, keepdim=True)
+    pairs = [float(w[i] @ w[j]) ** 2 for i in range(30) for j in range(i)]
+    assert value("superposition", W)["overlap"] == pytest.approx(math.fsum(pairs) / len(pairs))
+    assert value("superposition", W + 5)["overlap_centred"] == pytest.approx(
+        value("superposition", W)["overlap_centred"]
+    )
+    padded = torch.cat([W, torch.zeros(4, 12)])
+    assert value("superposition", padded)["overlap"] == pytest.approx(value("superposition", W)["overlap"])
+
+
+def test_coherence_is_that_of_the_two_most_alike_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weft.measures.atoms._BLOCK", 7)
+    D = gaussian(16, 40)
+    d = D / D.norm(dim=0)
+    most = max(abs(float(d[:, i] @ d[:, j])) for i in range(40) for j in range(i))
+    found = value("atoms", D)
+    assert found["coherence"] == pytest.approx(most) and most >= found["coherence_floor"]
+    assert found["unique_sparsity"] == max(k for k in range(1, 9) if k < (1 + 1 / most) / 2)
+    assert value("atoms", torch.eye(8))["unique_sparsity"] == 8
+    assert value("atoms", torch.cat([D, -2 * D[:, :1]], 1))["coherence"] == pytest.approx(1)
+
+
+def test_no_step_moves_a_weight_where_there_are_no_inputs() -> None:
+    x = gaussian(6, 20)
+    found = value("high-dim-dynamics", {"input_moment": x.mT @ x / 6})
+    assert found["frozen_share"] == pytest.approx(14 / 20) and 0 < found["freedom"] < 6
+    whole = value("high-dim-dynamics", {"input_moment": torch.eye(20)})
+    assert whole == {"frozen_share": 0.0, "freedom": pytest.approx(20 / 1.01), "slowest": 1.0}
+
+
+def test_no_prompt_moves_a_head_beyond_the_bound() -> None:
+    d, width, k, fixed = 12, 4, 2, 5
+    worst = 0.0
+    for seed in range(200):
+        W_q, W_k, W_v = gaussian(3, width, d, seed=seed) * 0.3
+        x, u = gaussian(fixed, d, seed=seed + 1000), 2 * gaussian(k, d, seed=seed + 2000)
+        M = float(torch.cat([x, u]).norm(dim=1).max())
+        q = W_q @ x[0]
+        own, given = ((q @ (W_k @ t.mT) / math.sqrt(width)).exp() for t in (x, u))
+        D, before = float(own.sum()), own @ (x @ W_v.mT) / own.sum()
+        after = (own @ (x @ W_v.mT) + given @ (u @ W_v.mT)) / (own.sum() + given.sum())
+        off = after - (after @ before) / (before @ before) * before
+        a = float(gains(W_q, width) * gains(W_k, width)) / math.sqrt(width) * M**2
+        bound = float(gains(W_v, width)) * M * k * math.exp(a) / (D + k * math.exp(a))
+        worst = max(worst, float(off.norm()) / bound)
+    assert 0.05 < worst <= 1
+
+
+def test_codes_are_counted_as_they_are_told_apart() -> None:
+    y, codes = gaussian(500, 6), Codes()
+    y[:, 0], y[:, 1] = 1.0, -1.0  # 4 bits are left: 16 codes
+    codes.add(y[:200])
+    codes.add(y[200:])
+    found = codes.figures()
+    assert found["codes"] == pytest.approx(len(torch.unique(y > 0, dim=0)) / 500) and len(codes.codes) == 16
+    assert found["constant_units"] == pytest.approx(2 / 6)
+    assert found["firing"] == pytest.approx(float((y > 0).double().mean()))
+
+
+def test_options_reach_the_measures_that_have_them() -> None:
+    farms, law = chosen(["farms", "power-law"], pair=False, data=False, options={"block": 50})
+    assert farms.defaults["block"] == 50 and law.defaults == MEASURES["power-law"].defaults
+    with pytest.raises(WeftError, match="option of these measures.*blok"):
+        chosen(["farms"], pair=False, data=False, options={"blok": 50})
