@@ -6,9 +6,9 @@ et al., 2022, arXiv 2202.05048).
         measure  the best predicted of what was not yet; one in five at random
 
 A configuration is an option for each of four groups: the first block, the last one, and of those between the attention
-and the rest. Options are the sizes that all layers of a group have in common; with `--method auto` these are methods
-with their groups, widths and ranks, with `rtn` widths. All that fit the budget compete, up to 4096 drawn of them. Taken
-is what moves the model's predictions least.
+and the rest. Options are the sizes that all layers of a group have in common, and the smallest of each; with `--method
+auto` these are methods with their groups, widths and ranks, with `rtn` widths. All that fit the budget compete, up to
+4096 drawn of them. Taken is what moves the model's predictions least.
 Deviations: options of the published menu (calibration size, clipping, granularity) are what a method's candidates say
 here. Trees are stumps, since a few dozen points overfit deeper ones: no package of boosted trees is needed. No records
 of other models start it warm. The measure is the KL to the dense model, where the paper takes the accuracy.
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from weft.allocate.base import Allocator, Choices, LayerInfo, check_reach, spent
 from weft.allocate.search import Configuration, Divergence, Trials, draw
-from weft.errors import WeftError
 from weft.seeds import generator
 
 __all__ = ["ALLOCATION", "allocate", "boosted", "groups"]
@@ -50,13 +49,10 @@ def allocate(
         trials: configurations that are measured, `first` of them drawn.
 
     Raises:
-        WeftError: the smallest sizes exceed the budget; a group without a common size that fits; predictions that are
-            not finite.
+        WeftError: the smallest sizes exceed the budget; predictions that are not finite.
     """
     check_reach(layers, budget)
     found = Trials(groups(layers), divergence)
-    if found.nbytes(tuple(0 for _ in found.genes)) > budget:
-        raise WeftError("The sizes that layers have in common exceed the budget; give allocate='best', or more bytes.")
     own = generator(seed, "configurations")
     every = _within(found, budget, own)
     order = [every[i] for i in torch.randperm(len(every), generator=own).tolist()]
@@ -84,15 +80,12 @@ def groups(layers: Mapping[str, LayerInfo]) -> list[list[Choices]]:
 
 
 def _options(layers: Mapping[str, LayerInfo]) -> list[Choices]:
-    """Choices of a size that all of these layers offer, by rising bytes.
-
-    Raises WeftError where there is none.
-    """
+    """Choices of a size that all of these layers offer, and the smallest of each, by rising bytes."""
     by_size = [{str(choice.size): choice for choice in layer.choices} for layer in layers.values()]
     common = [size for size in by_size[0] if all(size in other for other in by_size)]
-    if not common:
-        raise WeftError(f"{' and '.join(list(layers)[:2])} offer no size in common; give allocate='best'.")
     options = [dict(zip(layers, (own[size] for own in by_size), strict=True)) for size in common]
+    least = {name: layer.choices[0] for name, layer in layers.items()}
+    options += [] if least in options else [least]
     return sorted(options, key=spent)
 
 

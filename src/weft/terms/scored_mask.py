@@ -34,7 +34,6 @@ class ScoredMask(Term):
     """
 
     kind = "scored_mask"
-    builds = True
     lean_alone = True
 
     def __init__(
