@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from weft.train.optimizers import make_optimizer
 from weft.verbs.adapt import adapt
 from weft.verbs.plan import run
 from weft.verbs.plan_jobs import DEFAULTS, Job, jobs
+from weft.verbs.sources import source_of
 
 LAYERS = 4
 
@@ -164,6 +166,17 @@ def test_every_code_is_planned_to_serve(directory):
     assert not reasons and len(rows) > 5
     weights = {row["name"]: row["weights"] for row in rows}
     assert weights["nf3"] < weights["nf4"] < weights["int8"] < weights["dense"]
+
+
+def test_headers_say_the_dtype_where_the_configuration_does_not(directory):
+    from safetensors.torch import save_file
+
+    said = json.loads(Path(directory, "config.json").read_text())
+    Path(directory, "config.json").write_text(json.dumps({k: v for k, v in said.items() if "dtype" not in k}))
+    assert source_of(directory, None, 32).dtype == torch.float32
+    tensors = {"a": torch.zeros(3, dtype=torch.long), "b": torch.zeros(3, dtype=torch.bfloat16)}
+    save_file(tensors, Path(directory, "model.safetensors"))
+    assert source_of(directory, None, 32).dtype == torch.bfloat16
 
 
 def test_names_of_jobs():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from weft.errors import WeftError
+from weft.io.headers import FLOATS, read_headers
 from weft.plan.layers import blocks_of
 from weft.runs.loading import load_config, load_tokenizer, model_class
 from weft.train.sizes import configuration
@@ -35,8 +37,8 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the checkpoint; fp32 where it does not say."""
-        return getattr(self.config, "dtype", None) or torch.float32
+        """That of the checkpoint, by its configuration or the headers of its files; fp32 where neither says."""
+        return getattr(self.config, "dtype", None) or _stored(self.name) or torch.float32
 
     @property
     def parameters(self) -> int:
@@ -85,6 +87,13 @@ def source_of(model: str | None, size: str | None, window: int, *, trust_remote_
     if size is not None:
         return Source(size, configuration(size, load_tokenizer("pico"), window))
     return Source(str(model), load_config(str(model), trust_remote_code=trust_remote_code))
+
+
+def _stored(name: str) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor in the safetensors files of a directory, by their headers."""
+    files = sorted(Path(name).expanduser().glob("*.safetensors"))
+    found = (FLOATS[one.dtype] for one in read_headers([str(file) for file in files]).values() if one.dtype in FLOATS)
+    return next(found, None)
 
 
 def _code(model: nn.Module, codes: Any, name: str) -> None:
