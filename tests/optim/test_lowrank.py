@@ -45,7 +45,10 @@ PROJECTIONS = [
     Columns(0.5),
     Whole(),
 ]
-INNERS = [Adam(), AdamW(), Adam8bit(threshold=16), SGD(0.9), SGD(0.0), Lion(), Adafactor(), AdaGrad(), AdaGradNorm()]
+INNERS = [
+    Adam(), AdamW(), Adam8bit(threshold=16), Adam8bit(threshold=16, code="float8"), SGD(0.9), SGD(0.0), Lion(),
+    Adafactor(), AdaGrad(), AdaGradNorm(),
+]  # fmt: skip
 
 
 def rng(seed: int) -> torch.Generator:

@@ -31,7 +31,8 @@ from weft.verbs.pretrain import build, pretrain, run
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(150))
 OPTIONS = {
-    "adamw": {}, "galore": {"rank": 4, "refresh": 3}, "galore_8bit": {"rank": 4, "refresh": 3},
+    "adamw": {}, "adamw_8bit": {}, "adamw_fp8": {},
+    "galore": {"rank": 4, "refresh": 3}, "galore_8bit": {"rank": 4, "refresh": 3},
     "fira": {"rank": 4, "refresh": 3}, "frugal": {"rank": 0.25, "refresh": 3}, "apollo": {"rank": 4, "refresh": 3},
     "apollo_mini": {"refresh": 3}, "dct_adamw": {"rank": 4}, "gradnormlorp": {"rank": 4, "refresh": 3},
     "muon": {}, "spectron": {}, "scale": {}, "sinkgd": {}, "sign": {},

@@ -35,7 +35,7 @@ from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.spectron import spectron
 from weft.optim.sso import SSO
 from weft.optim.weightnorm import fold_weights, normalize_weights
-from weft.optim.whole import adagrad, adagrad_norm, adamw
+from weft.optim.whole import adagrad, adagrad_norm, adamw, adamw_8bit, adamw_fp8
 from weft.optim.zeroth_order import Estimator, ZerothOrder, mezo, replay
 
 __all__ = [
@@ -55,6 +55,8 @@ __all__ = [
     "adagrad",
     "adagrad_norm",
     "adamw",
+    "adamw_8bit",
+    "adamw_fp8",
     "add_gradient_noise",
     "apollo",
     "apollo_mini",

@@ -21,6 +21,7 @@ from weft.optim.base import Field, Inner, Matrix, Move, Rows, Scalar, State
 __all__ = ["SGD", "Adafactor", "Adam", "Adam8bit", "AdamW", "Lion"]
 
 Form = Literal["galore", "torch"]
+Code = Literal["dynamic", "float8"]
 
 
 def _high(x: Tensor) -> Tensor:
@@ -122,13 +123,22 @@ def _dynamic_code(signed: bool, device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), device=device)
 
 
-def _encode(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
+def _encode(x: Tensor, block: int, signed: bool, code: Code) -> tuple[Tensor, Tensor]:
     """Codes (k, n, r) uint8 and scales (k, n, ceil(r / block)) fp32; unsigned values are rounded up, so that a positive
     second moment never becomes 0."""
     blocks = F.pad(x.float(), (0, -x.shape[-1] % block)).reshape(*x.shape[:-1], -1, block)
     scale = blocks.abs().amax(-1)
     unit = (blocks / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).clamp_(-1, 1)
-    return bucketize(unit, _edges(signed, unit.device)).flatten(-2)[..., : x.shape[-1]], scale
+    codes = bucketize(unit, _edges(signed, unit.device)) if code == "dynamic" else _to_float8(unit, signed)
+    return codes.flatten(-2)[..., : x.shape[-1]], scale
+
+
+def _to_float8(unit: Tensor, signed: bool) -> Tensor:
+    """The bits of 448 unit in e4m3; unsigned, of 448 sqrt(unit), rounded up."""
+    value = (unit if signed else unit.sqrt()) * _TOP
+    codes = value.to(torch.float8_e4m3fn)
+    bits = codes.view(torch.uint8)
+    return bits if signed else bits + (codes.float() < value)  # positive numbers are in the order of their bits
 
 
 @once
@@ -137,19 +147,27 @@ def _edges(signed: bool, device: torch.device) -> Cells:
     return cells((code[1:] + code[:-1]) / 2 if signed else code[:-1])
 
 
-def _decode(codes: Tensor, scale: Tensor, block: int, signed: bool) -> Tensor:
-    values = _dynamic_code(signed, codes.device).index_select(0, codes.int().flatten()).view(codes.shape)
+def _decode(codes: Tensor, scale: Tensor, block: int, signed: bool, code: Code) -> Tensor:
+    if code == "dynamic":
+        values = _dynamic_code(signed, codes.device).index_select(0, codes.int().flatten()).view(codes.shape)
+    else:
+        unit = codes.contiguous().view(torch.float8_e4m3fn).float() / _TOP
+        values = unit if signed else unit.square()
     return values * scale.repeat_interleave(block, dim=-1)[..., : codes.shape[-1]]
+
+
+_TOP = 448.0  # the largest number of e4m3
 
 
 @dataclass(frozen=True)
 class Adam8bit(Inner):
-    """Adam with both moments in 8 bits: runs of up to `block` entries of a row share an fp32 scale and a dynamic code.
+    """Adam with both moments in 8 bits: runs of up to `block` entries of a row share an fp32 scale and a code, dynamic
+    or float8 (e4m3), of the second moment's root.
 
     Weights with fewer than `threshold` entries of R (or rows shorter than 16) keep fp32 moments. Pure torch, on any
-    device. Source: Dettmers et al. 2022, arXiv 2110.02861.
+    device. Source: Dettmers et al. 2022, arXiv 2110.02861; float8 as torchao's AdamWFp8.
     Deviations: blocks do not cross rows, so that rows can be sharded; the second moment is rounded up, so that no step
-    is enlarged by rounding to zero.
+    is enlarged by rounding to zero, and its root is what float8 keeps, whose range is too short for squares.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -157,6 +175,7 @@ class Adam8bit(Inner):
     form: Form = "galore"
     block: int = 256
     threshold: int = 4096
+    code: Code = "dynamic"
 
     @property
     def decay_first(self) -> bool:
@@ -185,13 +204,13 @@ class Adam8bit(Inner):
     def _read(self, state: State, name: str, like: Tensor | None = None) -> Tensor:
         if name + "_scale" not in state:
             return state[name] if like is None else state[name].to(like.dtype)
-        value = _decode(state[name], state[name + "_scale"], self.block, signed=name == "exp_avg")
+        value = _decode(state[name], state[name + "_scale"], self.block, name == "exp_avg", self.code)
         return value if like is None else value.to(like.dtype)
 
     def _write(self, state: State, name: str, value: Tensor) -> None:
         if name + "_scale" not in state:
             return _store(state, name, value)
-        codes, scale = _encode(value, self.block, signed=name == "exp_avg")
+        codes, scale = _encode(value, self.block, name == "exp_avg", self.code)
         state[name].copy_(codes)
         state[name + "_scale"].copy_(scale)
 

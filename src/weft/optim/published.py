@@ -14,7 +14,7 @@ from weft.optim.sinkgd import sign, sinkgd
 from weft.optim.sm3 import SM3
 from weft.optim.spectron import spectron
 from weft.optim.sso import SSO
-from weft.optim.whole import adagrad, adagrad_norm, adamw
+from weft.optim.whole import adagrad, adagrad_norm, adamw, adamw_8bit, adamw_fp8
 from weft.optim.zeroth_order import mezo
 from weft.records import Table
 
@@ -41,6 +41,14 @@ OPTIMIZERS: Table[Optimizer] = Table(
         optimizer(
             adamw, "adamw", "Adam with decoupled weight decay on the blocks' matrices.",
             "Loshchilov and Hutter, 2019, arXiv 1711.05101",
+        ),
+        optimizer(
+            adamw_8bit, "adamw_8bit", "AdamW with block-wise moments of 8 bits.",
+            "Dettmers et al., 2022, arXiv 2110.02861",
+        ),
+        optimizer(
+            adamw_fp8, "adamw_fp8", "AdamW with block-wise moments in float8.",
+            "torchao's AdamWFp8, after Dettmers et al., 2022, arXiv 2110.02861",
         ),
         optimizer(
             galore, "galore", "Adam on the gradient's top singular directions.",

@@ -10,12 +10,13 @@ from torch import nn
 
 from weft.optim.adagrad import AdaGrad, AdaGradNorm
 from weft.optim.base import Inner
+from weft.optim.inner import Adam8bit
 from weft.optim.lowrank import LowRank
 from weft.optim.mup import mup_groups
 from weft.optim.parameters import Named, split_parameters
 from weft.optim.projections import Whole
 
-__all__ = ["adagrad", "adagrad_norm", "adamw"]
+__all__ = ["adagrad", "adagrad_norm", "adamw", "adamw_8bit", "adamw_fp8"]
 
 Model = nn.Module | Iterable[dict[str, Any]]
 
@@ -43,6 +44,28 @@ def adamw(
         groups = _groups(model, weight_decay)
     on_gpu = all(_tensor(p).is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=on_gpu or None)
+
+
+def adamw_8bit(model: Model, lr: float = 1e-3, *, eps: float = 1e-8, **options: Any) -> LowRank:
+    """AdamW with moments in a dynamic code of 8 bits, block by block: a quarter of the state.
+
+    Vectors, and matrices below 4096 numbers, keep fp32 moments. Takes LowRank's options: weight_decay, rounding ...
+
+    Source: Dettmers et al., 2022, arXiv 2110.02861.
+    Deviations: those of `weft.optim.inner.Adam8bit`.
+    """
+    return _whole(model, lr, Adam8bit(eps=eps, form="torch"), options)
+
+
+def adamw_fp8(model: Model, lr: float = 1e-3, *, eps: float = 1e-8, **options: Any) -> LowRank:
+    """AdamW with moments in float8 (e4m3) with a scale for each block of 256: a quarter of the state, on any device.
+
+    As `adamw_8bit`, with cheaper casts and coarser steps.
+
+    Source: torchao's AdamWFp8, after Dettmers et al., 2022.
+    Deviations: those of `weft.optim.inner.Adam8bit`.
+    """
+    return _whole(model, lr, Adam8bit(eps=eps, form="torch", code="float8"), options)
 
 
 def adagrad(model: Model, lr: float = 1e-2, *, eps: float = 1e-10, **options: Any) -> LowRank:
