@@ -11,7 +11,7 @@ Of what was measured and fits the budget, the one that moves the model's predict
 Deviations: the published space is the number of layers, and two widths for each MLP: blocks stay here, and each layer
 or joint has four sizes. Quality is the KL to the dense model on calibration text, where the paper takes the accuracy of
 a task. The weights were not trained for random sub-networks before (InstaTune). 96 measurements, where about 250 are
-published. Populations are drawn within the budget.
+published. First sub-networks are drawn so that they spend the budget.
 """
 
 from __future__ import annotations

@@ -72,11 +72,9 @@ class Trials:
 
 
 def draw(trials: Trials, budget: int, generator: torch.Generator) -> Configuration:
-    """A random configuration within the budget: every option drawn, then genes lowered in a random order."""
-    taken = [int(torch.randint(len(options), (), generator=generator)) for options in trials.genes]
-    order = torch.randperm(len(taken), generator=generator).tolist()
+    """A random configuration that spends the budget: from the largest options on, one gene after another is lowered."""
+    taken = [len(options) - 1 for options in trials.genes]
     while trials.nbytes(tuple(taken)) > budget:
-        gene = next(gene for gene in order if taken[gene])
-        taken[gene] -= 1
-        order.append(order.pop(order.index(gene)))
+        free = [gene for gene, option in enumerate(taken) if option]
+        taken[free[int(torch.randint(len(free), (), generator=generator))]] -= 1
     return tuple(taken)

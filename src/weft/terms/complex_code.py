@@ -32,7 +32,6 @@ class ComplexLatent(Term):
     """
 
     kind = "complex_latent"
-    builds = True
     lean_alone = True
 
     def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
