@@ -9,6 +9,7 @@ from typing import Any
 
 from gpu_results import device_lines, gpu_tables
 from measure_results import measure_tables
+from structure_results import structure_tables
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -21,6 +22,7 @@ def results_page() -> str:
         "GPTQ beside a plain loop": (gptq_table(), "gptq.py MODEL"),
         "Recovery": (recovery_table(), "recovery.py"),
         "Pre-training": (pretraining_tables(), "pretrain_table.py"),
+        "Pre-training in structure": (structure_tables(table), "pretrain_table.py --structures --tries 3 --batch 4"),
         "Optimizer steps": (step_table(), "optim_step.py"),
         "Optimizer memory": (memory_table(), "optim_memory.py"),
         "On a GPU": (gpu_tables(), "gpu.py --out DIRECTORY"),

@@ -1,5 +1,5 @@
 """maestro: every matrix as a product of full inner width, trained into an order of components that loses its tail
-(Horvath et al., 2023, arXiv 2308.14929; its code SamuelHorvath/Maestro-LoD, read through its description).
+(Horvath et al., 2023, arXiv 2308.14929; its code SamuelHorvath/Maestro-LoD, `linear.py` and the samplers, read).
 
     B = U sqrt(s), A = sqrt(s) V of the weight, m = min(out, in) components
     each step      one layer, drawn with b <= its rank, works with its first b components
@@ -9,9 +9,10 @@
 
 The rank of each matrix is found while it is trained. Training begins with up to twice a matrix's numbers, so that it is
 no way to save memory from the first step on: `--plan` shows the first step.
-Deviations: no second pass at full rank with distillation (the code's option without it). The threshold is a share, the
-code's is 1e-5 whatever the layer; lambda is one for AdamW at 1e-3 (the code's values differ by a factor of 5000).
-Components that go are set to zero and masked; memory is freed in the end.
+Deviations: each pair of a layer and b is drawn independently, where the code goes through all of them in random order
+before one comes again; no second pass at full rank with distillation (the code's option without it). The threshold is a
+share, the code's is 1e-5 whatever the layer; lambda is one for AdamW at 1e-3 (the code's values differ by a factor of
+5000). Components that go are set to zero and masked; memory is freed in the end.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """pela: every matrix of a trained model as a truncated SVD, trained further to the features of the dense one (Guo et
-al., 2023, arXiv 2310.10700; its code guoyang9/PELA, read through its description).
+al., 2023, arXiv 2310.10700; its code guoyang9/PELA, `low_rank.py`, read).
 
     r = floor(out in / (c (out + in))),   B = U_r sqrt(s), A = sqrt(s) V_r
     loss + alpha mean_l MSE(F_l, F_l of the dense model) + beta mean (max |B A - W| - eps)^2

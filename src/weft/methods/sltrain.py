@@ -1,5 +1,5 @@
 """sltrain: every matrix of a fresh model as low rank plus a random sparse one, both trained from scratch (Han et al.,
-2024, arXiv 2406.02214; its code andyjm3/SLTrain, read through its description).
+2024, arXiv 2406.02214; its code andyjm3/SLTrain, `splora_linear.py`, read: the same start, places and scale).
 
     W = (alpha / r) B A + S,   B (out, r) = 0,   A (r, in) ~ U(-1/sqrt(in), 1/sqrt(in))
     S has int(density out in) entries ~ U(-1/sqrt(in), 1/sqrt(in)), on places drawn once, uniformly, and never changed

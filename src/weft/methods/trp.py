@@ -1,16 +1,16 @@
 """trp: dense matrices that are trained towards low rank, and end as factors (Trained Rank Pruning, Xu et al., 2018,
-arXiv 1812.02402; its code yuhuixu1993/Trained-Rank-Pruning, read through its description).
+arXiv 1812.02402; its code yuhuixu1993/Trained-Rank-Pruning, `cifar-TRP.py`, read).
 
     every m steps   W <- U_k diag(s - tau)_+ V_k,   k the smallest rank that keeps the share T of sum s^2
     in the end      B = U_k sqrt(s), A = sqrt(s) V_k, by the same T; a matrix that would be no smaller stays dense
 
 Truncating a trained matrix hurts since training never asked for low rank; here it asks, again and again. The memory of
-training is that of dense weights. T acts on what the truncation before has left: after ten of them T^10 is kept, so
-that T = 0.99 stands here where the code has 0.9.
+training is that of dense weights. T acts on what the truncation before has left: after ten of them T^10 is kept. T is
+0.99, as in the version of the code that was read, whose nuclear term is switched off.
 Deviations: all matrices of a model's blocks in place of convolutions. tau is a share of the mean kept singular value,
 taken with the truncation, where the paper adds lambda U_k V_k to the next gradient: with Adam that would leave the
-singular basis, and 3e-4 at SGD's rate of 0.1 is nothing at Adam's. m is a tenth of the run, at most 200 (the code's
-script: 5): an SVD of every matrix costs more than a step.
+singular basis, and 3e-4 at SGD's rate of 0.1 is nothing at Adam's. m is a tenth of the run, at most 200 (the
+code: every step): an SVD of every matrix costs more than a step.
 """
 
 from __future__ import annotations

@@ -127,9 +127,9 @@ def plain_embeddings(model: nn.Module) -> bool:
         layer.weight, layer.bias = made[id(head.table[0])][1].weight, head.bias  # type: ignore[assignment]
         replace(model, name, layer)
         _say_tied(model, True)
-    head = tables(model)[1] if made else None
-    if isinstance(head, SumLinear):
-        replace(model, _name(model, head), head.collapse())
+    output = tables(model)[1] if made else None
+    if isinstance(output, SumLinear):
+        replace(model, _name(model, output), output.collapse())
     return bool(made)
 
 
