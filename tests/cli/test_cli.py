@@ -164,7 +164,7 @@ MISTAKES = [
     ("compress pico -o O --option rank=3", "has no option 'rank'"),
     ("compress pico -o O --seed -1", "--seed is -1"),
     ("compress pico -o O --calibration missing.txt", "missing.txt"),
-    ("finetune pico -o O --method lor", "the nearest are: lora"),
+    ("finetune pico -o O --method lorra", "the nearest are: lora"),
     ("finetune pico -o O --steps 0", "--steps is 0: give at least 1"),
     ("combine A B -o O", "A holds no adapter"),
     ("combine A B -o O --method leg", "the nearest are: lego"),

@@ -66,6 +66,8 @@ def process(rank, port, directory):
         half(Path(directory) / "galore-two", "galore-again")
     torch.distributed.barrier()
     torch.save(go(Path(directory) / "galore-again", "galore", batch=2), Path(directory) / f"galore-again-{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def half(directory: Path, name: str) -> None:

@@ -66,8 +66,8 @@ class SteppedCode(Term):
 
     def forward(self, x: Tensor) -> Tensor:
         with at_hand(self.inner):
-            y: Tensor = self.inner(x)
             change = (self._columns(self._stepped()) - self._columns(self._fixed())).to(x.dtype)
+        y: Tensor = self.inner(x)
         return y + F.linear(x.index_select(-1, self.places), change)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -85,6 +85,7 @@ def sharded(model: nn.Module, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _restore(shells)
+        dist.barrier()  # no process goes on while another still waits for its rows
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
