@@ -18,7 +18,7 @@ ROWS = {
     name: cells[1]
     for line in TABLE.splitlines()[2:]
     for cells in [line.strip("| ").split(" | ")]
-    for name in re.findall(r"`([\w-]+)`", cells[0])
+    for name in re.findall(r"`([\w.-]+)`", cells[0])
 }
 ADAPTERS = [name for name, method in METHODS.items() if method.kind == "adapt"]
 
