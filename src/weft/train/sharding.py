@@ -67,7 +67,8 @@ def _processes() -> int:
 
 @contextmanager
 def sharded(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Within the block, the parameters are this process's rows of them; after it, whole again on every process.
+    """Within the block, the parameters are this process's rows of them; after it, whole again on every process, but
+    for an error, which leaves them spread.
 
     Make the optimizer within the block. The model must be the same on all processes.
     """
@@ -81,11 +82,9 @@ def sharded(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     for block in (block for stack in block_stacks(model).values() for block in stack):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    try:
-        yield
-    finally:
-        _restore(shells)
-        dist.barrier()  # no process goes on while another still waits for its rows
+    yield
+    _restore(shells)  # not after an error, which may be of one process alone: the others would be waited for
+    dist.barrier()  # no process goes on while another still waits for its rows
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
