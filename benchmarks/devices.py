@@ -37,6 +37,8 @@ STEPS = 6
 BUDGETS = {"compress": 0.6, "compensate": "12 bits"}
 OPTIONS: dict[str, dict[str, Any]] = {"sltrain": {"density": 0.1}, "lost": {"density": 0.25}, "lst": {"reduction": 2}}
 """What so small a model needs."""
+CODES = {"pv-tuning": "rtn", "tiny-training": "rtn"}
+"""What is trained as codes, and whose they are."""
 
 
 def batches(device: str) -> list[dict[str, torch.Tensor]]:
@@ -70,7 +72,7 @@ def compressed(method: Method, device: str) -> list[float]:
     except WeftError as error:
         if "several sizes" not in str(error):
             raise
-        weft.compress(model, chain, budget="6 bits", batches=batches(device))
+        weft.compress(model, chain, budget="7 bits", batches=batches(device))
     return [mean_loss(model, device)]
 
 
@@ -89,12 +91,15 @@ def adapted(method: Method, device: str) -> list[float]:
 
 
 def structured(method: Method, device: str) -> list[float]:
-    model = tiny_llama()
+    model = tiny_llama().to(device)
     structure = Structure.of(method, 4 if method.ranked else None, OPTIONS.get(method.name, {}))
-    restructure(model, structure)
+    if method.name in CODES:
+        weft.compress(model, CODES[method.name], budget="6 bits", batches=batches(device))
+    original = structure.original(model)
+    restructure(model.cpu(), structure)
     model.to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    return trained(model, optimizer, structure.rules(model, 0), device)
+    return trained(model, optimizer, structure.rules(model, 0, original), device)
 
 
 def optimised(record: Any, device: str) -> list[float]:
@@ -114,8 +119,8 @@ def grafted(name: str, device: str) -> float:
 def cases() -> Iterator[tuple[str, Losses]]:
     kinds = {"compress": compressed, "quantize": compressed, "compensate": compressed, "adapt": adapted}
     for name, method in METHODS.items():
-        work = {**kinds, "pretrain": structured}.get(method.kind)
-        if work is not None:
+        work = {**kinds, "pretrain": structured, "train": structured}.get(method.kind)
+        if work is not None and method.split is not None:
             yield f"{method.kind} {name}", lambda device, work=work, method=method: work(method, device)
     for name, record in OPTIMIZERS.items():
         if not record.loop:

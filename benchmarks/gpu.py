@@ -116,6 +116,16 @@ def training_step(item: Item, dry: bool, device: str) -> None:
         item(name, lambda name=name: {"tokens": args.steps * args.window * args.batch, **run(name, every[name][0], 0)})
 
 
+def structures_step(item: Item, dry: bool, device: str) -> None:
+    import pretrain_step as structures
+
+    size, rank, batch, window, names = "60m", 128, 32, 256, structures.METHODS
+    if dry:
+        size, rank, batch, window, names = "9m", 8, 1, 16, structures.METHODS[1:3]
+    ids = torch.arange(batch * window, device=device).view(batch, window) % structures.WORDS
+    item("in turn", lambda: structures.measure(names, size, rank, ids, 2 if dry else 10))
+
+
 def devices_step(item: Item, dry: bool, device: str) -> None:
     import devices
 
@@ -130,6 +140,7 @@ STEPS: dict[str, tuple[float, Callable[[Item, bool, str], None]]] = {  # name ->
     "factorisation": (1.0, factorisation_step),
     "layers": (1.0, layers_step),
     "training": (2.0, training_step),
+    "structures": (0.8, structures_step),
     "methods": (1.5, devices_step),
 }
 
@@ -183,7 +194,7 @@ def main() -> None:
         parser.error("there is no GPU here; --dry-run checks everything on a CPU.")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.dry_run and args.minutes:  # what steps import, once: they are forked
-        for module in ("devices", "finetune_step", "kernels", "layers", "optim_step", "pretrain_table", "peft"):
+        for module in ("devices", "finetune_step", "kernels", "layers", "optim_step", "pretrain_step", "pretrain_table", "peft"):
             importlib.import_module(module)
     end = time.perf_counter() + 60 * args.minutes
     write(path, setting(args.dry_run))

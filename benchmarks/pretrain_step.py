@@ -2,13 +2,15 @@
 
     python benchmarks/pretrain_step.py                        # LLaMA-60M shapes, one thread of a CPU, some 10 minutes
     python benchmarks/pretrain_step.py --only dense low-rank sltrain --rounds 9
+    python benchmarks/pretrain_step.py --device cuda --batch 32
 
 A step is forward, backward and AdamW of a whole model with a head of 32,000 words, lean. Time is processor time, its
 median over rounds in which every structure takes one step. Beside it: the operations that a step dispatches, the
 floating-point operations of its products, and the bytes that are alive at most: in the step, and in one layer (the
-first block's down projection) beyond its weights, its input and its output's gradient. "low rank + sparse, by
+first block's down projection) beyond its weights, its input and its output's gradient. On a GPU, where weights are in
+bf16, time is the wall's, and the peak the allocator's, measured with one model alone on the device. "low rank + sparse, by
 autograd" is SLTrain's layer written as a formula, W = s B A + S and x W^T: what a fused form is to save.
-Writes benchmarks/results/pretrain_step_cpu_<size>.json.
+Writes benchmarks/results/pretrain_step_<device>_<size>.json.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -53,15 +56,16 @@ class ByAutograd(nn.Module):
         super().__init__()
         low, sparse = layer.terms.values()
         self.B, self.A, self.scale = low.B, low.A, low.scale
-        self.values, self.positions = sparse.values, sparse.positions.long()
+        self.values = sparse.values
+        self.register_buffer("positions", sparse.positions.long(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         W = self.scale * (self.B @ self.A)
         return F.linear(x, W.flatten().index_add(0, self.positions, self.values).view_as(W))
 
 
-def made(method: str, size: str, rank: int, window: int) -> LlamaForCausalLM:
-    """A model of a size in training, with what stands in the place of its matrices."""
+def made(method: str, size: str, rank: int, window: int, device: str = "cpu") -> nn.Module:
+    """A model of a size in training, with what stands in the place of its matrices; on a GPU in bf16."""
     hidden, inner, layers, heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=WORDS, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
@@ -75,7 +79,12 @@ def made(method: str, size: str, rank: int, window: int) -> LlamaForCausalLM:
     if method.startswith(NAIVE):
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, SumLinear)]:
             model.set_submodule(name, ByAutograd(layer))
-    return model.train() if method == NOT_LEAN else lean(model.train())
+    model.to(device, torch.float32 if device == "cpu" else torch.bfloat16).train()
+    return model if method == NOT_LEAN else lean(model)
+
+
+def stepper(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
@@ -96,7 +105,7 @@ def counted(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> 
         step(model, optimizer, ids)
     with FlopCounterMode(display=False) as flops:
         step(model, optimizer, ids)
-    entries = sum(
+    entries = sum(  # multiplied alone, by a call that the counter does not know
         m.values.numel() for m in model.modules() if getattr(m, "kind", "") == "sparse" and on_entries(m)
     )  # fmt: skip
     of_entries = 6 * entries * ids.numel()  # forward, and both gradients
@@ -110,7 +119,8 @@ def layer_bytes(model: nn.Module, tokens: int) -> int:
     """What one layer's forward and backward pass hold at most beyond weights, input and the output's gradient."""
     layer: Any = model.get_submodule("model.layers.0.mlp.down_proj")
     hidden, inner = model.config.hidden_size, model.config.intermediate_size
-    x, g = torch.randn(tokens, inner, requires_grad=True), torch.randn(tokens, hidden)
+    like = next(model.parameters())
+    x, g = like.new_empty(tokens, inner).normal_().requires_grad_(), like.new_empty(tokens, hidden).normal_()
     with Live() as live:
         before = live.count([x, g, *layer.parameters(), *layer.buffers()])
         layer(x).backward(g)
@@ -122,6 +132,47 @@ def on_entries(term: Any) -> bool:
     return sparse_linear.entries_alone(term.values, term.out_features, term.in_features)
 
 
+def measure(names: Sequence[str], size: str, rank: int, ids: Tensor, rounds: int) -> dict[str, dict[str, Any]]:
+    """Name -> what was counted and the seconds of every round, in each of which every structure takes one step."""
+    device = ids.device.type
+    rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
+    models, optimizers = {}, {}
+    for name in names:
+        models[name] = made(name, size, rank, ids.shape[1], device)
+        optimizers[name] = stepper(models[name])
+        step(models[name], optimizers[name], ids)
+        rows[name] |= counted(models[name], optimizers[name], ids)
+        if device != "cpu":
+            rows[name] |= allocated(models[name], optimizers[name], ids)
+    for _ in range(rounds):
+        for name in names:
+            began = now(device)
+            step(models[name], optimizers[name], ids)
+            rows[name]["seconds"].append(now(device) - began)
+    return rows
+
+
+def now(device: str) -> float:
+    """Processor time; on a GPU the wall's, once it is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def allocated(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> dict[str, int]:
+    """The allocator's peak in a step beyond what was there before it, and that with the model and its moments."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(model, optimizer, ids)
+    torch.cuda.synchronize()
+    beside = torch.cuda.max_memory_allocated() - before
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    held += sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+    return {"peak_bytes": beside + held, "held_bytes": held}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="60m")
@@ -130,32 +181,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=METHODS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    ids = torch.randint(WORDS, (args.batch, args.window), generator=torch.Generator().manual_seed(0))
-    models = {name: made(name, args.size, args.rank, args.window) for name in args.only}
-    optimizers = {
-        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-        for name, model in models.items()
-    }
-    rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in models}
-    for name, model in models.items():
-        step(model, optimizers[name], ids)
-        rows[name] |= counted(model, optimizers[name], ids)
-    for _ in range(args.rounds):
-        for name, model in models.items():
-            began = time.process_time()
-            step(model, optimizers[name], ids)
-            rows[name]["seconds"].append(time.process_time() - began)
+    ids = torch.randint(WORDS, (args.batch, args.window), generator=torch.Generator().manual_seed(0)).to(args.device)
+    rows = measure(args.only, args.size, args.rank, ids, args.rounds)
     show(rows)
+    name = platform.processor() or platform.machine() if args.device == "cpu" else torch.cuda.get_device_name()
     record = {
-        "date": date.today().isoformat(), "device": platform.processor() or platform.machine(),
+        "date": date.today().isoformat(), "device": name,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}, "threads": 1,
         **{key: getattr(args, key) for key in ("size", "rank", "window", "batch", "rounds")}, "rows": rows,
     }  # fmt: skip
     args.output.mkdir(exist_ok=True)
-    path = args.output / f"pretrain_step_cpu_{args.size}.json"
+    path = args.output / f"pretrain_step_{args.device}_{args.size}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
 
