@@ -260,6 +260,8 @@ def _refused_call(path: Path, call: ast.Call) -> Iterator[str]:
         yield f"{path}:{call.lineno}: hasattr"
     if name == "torch.load" and keywords.get("weights_only") != "True":
         yield f"{path}:{call.lineno}: torch.load without weights_only=True"
+    if name.startswith("torch.") and "out" in keywords and name not in ("torch.mul", "torch.mm"):
+        yield f"{path}:{call.lineno}: {name} into an `out`, in whose dtype a GPU computes, not in the operands'"
     if keywords.get("shell") == "True":
         yield f"{path}:{call.lineno}: a shell"
 

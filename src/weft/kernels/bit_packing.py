@@ -80,11 +80,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     for i in range(1, _width(bits)):
         words = (words.to(_WORDS[_width(bits)]) << 8) | bytes[:, i : i + 1]
     shifts = _shifts(bits, device=packed.device, dtype=words.dtype)
-    if torch.compiler.is_compiling():
-        codes = (words >> shifts).to(torch.uint8)
-    else:  # stored as bytes at once
-        codes = torch.empty(len(words), _count(bits), dtype=torch.uint8, device=packed.device)
-        torch.bitwise_right_shift(words, shifts, out=codes)
+    codes = (words >> shifts).to(torch.uint8)  # no `out` of bytes: a GPU would shift words cut to bytes
     return codes.bitwise_and_(2**bits - 1).flatten()[:count]
 
 
