@@ -17,7 +17,30 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 def structure_tables(table: Any) -> list[str]:
     """Held-out loss of every structure, and what its step takes; `table` makes a Markdown table."""
-    return [*_quality(table), "", *_steps(table), "", *_planned(table)]
+    return [*_quality(table), "", *_larger(table), "", *_steps(table), "", *_planned(table)]
+
+
+def _larger(table: Any) -> list[str]:
+    found = _results("pretrain_table_cuda_60m_100_structures.json")
+    given, rows = found["arguments"], found["rows"]
+    words = (
+        f"The same at {given['size']} on one {found['device']}: {given['steps']} steps of {given['batch']} x "
+        f"{given['window']} tokens, rank {found['rank']}, one seed, {given['tries']} rates of a lattice of factor "
+        f"{given['grid']:g}, several rows side by side on the device. "
+    )
+    cells = [
+        [
+            name,
+            f"{row['lr']:.2g}{' (edge)' if row['at_the_edge'] else ''}",
+            f"{row['loss']:.3f}",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['bytes'] / 1e6:.0f} MB",
+        ]
+        for name, row in rows.items()
+    ]
+    beaten = [name for name, row in rows.items() if row["loss"] < rows["low rank, AdamW"]["loss"] - 0.1]
+    said = f"More than 0.1 below plain low rank of rank {found['rank']}: {', '.join(beaten)}."
+    return [words, "", *table(["structure", "rate", "loss", "trained", "bytes"], cells), "", said]
 
 
 def _quality(table: Any) -> list[str]:
