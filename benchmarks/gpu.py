@@ -194,7 +194,8 @@ def main() -> None:
         parser.error("there is no GPU here; --dry-run checks everything on a CPU.")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.dry_run and args.minutes:  # what steps import, once: they are forked
-        for module in ("devices", "finetune_step", "kernels", "layers", "optim_step", "pretrain_step", "pretrain_table", "peft"):
+        steps = ("devices", "finetune_step", "kernels", "layers", "optim_step", "pretrain_step", "pretrain_table")
+        for module in (*steps, "peft"):
             importlib.import_module(module)
     end = time.perf_counter() + 60 * args.minutes
     write(path, setting(args.dry_run))

@@ -8,8 +8,8 @@ A step is forward, backward and AdamW of a whole model with a head of 32,000 wor
 median over rounds in which every structure takes one step. Beside it: the operations that a step dispatches, the
 floating-point operations of its products, and the bytes that are alive at most: in the step, and in one layer (the
 first block's down projection) beyond its weights, its input and its output's gradient. On a GPU, where weights are in
-bf16, time is the wall's, and the peak the allocator's, measured with one model alone on the device. "low rank + sparse, by
-autograd" is SLTrain's layer written as a formula, W = s B A + S and x W^T: what a fused form is to save.
+bf16, time is the wall's and the peak the allocator's. "low rank + sparse, by autograd" is SLTrain's layer
+written as a formula, W = s B A + S and x W^T: what a fused form is to save.
 Writes benchmarks/results/pretrain_step_<device>_<size>.json.
 """
 
