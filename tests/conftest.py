@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,25 @@ from weft.embedded import model_path
 # no deadline: a busy machine is no fault of the code; tests that need more examples than 50 say so
 settings.register_profile("weft", deadline=None, max_examples=50)
 settings.load_profile("weft")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays: it is put out of the way of the collections that each Trainer asks for."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_to_stay() -> None:
+    """What earlier tests have imported or compiled stays too."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
