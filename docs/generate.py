@@ -45,6 +45,7 @@ KINDS = {
     "allocate": "Allocations: how a budget is spread over layers",
     "merge": "Merging: several adapters become one",
     "mix": "Mixing: several outputs become one",
+    "memory": "Memory: inference in pieces",
     "select": "Selection: which data to train on, or to be measured by",
     "measure": "Measures: what weights, activations, gradients, texts and changes look like",
     "law": "Scaling laws: what a size, a budget or a code costs in loss",

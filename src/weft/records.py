@@ -24,7 +24,7 @@ __all__ = ["Record", "Table", "find", "load_entry_points", "parsed_value", "regi
 
 ROOMS = (
     *("weft.methods", "weft.optim", "weft.merging", "weft.grafts", "weft.allocate", "weft.measures", "weft.scaling"),
-    "weft.select",
+    *("weft.select", "weft.memory"),
 )
 """The rooms that have a table."""
 

@@ -24,7 +24,7 @@ from weft.memory.forwards import LeanForward
 from weft.terms import SumLinear
 from weft.terms.layers import is_conv1d
 
-__all__ = ["LeanReport", "language_model", "lean", "lean_report", "unlean", "without_logits"]
+__all__ = ["LeanReport", "is_gated_mlp", "language_model", "lean", "lean_report", "unlean", "without_logits"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -151,6 +151,12 @@ def _known(module: nn.Module) -> Callable[..., Any] | str | None:
             return run if _computes(module, run) else f"its forward is not the usual one of {', '.join(names)}"
     gates = [child for child in children if "gate" in child]
     return "a gated MLP of unknown form" if gates and any("down" in child for child in children) else None
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module is a gated MLP of a known form: it works on every row alone."""
+    children = dict(module.named_children()).keys()
+    return any(set(names) == children and _computes(module, run) for names, run in _GATED.items())
 
 
 def _fits(module: SumLinear) -> bool:
