@@ -14,6 +14,7 @@ Structures in the place of matrices, each over seeds at its tuned rate, and besi
 takes the same bytes (weights, gradients, moments):
 
     python benchmarks/pretrain_table.py --structures --tries 3             # an hour; it goes on where it was stopped
+    python benchmarks/pretrain_table.py --structures --tries 1 --steps 500 --rates FILE    # at the rates of that table
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tries", type=int, default=5, help="most learning rates an optimizer")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--structures", action="store_true", help="the rows of what stands in the place of matrices")
+    parser.add_argument("--rates", type=Path, help="a table of fewer steps, at whose rates the search begins")
     parser.add_argument("--only", nargs="*", default=[], help="names of rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--tokenizer", default="pico")
@@ -235,12 +237,13 @@ def structures_table(args: argparse.Namespace, rank: int, path: Path) -> dict[st
     if path.exists() and (before := json.loads(path.read_text()))["arguments"] == found["arguments"]:
         found = before
     table = structures(rank)
+    rates = {} if args.rates is None else {n: r["lr"] for n, r in json.loads(args.rates.read_text())["rows"].items()}
     run, rows = runner(args, table), found["rows"]
     for name in chosen(args, table):
         if name in rows:
             continue
         began = time.perf_counter()
-        row = tuned(table[name][0], args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
+        row = tuned(rates.get(name, table[name][0]), args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
         rows[name] = over_seeds(name, row, args.seeds, run)
         if PLAIN in rows and name != PLAIN:
             rows[name]["plain"] = equal_bytes(row, args, table, run, rows[PLAIN]["lr"])
@@ -265,7 +268,7 @@ def show(rows: dict[str, Any], compared: dict[str, Any] | None) -> None:
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    given = {k: v for k, v in vars(args).items() if k not in ("output", "text", "eval_text", "tokenizer")}
+    given = {k: v for k, v in vars(args).items() if k not in ("output", "text", "eval_text", "tokenizer", "rates")}
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     return {
         "date": date.today().isoformat(),

@@ -90,6 +90,17 @@ def test_nm_gradient_flow_leaves_its_pattern_and_says_its_perplexity(go, tmp_pat
             assert int(kept.max()) == 1
 
 
+def test_a_given_model_goes_on_at_a_tenth_of_the_rate_and_spdf_keeps_its_largest_entries(go, tmp_path, model):
+    go(method="spdf", sparsity=0.5, lr=None, steps=1)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["lr"] == pytest.approx(1e-4)
+    layers = [(n, m) for n, m in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_modules()]
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    for name, layer in layers:
+        if isinstance(layer, SumLinear):
+            size, kept = whole.get_submodule(name).weight.abs(), layer.dense() != 0
+            assert size[kept].min() >= size[~kept].max()
+
+
 def test_a_weft_model_goes_on_as_it_is(go, tmp_path):
     go("sparse", method="spdf", sparsity=0.5)
     done = go("more", model=str(tmp_path / "sparse"))

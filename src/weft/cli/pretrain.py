@@ -62,7 +62,10 @@ def command(
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate; the optimizer's published one.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Peak learning rate; the optimizer's published one, --from a tenth of it.", show_default=False
+        ),
     ] = None,
     window: Window = 256,
     batch: Annotated[int, typer.Option(help="Windows that a process handles at once.")] = 16,

@@ -128,12 +128,11 @@ class _Pieces(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        terms = list(layer.terms.values()) if isinstance(layer, SumLinear) else []
+        terms: list[Any] = list(layer.terms.values()) if isinstance(layer, SumLinear) else []
         self.factors: list[Factor] = []
         self.weights: list[Tensor] = [] if terms else [layer.weight]
         for term in terms:
-            parts: Any = term.lean_parts()
-            weight: Any = term.lean_weight()
+            parts, weight = term.lean_parts(), term.lean_weight()
             if parts is not None and all(isinstance(part, Factor) for part in parts):
                 self.factors += parts
             elif weight is not None:

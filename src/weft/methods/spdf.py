@@ -9,8 +9,9 @@ bytes an entry at a sparsity of 0.75, where dense training takes 10. The matrix 
 dense, with new moments and a new schedule, and two commands: `weft merge OUT -o DENSE`, then `weft finetune DENSE
 --method full` or `weft pretrain --from DENSE`; what was masked then starts at 0.
 With `rescale` the kept entries are multiplied by 1 / sqrt(1 - sparsity), so that outputs of a fresh layer keep their
-variance. Of a given model, `mask` "magnitude" keeps the largest entries in place of random ones.
-Deviations: no code was found; that the mask is uniform, and `rescale` off, are the card's reading of the paper.
+variance. Of a given model, which random places would ruin, the largest entries are kept (`mask` "magnitude").
+Deviations: no code was found; that the mask is uniform, and `rescale` off, are the card's reading of the paper, which
+begins with fresh weights; the mask of a given model is magnitude pruning's.
 """
 
 from __future__ import annotations
@@ -70,4 +71,5 @@ METHOD = Method(
     trained=low_rank_terms,
     begins=("given", "fresh"),
     defaults={"sparsity": 0.75, "mask": "random", "rescale": False},
+    given={"mask": "magnitude"},
 )

@@ -53,6 +53,8 @@ from weft.verbs.pretraining import pretrain, rules_of
 __all__ = ["build", "pretrain", "run"]
 
 
+GOING_ON = 0.1
+"""Of an optimizer's rate for fresh weights, where a model is given: the whole of it undoes what was learned."""
 ASIDE = ("settings", "device", "dry_run", "plan", "shard")
 """Arguments that decide nothing of what is written."""
 
@@ -107,7 +109,8 @@ def run(
             best.
         shard: spread weights, gradients and the optimizer's state over the processes (FSDP2); so does a configuration
             of accelerate with FSDP.
-        lr: None for the optimizer's published rate (1e-3 for AdamW). warmup: None for a tenth of the steps.
+        lr: None for the optimizer's published rate (1e-3 for AdamW), a tenth of it for a given model. warmup: None for
+            a tenth of the steps.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
         plan: make nothing, and say what a step would hold in bytes (`weft.plan.step`); `out` may then be None.
         **settings: fields of `Recipe` (steps, window, batch, seed ...), and options of the method, or else of the
@@ -119,6 +122,7 @@ def run(
     """
     arguments = {k: v for k, v in locals().items() if k not in ASIDE} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings, given=model is not None)
+    lr = default_rate(optimizer) * (1.0 if model is None else GOING_ON) if lr is None else lr
     recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
@@ -222,16 +226,16 @@ def _structure(
 
 
 def _settings(
-    optimizer: str, rank: float | None, lr: float | None, warmup: int | None, settings: Mapping[str, Any]
+    optimizer: str, rank: float | None, lr: float, warmup: int | None, settings: Mapping[str, Any]
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with the optimizer's own rate, and what is left for the optimizer."""
+    """The recipe, and what is left for the optimizer."""
     known = {field.name for field in fields(Recipe)}
     options = {key: value for key, value in settings.items() if key not in known}
     if rank is not None:
         options["rank"] = _rank(optimizer, rank)
     check_options(optimizer, options)
     recipe = {"window": 256, "batch": 16, "clip": 0.0} | {k: v for k, v in settings.items() if k in known}
-    recipe["lr"] = default_rate(optimizer) if lr is None else lr
+    recipe["lr"] = lr
     recipe["warmup"] = int(recipe.get("steps", Recipe.steps)) // 10 if warmup is None else warmup
     made = Recipe(**recipe)
     return made, chosen_options(optimizer, options, made.steps)
