@@ -122,8 +122,8 @@ def run(
     """
     arguments = {k: v for k, v in locals().items() if k not in ASIDE} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings, given=model is not None)
-    lr = default_rate(optimizer) * (1.0 if model is None else GOING_ON) if lr is None else lr
-    recipe, options = _settings(optimizer, rank, lr, warmup, {**settings, **(optimizer_options or {})})
+    own = {**settings, **(optimizer_options or {})}
+    recipe, options = _settings(optimizer, rank, _rate(lr, optimizer, model), warmup, own)
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
     size, tokenizer = check_beginning(model, size, tokenizer, mup, structure)
@@ -139,8 +139,7 @@ def run(
     inputs = contents(model=model, tokenizer=tokenizer, text=files, eval_text=eval_text, eval_data=eval_data)
     if out is not None or not plan:
         check_output(_named(out), arguments, inputs)
-    evaluation = held_out(eval_text, model)
-    judge = None if eval_data is None else read_texts(eval_data)
+    evaluation, judge = held_out(eval_text, model), None if eval_data is None else read_texts(eval_data)
     target = training_device(device)
     kind = resolve_dtype(dtype, target) or torch.bfloat16
     given = None if model is None else given_model(model, recipe.window, target, None if dtype is None else kind)
@@ -223,6 +222,11 @@ def _structure(
     own = {key: value for key, value in settings.items() if key in found.defaults}
     left = {key: value for key, value in settings.items() if key not in own}
     return Structure.of(found, rank, own, given), None, left
+
+
+def _rate(given: float | None, optimizer: str, model: str | None) -> float:
+    """The peak rate."""
+    return default_rate(optimizer) * (1.0 if model is None else GOING_ON) if given is None else given
 
 
 def _settings(
