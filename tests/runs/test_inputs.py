@@ -56,6 +56,18 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     assert changes(before, now) == [f"data ({data[1]})", "model (tokenizer.json)"]
 
 
+def test_of_each_file_it_is_asked_a_few_times_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once for each other file: the default text has hundreds."""
+    texts = [tmp_path / f"{i}.txt" for i in range(60)]
+    for path in texts:
+        path.write_text(path.name)
+    asked: list[Path] = []
+    is_dir = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: asked.append(path) or is_dir(path))
+    assert len(contents(text=texts)["text"]) == 60
+    assert len(asked) <= 5 * 60
+
+
 def test_the_same_command_on_a_changed_file_is_refused(tmp_path: Path) -> None:
     out, data = tmp_path / "out", tmp_path / "train.jsonl"
     data.write_text('{"text": "a"}\n')

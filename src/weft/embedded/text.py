@@ -10,6 +10,7 @@ Tests, IDLE and installed packages belong to neither side: they are absent from 
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -80,13 +81,19 @@ def _in_turn(chapters: list[str], texts: Iterator[str]) -> Iterator[str]:
 
 def _files(root: Path | None, held_out: bool) -> list[Path]:
     root = root or Path(sysconfig.get_path("stdlib"))
-    relatives = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    wanted = [r for r in relatives if not _LEFT_OUT & set(r.split("/")) and is_held_out(r) == held_out]
+    wanted = [r for r in sorted(_sources(root)) if is_held_out(r) == held_out]
     # _sysconfigdata_*: a build's own settings, different on every machine
     files = [root / r for r in wanted if not r.startswith("_sysconfigdata")]
     if not files:
         raise WeftError(f"There are no Python sources under {root} to use as default text; name a text file yourself.")
     return files
+
+
+def _sources(root: Path) -> Iterator[str]:
+    """The paths of the sources, relative to the root; what is left out is not walked through."""
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        yield from (Path(place, name).relative_to(root).as_posix() for name in files if name.endswith(".py"))
 
 
 def _read(path: Path) -> str:

@@ -7,9 +7,9 @@ A file counts by its bytes, not by its date (`weft.files.digest`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from weft.errors import WeftError
 from weft.files import digest
@@ -91,12 +91,14 @@ def _data(path: Path) -> list[Path]:
     ]
 
 
-def _names(files: Sequence[Path], roots: Sequence[Any]) -> list[str]:
+def _names(files: Sequence[Path], roots: Sequence[Path]) -> list[str]:
     """What to call each file: its place in the directory that was given, else its name, or its path where several
     have one name.
     """
+    folders = [root for root in roots if root.is_dir()]  # none among thousands of files that were given one by one
     names = []
     for file in files:
-        root = next((Path(r) for r in roots if Path(r).is_dir() and file.is_relative_to(r)), file.parent)
+        root = next((folder for folder in folders if file.is_relative_to(folder)), file.parent)
         names.append(file.relative_to(root).as_posix())
-    return [str(file.resolve()) if names.count(name) > 1 else name for file, name in zip(files, names, strict=True)]
+    several = Counter(names)
+    return [str(file.resolve()) if several[name] > 1 else name for file, name in zip(files, names, strict=True)]
