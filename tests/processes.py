@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
+from torch.distributed import TCPStore
 
-__all__ = ["Started", "command", "context", "start", "together"]
+__all__ = ["Started", "command", "context", "launched", "script", "start", "together"]
 
 PRELOADED = ["torch.distributed.fsdp", "transformers.trainer", "weft.cli", "weft.verbs.compress", "weft.verbs.pretrain"]
 METHOD = "spawn" if sys.platform == "win32" else "forkserver"
@@ -36,6 +38,22 @@ def together(worker: Callable[..., None], *arguments: Any, world: int = 2) -> No
     """worker(rank, *arguments) in `world` processes at once; an exception in one of them ends all, and is raised."""
     context()
     torch.multiprocessing.start_processes(worker, arguments, world, start_method=METHOD)
+
+
+def launched(worker: Callable[..., None], *arguments: Any, world: int = 2) -> None:
+    """The same, each process with the environment that torchrun would give it, on a CPU."""
+    # held here: a port that is found free and let go may be another's before the first process takes it
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    together(_ranked, world, store.port, worker, arguments, world=world)
+
+
+def _ranked(rank: int, world: int, port: int, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    worker(rank, *arguments)
 
 
 @dataclass
@@ -82,6 +100,17 @@ def start(folder: Path, target: Callable[..., None], *arguments: Any) -> Started
 def command(folder: Path, words: Sequence[str]) -> Started:
     """`weft` with these words."""
     return start(folder, weft, words)
+
+
+def script(folder: Path, path: Path, *words: str) -> Started:
+    """`python path` with these words."""
+    return start(folder, _script, str(path), words)
+
+
+def _script(path: str, words: Sequence[str]) -> None:
+    sys.argv = [path, *words]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def weft(words: Sequence[str]) -> None:

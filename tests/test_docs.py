@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 
+from tests.processes import script
 from weft.cli import app
 from weft.embedded.text import default_text
 from weft.merging import MERGERS
@@ -102,11 +103,9 @@ def test_lines_can_be_read(page: Path) -> None:
     assert not long, "\n".join(long)
 
 
-def test_generated_pages_are_current() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_generated_pages_are_current(tmp_path: Path) -> None:
+    done = script(tmp_path, ROOT / "docs" / "generate.py", "--check")
+    assert done.wait() == 0, done.stderr
 
 
 def test_every_method_is_on_the_page_of_methods() -> None:
@@ -120,6 +119,7 @@ import json, sys
 import torch, weft
 from pathlib import Path
 from transformers import AutoModelForCausalLM
+from tests.processes import script
 from weft.cli import app
 from typer.testing import CliRunner
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-COMMAND = [sys.executable, str(Path(__file__).parent.parent / "benchmarks" / "gpu.py"), "--dry-run"]
+from tests.processes import script
+
+GPU = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
 def run(out: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
-    done = subprocess.run([*COMMAND, "--out", str(out), *options], capture_output=True, text=True)
-    return done.returncode, [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
+    status = script(out, GPU, "--dry-run", "--out", str(out), *options).wait()
+    return status, [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
 
 
 def test_every_check_runs(tmp_path: Path) -> None:
     status, rows = run(tmp_path)
     assert status == 0, [row for row in rows if row.get("status") == "failed"]
     ended = [row["step"] for row in rows if row.get("status") == "done"]
-    assert ended == ["kernels", "optimizer steps", "LoRA step", "factorisation", "layers", "training", "methods"]
+    steps = ["kernels", "optimizer steps", "LoRA step", "factorisation", "layers", "training", "structures", "methods"]
+    assert ended == steps
     assert {row["step"] for row in rows if row.get("status") == "measured"} == set(ended)
     for row in rows:  # peers and weft in one row, a step of each in turn, and cold refreshes beside cold ones
         if row.get("status") == "measured" and row.get("item") == "weft galore and galore-torch":

@@ -184,10 +184,8 @@ def test_the_typed_names_are_the_lazy_ones() -> None:
 
 
 def test_methods_is_both_a_room_and_a_function() -> None:
-    code = "import weft, weft.methods.svd; assert weft.methods()[0]['name'] and weft.methods.svd.METHOD"
     listed = weft.methods()  # type: ignore[operator]
     assert all(m.record() in listed for m in weft.methods.METHODS.values())  # type: ignore[attr-defined]
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_file_is_too_long() -> None:
@@ -277,17 +275,34 @@ def _exports(tree: ast.Module) -> set[str]:
     return set()
 
 
-def test_import_weft_imports_nothing_heavy() -> None:
-    code = f"import sys, weft; print(*[m for m in {HEAVY!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+def test_a_fresh_python_imports_weft_without_anything_heavy_and_finds_the_methods() -> None:
+    code = f"""
+import sys, weft
+assert not [module for module in {HEAVY!r} if module in sys.modules]
+import weft.methods.svd
+assert weft.methods()[0]["name"] and weft.methods.svd.METHOD
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_import_weft_is_quick_beyond_torch() -> None:
-    code = "import torch, time; began = time.process_time(); import weft; print(time.process_time() - began)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.3
+    """Three processes that have torch and not yet weft."""
+    code = """
+import os, torch, time
+for _ in range(3):
+    if not os.fork():
+        began = time.process_time()
+        import weft
+        print(time.process_time() - began, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds = [float(line) for line in done.stdout.splitlines()]
+    assert len(seconds) == 3 and min(seconds) < 0.3
 
 
 # file outside terms -> the kinds it tells apart, and why it may: everything else asks the term

@@ -1,10 +1,11 @@
 """Hooks in transformers and in PEFT are there in whatever order the three are imported.
 
-Each order is a Python of its own, so that all that it must show is asked of it one after another: the light first.
+Each order is a process of its own, so that all that it must show is asked of it one after another: the light first.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -40,15 +41,32 @@ ORDERS = {
     ],
     "models first": ["import transformers.modeling_utils; import weft", SAVED, OPENED],
     "weft's quantizer first": [LIGHT, "import weft.io.save", OPENED],
-    "PEFT first": ["import peft, weft", PEFT],
+    "PEFT first": ["import peft, wft", PEFT],
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_hooks_are_there(saved: Path, order: str) -> None:
-    program = "\n".join(["import sys", *ORDERS[order]])
+FORKS = """
+import json, os, sys, traceback
+import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
+for order, program in json.loads(sys.argv[2]).items():
+    pid = os.fork()
+    if not pid:
+        try:
+            exec(program, {"sys": sys})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(json.dumps([order, os.waitpid(pid, 0)[1]]), flush=True)
+"""
+"""Each order in a fork of a Python that has imported what all of them need and none of them is about."""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_hooks_are_there(saved: Path) -> None:
+    programs = {order: "\n".join(lines) for order, lines in ORDERS.items()}
+    command = [sys.executable, "-c", FORKS, str(saved), json.dumps(programs)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(saved)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    ended = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    assert ended == dict.fromkeys(ORDERS, 0), done.stderr

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.processes import together
+from tests.processes import launched
 from weft.rules import Rule
 from weft.train.recipe import Recipe
 from weft.train.trainer import train
@@ -32,14 +31,7 @@ def go(directory, batch):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def process(rank, port, directory):
-    import os
-
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def process(rank, directory):
     torch.save(go(Path(directory) / "two", batch=2), Path(directory) / f"{rank}.pt")
 
 
@@ -47,10 +39,7 @@ def process(rank, port, directory):
 def test_two_processes_train_what_one_does_with_both_batches(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together(process, port, str(tmp_path))
+    launched(process, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = go(tmp_path / "one", batch=4)
     for name, weight in alone.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import weft
-from tests.processes import together
+from tests.processes import launched
 from weft.cli import app
 from weft.errors import WeftError
 from weft.optim import OPTIMIZERS
@@ -368,14 +367,7 @@ def test_mistakes_on_the_command_line(line, sentence, tmp_path):
     assert result.exit_code == 2 and sentence in result.stderr and not list(tmp_path.iterdir())
 
 
-def process(rank, port, directory):
-    import os
-
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def process(rank, directory):
     torch.save(trained(Path(directory), "two", batch=2), Path(directory) / f"{rank}.pt")
 
 
@@ -392,10 +384,7 @@ def trained(directory, name, batch):
 
 @pytest.mark.distributed
 def test_two_processes_train_what_one_does_with_both_batches(text, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together(process, port, str(tmp_path))
+    launched(process, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, weight in trained(tmp_path, "one", batch=4).items():
         assert torch.equal(first[name], second[name]), name

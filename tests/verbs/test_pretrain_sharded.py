@@ -5,14 +5,13 @@ checkpoints are those of one.
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import together
+from tests.processes import launched
 from weft.errors import WeftError
 from weft.runs.loading import load_tokenizer
 from weft.train.recipe import Recipe
@@ -39,10 +38,9 @@ def go(directory: Path, case: str, batch: int, steps: int = STEPS) -> dict[str, 
     model, _ = build("nano", words, 32, 0, structure=structure)
     recipe = Recipe(steps=STEPS, batch=batch, window=32, lr=1e-2, save_every=HALF, log_every=1, clip=1.0)
     directory.mkdir(exist_ok=True)
-    (directory / "text.txt").write_text(TEXT)
     before = type(model), {name: type(m) for name, m in model.named_modules()}
     found = pretrain(
-        model, words, [directory / "text.txt"], recipe, directory, structure=structure, optimizer=optimizer,
+        model, words, [directory.parent / "text.txt"], recipe, directory, structure=structure, optimizer=optimizer,
         schedule="constant", evaluation=TEXT, eval_windows=2, shard=batch == 2, **options,
     )  # fmt: skip
     assert (type(model), {name: type(m) for name, m in model.named_modules()}) == before and not is_sharded(model)
@@ -50,14 +48,7 @@ def go(directory: Path, case: str, batch: int, steps: int = STEPS) -> dict[str, 
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def process(rank, port, directory):
-    import os
-
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def process(rank, directory):
     for case in CASES:
         torch.save(go(Path(directory) / f"{case}-two", case, batch=2), Path(directory) / f"{case}-{rank}.pt")
     for case in ("dense", "sltrain"):  # goes on with one process's checkpoint
@@ -83,13 +74,11 @@ def close(found, expected):
 
 @pytest.mark.distributed
 def test_two_processes_with_a_part_each_train_what_one_does(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)  # once, and not by a process while the other reads
     alone = {case: go(tmp_path / f"{case}-one", case, batch=4) for case in ("dense", "sltrain")}
     for case in alone:
         half(tmp_path / f"{case}-one", f"{case}-spread")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together(process, port, str(tmp_path))
+    launched(process, str(tmp_path))
     found = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     for case in CASES:
         for name, weight in found[f"{case}-0"].items():
