@@ -428,3 +428,21 @@ def test_gradients_come_without_the_logits(name: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(
             moments["output_grad_moment"], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())
         )
+
+
+def test_a_pass_for_inputs_makes_no_logits_but_of_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build("llama"), batches("llama")
+    rows: list[int] = []
+    head, needs = model.get_output_embeddings(), [NEEDS[0]]
+
+    def forward(x: Tensor) -> Tensor:
+        rows.append(x.shape[-2])
+        return torch.nn.functional.linear(x, head.weight)
+
+    monkeypatch.setattr(head, "forward", forward, raising=False)
+    plain = calibrate(model, data, needs)
+    assert rows == [1] * len(data)
+    head.register_forward_hook(lambda module, args, output: None)  # somebody watches it: all of them
+    watched = calibrate(model, data, needs)
+    assert rows[len(data) :] == [batch["input_ids"].shape[1] for batch in data]
+    assert all(torch.equal(plain[name][needs[0]], watched[name][needs[0]]) for name in plain)

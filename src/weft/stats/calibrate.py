@@ -8,6 +8,7 @@ outputs of the blocks already changed, is in `weft.stats.walk`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from weft.errors import WeftError
 from weft.memory.lean import without_logits
@@ -192,12 +194,20 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return total / predictions
 
 
-def forward_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The arguments of a forward pass that needs no loss.
+def forward_inputs(model: nn.Module, batch: Batch, logits: bool = False) -> dict[str, Any]:
+    """The arguments of a forward pass that needs no loss, and of its logits, unless they are asked for, those of the
+    last token alone, where the model can leave out the rest and nobody watches its head.
 
     Labels stay only where an encoder-decoder model derives its decoder's input from them.
     """
-    return {k: v for k, v in batch.items() if k != "labels" or is_encoder_decoder(model)} | _no_cache(model)
+    given = {k: v for k, v in batch.items() if k != "labels" or is_encoder_decoder(model)} | _no_cache(model)
+    return given if logits or not _can_leave_logits(model) else {"logits_to_keep": 1, **given}
+
+
+def _can_leave_logits(model: nn.Module) -> bool:
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    watched = head is None or head._forward_hooks or head._forward_pre_hooks
+    return not watched and "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class _Undisturbed:
 
 def _predictions(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (positions, vocabulary) of the positions that count."""
-    logits: Tensor = model(**forward_inputs(model, batch)).logits
+    logits: Tensor = model(**forward_inputs(model, batch, logits=True)).logits
     if logits.dim() < 3:
         return logits.reshape(len(logits), -1)
     mask = batch.get("attention_mask")
