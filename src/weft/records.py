@@ -188,7 +188,8 @@ def _among(tables: Sequence[Table[R]], name: str, kinds: Sequence[str]) -> R:
         return found[name]
     if name in _broken:
         raise WeftError(f"{_broken[name]}.")
-    raise unknown(f"method to {' or '.join(kinds)}" if kinds else "method", name, found)
+    listed = " or ".join(part for part in (", ".join(kinds[:-1]), *kinds[-1:]) if part)
+    raise unknown(f"method to {listed}" if kinds else "method", name, found)
 
 
 def _tables() -> list[Table[Any]]:

@@ -157,7 +157,10 @@ def test_method_options(weft: Callable[..., Result], calls: list[Any]) -> None:
 
 
 MISTAKES = [
-    ("compress pico -o O --method svd-lm", "There is no method to compress or quantize called 'svd-lm'; the nearest"),
+    (
+        "compress pico -o O --method svd-lm",
+        "There is no method to compress, quantize or prune called 'svd-lm'; the nearest",
+    ),
     ("compress pico -o O --budget 1.5", "out of range: it is the share of parameters kept"),
     ("compress pico -o O --budget much", "is no share and no size; give what to keep, as 0.6, 60%"),
     ("compress pico -o O --allocate bets", "There is no allocation called 'bets'; the nearest are: best"),

@@ -45,7 +45,7 @@ def test_json_on_stdout_and_a_model_on_disk(weft: Callable[..., Result], tiny_di
 
 
 MISTAKES = {
-    "--method svdllm": "There is no method to compress or quantize called 'svdllm'; the nearest are: svd-llm, svd",
+    "--method svdllm": "There is no method to compress, quantize or prune called 'svdllm'; the nearest are: svd-llm",
     "--budget 1.5": "The budget '1.5' is out of range: it is the share of parameters kept, above 0 and at most 1.",
     "--budget 40percent": "The budget '40percent' is no share and no size; give what to keep, as 0.6, 60%",
     "--budget 1kB": "The budget of 0.001MB is below what cannot be compressed: embeddings, norms and head take "

@@ -165,7 +165,7 @@ def test_the_allocation_file_of_a_chain_serves_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "given", "sentence"),
     [
-        (["eora"], {}, "There is no method to compress or quantize called 'eora'"),
+        (["eora"], {}, "There is no method to compress, quantize or prune called 'eora'"),
         (["svd", "eora"], {"budget": 0.5}, "eora offers several sizes and so does svd: give one of them a single size"),
         (["nf3", "svd"], {}, "svd would replace what nf3 made"),
         (["nf3", "eora"], {}, "eora offers several sizes: say what to keep"),

@@ -323,8 +323,13 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"method": "svdllm"}, "There is no method to compress or quantize called 'svdllm'; the nearest are: svd-llm"),
-    ({"method": "lora"}, "There is no method to compress or quantize called 'lora'; the nearest are: "),
+    (
+        {"method": "svdllm"},
+        "There is no method to compress, quantize or prune called 'svdllm'; the nearest are: svd-llm",
+    ),
+    ({"method": "minitronn"}, "the nearest are: minitron"),
+    ({"method": "loram"}, "loram cuts a model to another shape, and no weight to fewer bytes: use weft finetune"),
+    ({"method": "lora"}, "There is no method to compress, quantize or prune called 'lora'; the nearest are: "),
     ({"budget": 1.2}, "The budget 1.2 is out of range: it is the share of parameters kept, above 0 and at most 1."),
     ({"budget": "lots"}, "The budget 'lots' is no share and no size; give what to keep, as 0.6, 60%"),
     (
@@ -542,7 +547,7 @@ def test_a_text_of_one_line_is_too_short(settings: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"method": "svdllm"}, "no method to compress or quantize called 'svdllm'"),
+        ({"method": "svdllm"}, "no method to compress, quantize or prune called 'svdllm'"),
         ({"allocate": "bst"}, "no allocation called 'bst'; the nearest are: best"),
         ({"budget": "0"}, "out of range"),
         ({"windows": 0}, "--windows of at least 1"),

@@ -205,7 +205,7 @@ def forward_inputs(model: nn.Module, batch: Batch, logits: bool = False) -> dict
 
 
 def _can_leave_logits(model: nn.Module) -> bool:
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    head: Any = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     watched = head is None or head._forward_hooks or head._forward_pre_hooks
     return not watched and "logits_to_keep" in inspect.signature(type(model).forward).parameters
 

@@ -56,9 +56,12 @@ def chain(method: Any, options: Mapping[str, Any]) -> list[Stage]:
     given = [method] if isinstance(method, str | Method) else list(method)
     pairs = [one if isinstance(one, tuple) else (one, {}) for one in given]
     kinds = ("compress", "quantize", "compensate")
-    found = [METHODS.find(one, *(kinds if i else kinds[:2])) for i, (one, _) in enumerate(pairs)]
+    found = [METHODS.find(one, *(kinds if i else (*kinds[:2], "prune"))) for i, (one, _) in enumerate(pairs)]
     if not found:
         raise WeftError("There is no method; give one, or a list of them.")
+    if found[0].kind == "prune":
+        home = "weft.verbs.shrink.shrink" if found[0].shrink else f"weft finetune MODEL --method {found[0].name}"
+        raise WeftError(f"{found[0].name} cuts a model to another shape, and no weight to fewer bytes: use {home}.")
     for first, second in pairwise(found):
         if second.kind != "compensate":
             raise WeftError(
