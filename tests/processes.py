@@ -51,6 +51,7 @@ def _ranked(rank: int, world: int, port: int, worker: Callable[..., None], argum
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     torch.set_num_threads(1)
     worker(rank, *arguments)
