@@ -327,7 +327,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"method": "svdllm"},
         "There is no method to compress, quantize or prune called 'svdllm'; the nearest are: svd-llm",
     ),
-    ({"method": "minitronn"}, "the nearest are: minitron"),
+    (
+        {"method": "minitronn"},
+        "There is no method to compress, quantize or prune called 'minitronn'; the nearest are: minitron",
+    ),
     ({"method": "loram"}, "loram cuts a model to another shape, and no weight to fewer bytes: use weft finetune"),
     ({"method": "lora"}, "There is no method to compress, quantize or prune called 'lora'; the nearest are: "),
     ({"budget": 1.2}, "The budget 1.2 is out of range: it is the share of parameters kept, above 0 and at most 1."),
