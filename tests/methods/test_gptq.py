@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.operations import Operations
 from weft.errors import WeftError
 from weft.kernels.integer_grid import fit, grouped, to_codes
 from weft.linalg.column_errors import columns
 from weft.methods import METHODS
-from weft.methods.gptq import quantise
+from weft.methods.base import Site
+from weft.methods.gptq import Codes, quantise
 from weft.methods.rtn import sizes
 from weft.stats.calibrate import calibrate
+from weft.terms import Dense
 from weft.terms.layers import linear_layers, weight_of
 from weft.testing_adapters import task, tiny_llama
 from weft.verbs.compress import compress
@@ -74,6 +77,44 @@ def test_equals_a_reference_that_shares_no_code(bits, group, symmetric, act_orde
     W, H = layer()
     found = dense(quantise(W, columns(H, by_input=act_order), bits, group, symmetric=symmetric), group)
     torch.testing.assert_close(found, reference(W, H, bits, group, symmetric, act_order), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("clip", "symmetric"), [(True, False), (False, True)])
+def test_widths_that_are_walked_over_together_are_those_of_each_alone(clip, symmetric, act_order):
+    W, H = layer()
+    how, widths = columns(H, by_input=act_order), (2, 5, 8)
+    rule = {"clip": clip, "symmetric": symmetric}
+    together = quantise(W.repeat(3, 1), how, torch.tensor(widths).repeat_interleave(len(W)), 16, **rule)
+    for i, bits in enumerate(widths):
+        part = Codes(*(t[12 * i : 12 * i + 12] for t in together))
+        torch.testing.assert_close(dense(part, 16), dense(quantise(W, how, bits, 16, **rule), 16))
+
+
+@pytest.mark.parametrize("room", [2**24, 1])
+def test_how_many_widths_fit_changes_nothing(monkeypatch, room):
+    monkeypatch.setattr("weft.methods.gptq._NUMBERS", room)
+    W, H = (t.float() for t in layer())
+    site = Site("l", {"base": Dense.from_matrix(W)}, None, None, {"input_moment": H}, torch.Generator())
+    options = METHODS["gptq"].options({"group": 16, "clip": True})
+    found = {bits: split.terms["base"] for bits, split in METHODS["gptq"].each(site, [3, 2, 8], options)}
+    assert list(found) == [3, 2, 8]
+    for bits, term in found.items():
+        alone = quantise(W, columns(H), bits, 16, clip=True, scale_dtype=torch.float16)
+        assert term.bits == bits
+        torch.testing.assert_close(term.dense(), dense(alone, 16))
+
+
+def test_a_gpu_is_waited_for_a_few_times_a_group_and_started_a_few_times_a_column():
+    W, H = layer(out=6, inn=128, tokens=300)
+    how, counts = columns(H), {}
+    for count in (1, 3):
+        with Operations() as counted:
+            bits = torch.tensor([2, 4, 8][:count]).repeat_interleave(6)
+            quantise(W.repeat(count, 1), how, bits, 32, clip=True, scale_dtype=torch.float16)
+        counts[count] = counted.total
+        assert counted.waits.total() <= 1 + 5 * 4  # once at the end, and once a round of the search in each group
+    assert counts[1] <= 8 * 128 + 600 * 4 and counts[3] <= 1.1 * counts[1] + 100
 
 
 def test_long_matrices_do_not_depend_on_their_blocks(monkeypatch):
@@ -145,6 +186,14 @@ def test_the_walk_gives_each_layer_the_inputs_of_the_model_quantised_so_far():
 def test_the_bytes_are_those_of_the_formula():
     for bits, nbytes in sizes((48, 64), {"bits": None, "group": 16, "symmetric": False}):
         assert nbytes == 48 * 64 * bits // 8 + 48 * 4 * 2 + 48 * 4 * bits // 8
+
+
+def test_a_weight_beyond_the_scales_is_refused_by_its_layer():
+    W, H = (t.float() for t in layer())
+    site = Site("that one", {"base": Dense.from_matrix(W * 1e6)}, 4, 4, {"input_moment": H}, torch.Generator())
+    for options in ({}, {"clip": True}):
+        with pytest.raises(WeftError, match="Layer that one cannot be coded: a scale is beyond torch.float16"):
+            METHODS["gptq"].split(site, **METHODS["gptq"].options(options))
 
 
 def test_bad_input_is_refused_in_a_sentence():

@@ -105,5 +105,5 @@ def test_a_layer_s_codes_are_of_the_weight_and_its_outputs_those_of_the_target()
         assert type(term) is IntegerCode and term.nbytes == dict(method.sizes(Shape(OUT, IN, 4), options))[4]
         errors.append(float((term.dense() - 1.1 * W).norm()))
     assert errors[0] > errors[1]
-    with pytest.raises(WeftError, match="Layer layer cannot be coded: a scale of .* leave it out by a pattern"):
+    with pytest.raises(WeftError, match="Layer layer cannot be coded: a scale is beyond .* leave it out by a pattern"):
         method.split(replace(site, terms={"base": Dense.from_matrix(1e9 * W.float())}), **options)

@@ -75,6 +75,18 @@ def test_clipping_finds_the_best_of_all_ranges(bits, symmetric):
     torch.testing.assert_close(error, torch.stack(errors).amin(0), rtol=1e-5, atol=1e-12)
 
 
+def test_each_group_may_have_its_own_width_and_groups_may_be_tried_in_parts(monkeypatch):
+    groups, widths = grouped(normal(21, 64), 32), torch.arange(2, 9).repeat(3)
+    for rule in ({}, {"clip": True}, {"symmetric": True}, {"clip": True, "symmetric": True}):
+        together = fit(groups, widths.view(-1, 1, 1).expand(21, 2, 1), **rule)
+        monkeypatch.setattr("weft.kernels.integer_grid._AT_ONCE", 100)
+        for bits in range(2, 9):
+            alone = fit(groups[widths == bits], bits, **rule)
+            torch.testing.assert_close(together.scale[widths == bits], alone.scale)
+            assert torch.equal(together.zero[widths == bits], alone.zero)
+        monkeypatch.undo()
+
+
 def test_clipping_lowers_the_error_that_it_says_it_searches():
     W = normal(8, 64) ** 3
     groups = grouped(W, 32)
@@ -113,5 +125,5 @@ def test_what_cannot_be_is_refused():
         build({"kind": "integer_code", "in_features": 8, "out_features": 8, "bits": 9})
     with pytest.raises(WeftError, match="A group of 0 inputs"):
         IntegerCode(8, 8, group=0)
-    with pytest.raises(WeftError, match="cannot be coded: a scale of .* is beyond torch.float16"):
+    with pytest.raises(WeftError, match="cannot be coded: a scale is beyond torch.float16"):
         IntegerCode.from_matrix(normal(4, 8) * 1e8, 4)

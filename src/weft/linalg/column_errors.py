@@ -60,9 +60,10 @@ def settle(rest: Tensor, U: Tensor, blocks: Iterable[tuple[int, int]], settled: 
         settled: j -> w'_j (out,); it reads `rest`, up to date from j to the end of the block, and after the block when
             j begins one.
     """
+    shares = U / U.diagonal().unsqueeze(1)  # of w_j - w'_j, to the columns after it
     for start, stop in blocks:
-        errors = torch.empty_like(rest[start:stop])
+        errors: list[Tensor] = []
         for j in range(start, stop):
-            errors[j - start] = (rest[j] - settled(j)) / U[j, j]
-            rest[j + 1 : stop].addr_(U[j, j + 1 : stop], errors[j - start], alpha=-1)
-        rest[stop:].addmm_(U[start:stop, stop:].mT, errors, alpha=-1)
+            errors.append(rest[j] - settled(j))
+            rest[j + 1 : stop].addr_(shares[j, j + 1 : stop], errors[-1], alpha=-1)
+        rest[stop:].addmm_(shares[start:stop, stop:].mT, torch.stack(errors), alpha=-1)

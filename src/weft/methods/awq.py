@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.kernels.integer_grid import Grid, fit, grouped, to_codes, ungrouped
+from weft.kernels.integer_grid import Grid, checked, fit, grouped, to_codes, ungrouped
 from weft.methods.base import Method, Shape, Site, Split
 from weft.methods.rtn import GRID, scale_dtype
 from weft.methods.rtn import sizes as integer_sizes
@@ -34,16 +34,15 @@ _SHRINKS = [1 - i / 20 for i in range(10)]
 
 def scaled(W: Tensor, H: Tensor, m: Tensor, bits: int, group: int, **rule: Any) -> Tensor:
     """The r = 1 / s (in,), in fp16, under which rounding W (out, in) loses least: inputs have moment H, mean size m."""
-    best, least = torch.ones_like(m).half(), torch.inf
+    best, least = torch.ones_like(m).half(), m.new_tensor(torch.inf)
     for power in _POWERS:
         s = m.clamp(min=1e-8).pow(power).clamp(min=1e-4)
         r = ((s.max() * s.min()).sqrt() / s).half()
         groups = grouped(W / r.to(W.dtype), group)
         grid = fit(groups, bits, **rule)
         D = ungrouped(grid.values(to_codes(groups, grid)), W.shape[1]) * r.to(W.dtype) - W
-        loss = float(((D @ H) * D).sum())
-        if loss < least:
-            best, least = r, loss
+        loss = ((D @ H) * D).sum()
+        best, least = torch.where(loss < least, r, best), torch.where(loss < least, loss, least)
     return best
 
 
@@ -64,7 +63,7 @@ def clipped(W: Tensor, H: Tensor, bits: int, group: int, shrinks: Sequence[float
         better = loss < least
         least = torch.where(better, loss, least)
         scale, zero = torch.where(better, tried.scale, scale), torch.where(better, tried.zero, zero)
-    grid = Grid(scale, zero, bits)
+    grid = checked(Grid(scale, zero, bits), rule.get("scale_dtype"))
     return to_codes(groups, grid), grid
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.kernels.integer_grid import Grid, fit, grouped, to_codes
+from weft.kernels.integer_grid import Grid, checked, fit
 from weft.linalg.column_errors import Columns, columns, settle
 from weft.methods.base import Method, Site, Size, Split, Splitter
 from weft.methods.rtn import GRID, scale_dtype, sizes
@@ -31,6 +31,8 @@ from weft.terms import IntegerCode
 __all__ = ["METHOD", "Codes", "quantise"]
 
 _BLOCK = 128
+_NUMBERS = 2**24
+"""Of how many the widths of a matrix are done together."""
 
 
 class Codes(NamedTuple):
@@ -44,7 +46,7 @@ class Codes(NamedTuple):
 def quantise(
     W: Tensor,
     how: Columns,
-    bits: int,
+    bits: int | Tensor,
     group: int,
     *,
     symmetric: bool = False,
@@ -53,25 +55,49 @@ def quantise(
 ) -> Codes:
     """The codes of W (out, in), computed in its dtype; the scales are numbers of `scale_dtype` (None: any).
 
+    Args:
+        bits: the width, or int64 (out,), one a row: rows know nothing of each other.
+
     Raises:
         OverflowError: a scale is beyond the largest number of `scale_dtype`.
     """
-    rest, rule = how.begin(W), {"symmetric": symmetric, "clip": clip, "scale_dtype": scale_dtype}
-    codes = torch.empty_like(rest)
-    # the grids of the weights as they are; kept where groups are not reached in their order
-    grids = fit(grouped(how.back(rest), group), bits, **rule)  # type: ignore[arg-type]
-    scales, zeros = (t.squeeze(-1).mT.contiguous() for t in grids[:2])
+    rest, widths = how.begin(W), bits.unsqueeze(1) if isinstance(bits, Tensor) else bits
+    rule: dict[str, Any] = {"symmetric": symmetric, "clip": clip, "scale_dtype": scale_dtype}
+    # the grids of the weights as they are, where groups are not reached in their order
+    members = torch.split(how.back(rest), group, 1) if how.by_input else ()
+    grids, codes = [_Rows.of(fit(numbers, widths, **rule)) for numbers in members], list[Tensor]()
 
     def settled(j: int) -> Tensor:
-        g = how.order[j] // group
         if not how.by_input and j % group == 0:
-            scales[g], zeros[g] = (t.squeeze(-1) for t in fit(rest[j : j + group].mT, bits, **rule)[:2])  # type: ignore[arg-type]
-        grid = Grid(scales[g], zeros[g], bits)
-        codes[j] = to_codes(rest[j], grid)
-        return grid.values(codes[j])
+            grids.append(_Rows.of(fit(rest[j : j + group].mT, widths, **rule)))
+        rows = grids[how.order[j] // group]
+        codes.append(rows.nearest(rest[j]))
+        return codes[-1] * rows.scale
 
     settle(rest, how.root.to(rest.dtype), _blocks(len(rest), group), settled)
-    return Codes(how.back(codes), scales.mT, zeros.mT)
+    scale, zero = (torch.stack([rows[i] for rows in grids], 1) for i in range(2))
+    checked(Grid(scale, zero, bits), scale_dtype)
+    return Codes(how.back(torch.stack(codes)) + zero.repeat_interleave(group, 1)[:, : W.shape[1]], scale, zero)
+
+
+class _Rows(NamedTuple):
+    """The grids of one group of each row, and what rounding to them takes, (out,) each."""
+
+    scale: Tensor
+    zero: Tensor
+    divisor: Tensor  # the scale, or 1 where that is 0
+    least: Tensor  # codes, counted from the zero point
+    most: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid) -> _Rows:
+        """Those of grids (out, 1)."""
+        scale, zero, most = (t.squeeze(1) for t in (grid.scale, grid.zero, 2**grid.bits - 1 - grid.zero))
+        return cls(scale, zero, torch.where(scale > 0, scale, 1.0), -zero, most)
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """The nearest codes of these (out,), counted from the zero point."""
+        return (numbers / self.divisor).round_().clamp_(self.least, self.most)
 
 
 def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
@@ -86,18 +112,21 @@ def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
 
 class _GPTQ(Splitter):
     def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:
-        """The codes of each width: H is factorised once."""
+        """The codes of each width: H is factorised once, and few widths' rows are walked over together."""
         W, dtype, group = site.weight(), scale_dtype(site.dtype), options["group"]
         H, grid = site.moments["input_moment"].to(W.device), {key: options[key] for key in ("symmetric", "clip")}
         how = columns(H, damping=options["damping"], by_input=options["act_order"])
-        for bits in sizes:
+        count = max(1, _NUMBERS // W.numel())
+        for some in (sizes[i : i + count] for i in range(0, len(sizes), count)):
+            bits = torch.tensor(some, device=W.device).repeat_interleave(len(W))
             try:
-                found = quantise(W, how, bits, group or W.shape[1], scale_dtype=dtype, **grid)
+                found = quantise(W.repeat(len(some), 1), how, bits, group or W.shape[1], scale_dtype=dtype, **grid)
             except OverflowError as error:
                 raise WeftError(f"Layer {site.name} cannot be coded: {error}; leave it out by a pattern.") from error
-            zero = None if grid["symmetric"] else found.zero
-            term = IntegerCode.from_codes(found.codes, found.scale.to(dtype), zero, bits, group, site.dtype)
-            yield bits, Split({"base": term})
+            for width, codes, scale, zero in zip(some, *(torch.split(t, len(W)) for t in found), strict=True):
+                zero = None if grid["symmetric"] else zero
+                term = IntegerCode.from_codes(codes, scale.to(dtype), zero, width, group, site.dtype)
+                yield width, Split({"base": term})
 
 
 METHOD = Method(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.kernels.integer_grid import Grid, fit, grouped, learned, ungrouped
+from weft.kernels.integer_grid import Grid, checked, fit, grouped, learned, ungrouped
 from weft.methods import rtn
 from weft.methods.base import Method, Shape, Site, Size, Split, Splitter
 from weft.terms import IntegerCode
@@ -67,7 +67,7 @@ class _SignRound(Splitter):
         X, width = site.moments["input_moment"].to(target), group or target.shape[1]
         for bits in sizes:
             try:
-                fit(grouped(W, width), bits, scale_dtype=dtype)
+                checked(fit(grouped(W, width), bits, scale_dtype=dtype), dtype)
             except OverflowError as error:
                 raise WeftError(f"Layer {site.name} cannot be coded: {error}; leave it out by a pattern.") from error
             codes, grid, _ = tuned(W, target, X, bits, width, options["steps"], dtype)

@@ -18,7 +18,7 @@ from weft.errors import WeftError
 from weft.kernels.bit_packing import pack, packed_size, unpack
 from weft.kernels.bits import numbers_of, product, signed
 from weft.kernels.coded_product import Coded
-from weft.kernels.integer_grid import fit, grouped, to_codes, ungrouped
+from weft.kernels.integer_grid import checked, fit, grouped, to_codes, ungrouped
 from weft.terms.base import IntegerCodes, Spec
 from weft.terms.quantized import Quantized
 
@@ -122,7 +122,7 @@ class IntegerCode(Quantized):
         """
         groups = grouped(matrix.detach().float(), group or matrix.shape[1])
         try:
-            grid = fit(groups, bits, symmetric=symmetric, clip=clip, scale_dtype=scale_dtype)
+            grid = checked(fit(groups, bits, symmetric=symmetric, clip=clip, scale_dtype=scale_dtype), scale_dtype)
         except OverflowError as error:
             raise WeftError(f"The matrix cannot be coded: {error}; choose another dtype for scales.") from error
         codes = ungrouped(to_codes(groups, grid), matrix.shape[1])
