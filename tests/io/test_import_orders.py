@@ -41,7 +41,7 @@ ORDERS = {
     ],
     "models first": ["import transformers.modeling_utils; import weft", SAVED, OPENED],
     "weft's quantizer first": [LIGHT, "import weft.io.save", OPENED],
-    "PEFT first": ["import peft, wft", PEFT],
+    "PEFT first": ["import peft, weft", PEFT],
 }
 
 
