@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from weft.kernels.float_format import float_values
 from weft.terms import SumLinear, Term, build, build_sum, register_term
 from weft.testing_examples import EXAMPLES, example
 
@@ -187,6 +188,10 @@ def check_answers(term: Term) -> None:
     codes = term.exact_codes()
     if codes is not None:
         assert int(codes.codes.max()) < 2**codes.bits and torch.equal(codes.dense(), term.dense(torch.float32))
+    floats = term.exact_floats()
+    if floats is not None:
+        scales = floats.scales.repeat_interleave(floats.group, 1)[:, : term.in_features]
+        assert torch.equal(float_values(floats.codes, floats.element) * scales, term.dense(torch.float32))
     for training in (False, True):
         term.train(training)
         lean = term.lean_weight()

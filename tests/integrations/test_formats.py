@@ -73,6 +73,20 @@ def test_compressed_tensors_of_several_widths_and_a_scale_a_row(tmp_path: Path) 
     torch.testing.assert_close(logits(again), logits(model), **TOLERANCE)
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp8", "mxfp6", "mxfp4"])
+def test_compressed_tensors_opens_floating_point_codes(scheme: str, tmp_path: Path) -> None:
+    """Its weights are ours, bit for bit."""
+    pytest.importorskip("compressed_tensors")
+    model = tiny(torch.bfloat16)
+    weft.compress(model, [(scheme, {"scale": "bfloat16"} if scheme == "fp8" else {})])
+    weft.export(model, tmp_path / "out", "compressed-tensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    found = logits(again)  # which decompresses
+    torch.testing.assert_close(found, logits(model), atol=2e-2, rtol=2e-2)
+    weight = again.get_submodule(LAYER).weight
+    assert weight.dtype == torch.bfloat16 and torch.equal(weight, model.get_submodule(LAYER).dense(torch.bfloat16))
+
+
 def test_compensation_beside_codes_is_added_by_peft(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     peft = pytest.importorskip("peft")

@@ -156,6 +156,45 @@ def test_compressed_tensors(bits: int, group: int, symmetric: bool, tmp_path: Pa
         assert torch.equal(W, layer.dense())  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("scheme, bits, layout", [
+    ("fp8", 8, "float-quantized"), ("mxfp8", 8, "mxfp8-quantized"), ("mxfp6", 6, "mxfp6-pack-quantized"),
+    ("mxfp4", 4, "mxfp4-pack-quantized"),
+])  # fmt: skip
+def test_compressed_tensors_of_floating_point_codes(scheme: str, bits: int, layout: str, tmp_path: Path) -> None:
+    """As above; the numbers of an element by the formula, or as torch has them."""
+    model = tiny(torch.bfloat16)
+    weft.compress(model, [(scheme, {"scale": "bfloat16"} if scheme == "fp8" else {})])
+    done = weft.export(model, tmp_path / "out", "compressed-tensors")
+    assert (done["coded"], done["dtype"]) == (7, "bfloat16")
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert said["format"] == layout == said["config_groups"]["group_0"]["format"]
+    stored = load_file(tmp_path / "out/model.safetensors")
+    for name, layer in linear_layers(model).items():
+        scales = stored[f"{name}.weight_scale"]
+        assert scales.dtype == (torch.bfloat16 if scheme == "fp8" else torch.uint8)
+        scales = scales.float() if scheme == "fp8" else 2.0 ** (scales.float() - 127)
+        inn = layer.in_features
+        if bits == 8:
+            numbers = stored[f"{name}.weight"].float()
+        else:
+            codes = unpack(stored[f"{name}.weight_packed"].view(torch.int32), bits, inn).int()
+            e, m = codes >> (bits - 3 if bits == 4 else 3) & 3, codes & (1 if bits == 4 else 7)
+            steps = 2 if bits == 4 else 8
+            sizes = torch.where(e == 0, m / steps, 2.0 ** (e - 1) * (1 + m / steps))
+            numbers = torch.where(codes >> (bits - 1) == 1, -sizes, sizes)
+        W = numbers * scales.repeat_interleave(inn // scales.shape[1], 1)
+        assert torch.equal(W, layer.dense(torch.float32))
+
+
+def test_integers_and_floats_beside_each_other(tmp_path: Path) -> None:
+    model = coded(tiny(torch.bfloat16), 4, only="*self_attn*", scales=torch.bfloat16)
+    weft.quantize(model, "mxfp4", targets=["gate_proj", "up_proj", "down_proj"])
+    weft.export(model, tmp_path / "out", "compressed-tensors")
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert said["format"] == "mixed-precision"
+    assert [group["format"] for group in said["config_groups"].values()] == ["pack-quantized", "mxfp4-pack-quantized"]
+
+
 def test_widths_that_differ_are_groups_by_name(tmp_path: Path) -> None:
     model = coded(tiny(), 4, only="*self_attn*")
     coded(model, 2, only="*up_proj")
@@ -231,6 +270,12 @@ REFUSED = {
         "compressed-tensors",
         "down_proj: its 80 inputs are no whole number of groups of 32",
     ),
+    "shared exponents in fp32": (
+        lambda: weft.quantize(tiny(), "mxfp4"),
+        "compressed-tensors",
+        r"q_proj: shared exponents are for models of bf16 alone \(--dtype bfloat16\)",
+    ),
+    "floats in GPTQ": (lambda: weft.quantize(tiny(), "fp8"), "gptq", "No layer of this model is in integer codes"),
     "another term": (lambda: sparse_beside(tiny()), "gptq", rf"{LAYER} has a term of kind 'sparse' beside its codes"),
     "format": (tiny, "gtpq", "There is no format called 'gtpq'; the nearest are: gptq"),
 }

@@ -97,6 +97,11 @@ def bits_per_weight(model: nn.Module) -> float | None:
     return 8 * layer_bytes(model, layers) / sum(out * inn for out, inn in shapes) if shapes else None
 
 
+def _is_number(tensor: Tensor) -> bool:
+    """Whether it is no code: floating-point numbers of one byte are codes, with a scale beside them."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
 @contextmanager
 def as_stored(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within the block, every tensor in the dtype that it is to be written in; afterwards as before.
@@ -106,8 +111,7 @@ def as_stored(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[No
     """
     held = [*model.named_parameters(), *model.named_buffers()] if dtype or model in _STORED else []
     wanted = {
-        id(t): saved_dtype(model, name, t) if dtype is None else dtype if t.is_floating_point() else t.dtype
-        for name, t in held
+        id(t): saved_dtype(model, name, t) if dtype is None else dtype if _is_number(t) else t.dtype for name, t in held
     }
     changed = [(t, t.data) for _, t in held if wanted[id(t)] != t.dtype]
     kept = getattr(getattr(model, "config", None), "dtype", None)

@@ -1,7 +1,7 @@
 """fp8, mxfp4, mxfp6, mxfp8: each weight the nearest floating-point number of few bits (Micikevicius et al., 2022, arXiv
 2209.05433; Rouhani et al., 2023, arXiv 2310.10537).
 
-    fp8     e4m3, a scale a row: max|w| / 448, in fp32
+    fp8     e4m3, a scale a row: max|w| / 448, in fp32, or in bf16, which servers of bf16 models read (`scale`)
     mx...   e2m1, e2m3 or e4m3, for 32 inputs of a row a shared exponent: 2^(floor(log2 max|w|) - that of the format)
 
 Bits a weight: 8 + 32 / in; 4.25, 6.25, 8.25. `mx` offers the three to an allocation. No data; the inputs are not
@@ -21,22 +21,24 @@ from weft.terms import FloatCode
 __all__ = ["METHODS", "sizes", "split"]
 
 _SHARED = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
-_FP8 = {"element": "e4m3", "group": None, "scale": "float32"}
 
 
-def _format(name: str, bits: int) -> dict[str, Any]:
-    return _FP8 if name == "fp8" else {"element": _SHARED[bits], "group": 32, "scale": "e8m0"}
+def _format(name: str, bits: int, scale: str) -> dict[str, Any]:
+    if name == "fp8":
+        return {"element": "e4m3", "group": None, "scale": scale}
+    return {"element": _SHARED[bits], "group": 32, "scale": "e8m0"}
 
 
-def split(site: Site, *, name: str) -> Split:
+def split(site: Site, *, name: str, scale: str = "float32") -> Split:
     """The code of the weight, with `site.size` bits."""
-    return Split({"base": FloatCode.from_matrix(site.weight().to(site.dtype), **_format(name, site.size))})
+    return Split({"base": FloatCode.from_matrix(site.weight().to(site.dtype), **_format(name, site.size, scale))})
 
 
 def sizes(shape: Shape, options: Mapping[str, Any], *, name: str, widths: tuple[int, ...]) -> list[tuple[int, int]]:
     """(bits, bytes of codes and scales)."""
     out, inn = shape
-    return [(bits, FloatCode(inn, out, **_format(name, bits), device="meta").nbytes) for bits in widths]
+    scale = options.get("scale", "float32")
+    return [(bits, FloatCode(inn, out, **_format(name, bits, scale), device="meta").nbytes) for bits in widths]
 
 
 def _method(name: str, summary: str, *widths: int) -> Method:
@@ -49,6 +51,7 @@ def _method(name: str, summary: str, *widths: int) -> Method:
         allocate="equal",
         split=partial(split, name=name),
         sizes=partial(sizes, name=name, widths=widths),
+        defaults={"scale": "float32"} if name == "fp8" else {},
     )
 
 

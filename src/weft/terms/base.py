@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weft.kernels.lean_linear import Part, Weight
 from weft.kernels.transient_linear import Summand, transient_linear
 
-__all__ = ["Factors", "IntegerCodes", "Lora", "Spec", "Term"]
+__all__ = ["Factors", "FloatCodes", "IntegerCodes", "Lora", "Spec", "Term"]
 
 Spec = dict[str, Any]
 """The JSON-able constructor arguments of a term, with its `kind`."""
@@ -60,6 +60,19 @@ class IntegerCodes(NamedTuple):
     def dense(self) -> Tensor:
         """T (out, in) in fp32."""
         return self.signed() * self.scales.repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
+
+
+class FloatCodes(NamedTuple):
+    """A term as servers' formats of floating-point codes hold one, g(j) = j // group being the group of the input j:
+
+    T[i, j] = scales[i, g(j)] value(codes[i, j])
+    """
+
+    codes: Tensor  # (out, in) uint8: sign, exponent and mantissa
+    scales: Tensor  # (out, groups) fp32
+    element: str  # "e2m1", "e2m3", "e3m2", "e4m3" or "e5m2"
+    group: int
+    shared: bool  # whether a scale is a power of two, kept in one byte
 
 
 class Term(nn.Module):
@@ -134,6 +147,10 @@ class Term(nn.Module):
 
     def exact_codes(self) -> IntegerCodes | None:
         """Its exact form as integer codes with a scale a group, detached; None when there is none."""
+        return None
+
+    def exact_floats(self) -> FloatCodes | None:
+        """Its floating-point codes and scales, where it is nothing else and they give it exactly; None where not."""
         return None
 
     def lora(self) -> Lora | None:

@@ -18,7 +18,7 @@ from weft.kernels.bits import numbers_of
 from weft.kernels.coded_product import Coded
 from weft.kernels.float_format import FORMATS, float_codes, float_table, float_values
 from weft.kernels.integer_grid import grouped, ungrouped
-from weft.terms.base import Spec
+from weft.terms.base import FloatCodes, Spec
 from weft.terms.quantized import Quantized
 
 __all__ = ["FloatCode"]
@@ -126,6 +126,11 @@ class FloatCode(Quantized):
         format = FORMATS[self.element]
         values = float_table(self.element, device=self.codes.device)
         return Coded(self.codes, self.scale_matrix(), format.bits, self.width, levels=values)
+
+    def exact_floats(self) -> FloatCodes:
+        return FloatCodes(
+            self.element_codes(), self.scale_matrix(), self.element, self.width, self.scale_dtype == "e8m0"
+        )
 
     def spec(self) -> Spec:
         return super().spec() | {"element": self.element, "group": self.group, "scale": self.scale_dtype}

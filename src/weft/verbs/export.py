@@ -152,10 +152,11 @@ def _plan(
             "or sums of single ones; weft merge writes the plain model."
         )
     check_at_hand(model, sums)
-    layers = {} if format.unfit is None else coded_layers(model)
+    layers = {} if format.unfit is None else coded_layers(model, format.floats)
     if format.codes_only and not layers:
         raise WeftError(
-            f"No layer of this model is in integer codes{_kinds(model, sums)}; --format hf writes it dense."
+            f"No layer of this model is in {f'codes of {format.name}' if format.floats else 'integer codes'}"
+            f"{_kinds(model, sums)}; --format hf writes it dense."
         )
     chosen = _dtype(model, format, layers, dtype)
     if format.adapter is not None:

@@ -1,8 +1,8 @@
 """The record of a format that servers read, and what of a model it is given.
 
-A layer in integer codes stays in its codes; low-rank terms beside them are written as a PEFT adapter next to the model;
-every other sum of terms becomes the dense matrix that it equals. Whether that can be, exactly, is known before anything
-is written: `coded_layers` and `Format.unfit` say why not.
+A layer in integer codes, or where a format has them in floating-point ones, stays in its codes; low-rank terms beside
+them are written as a PEFT adapter next to the model; every other sum of terms becomes the dense matrix that it equals.
+Whether that can be, exactly, is known before anything is written: `coded_layers` and `Format.unfit` say why not.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from weft.errors import WeftError
 from weft.terms import SumLinear, Term
-from weft.terms.base import IntegerCodes
+from weft.terms.base import FloatCodes, IntegerCodes
 
 __all__ = ["TRANSFORMERS", "Coded", "Export", "Format", "Stored", "coded_layers", "rounds"]
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A layer in integer codes.
+    """A layer in codes.
 
     Args:
-        codes: of its base.
+        codes: of its base: `IntegerCodes`, or `FloatCodes` where the format has a place for them.
         bias: (out,) or None.
         beside: the terms that a PEFT adapter adds to it.
         transposed: whether it stands for a `Conv1D`.
     """
 
-    codes: IntegerCodes
+    codes: Any
     bias: Tensor | None
     beside: Mapping[str, Term]
     transposed: bool = False
@@ -110,6 +110,7 @@ class Format:
         dtypes: of the model's floating-point tensors; None for any.
         check: (architecture, configuration) -> None, or WeftError where the architecture has no place in the format.
         check_tokenizer: the same of the tokenizer.
+        floats: whether it holds floating-point codes beside integer ones.
         unfit: (codes, dtype) -> why a layer's codes cannot be held exactly in a model of that dtype, as half a
             sentence; None where they can. None for a format without codes.
         tensors: (layers in codes, dtype) -> by layer, the tensors that are stored for it, by name.
@@ -131,7 +132,8 @@ class Format:
     dtypes: tuple[torch.dtype, ...] | None = None
     check: Callable[[str, PreTrainedConfig], None] = no_check
     check_tokenizer: Callable[[PreTrainedTokenizerBase], Any] = no_check
-    unfit: Callable[[IntegerCodes, torch.dtype], str | None] | None = None
+    floats: bool = False
+    unfit: Callable[[Any, torch.dtype], str | None] | None = None
     tensors: Callable[[Mapping[str, Coded], torch.dtype], Mapping[str, Mapping[str, Tensor]]] = no_tensors
     config: Callable[[Export], dict[str, Any] | None] = no_config
     files: Callable[[dict[str, Any]], Mapping[str, Any]] = no_files
@@ -140,8 +142,8 @@ class Format:
     adapter: Callable[[PreTrainedModel, Mapping[str, Mapping[str, Term]], Path], None] | None = None
 
 
-def coded_layers(model: nn.Module) -> dict[str, Coded]:
-    """The layers with a term in integer codes, by name.
+def coded_layers(model: nn.Module, floats: bool = False) -> dict[str, Coded]:
+    """The layers with a term in integer codes, and with `floats` in floating-point ones, by name.
 
     Raises:
         WeftError: beside a layer's codes stands a term that no adapter of PEFT can add.
@@ -150,7 +152,7 @@ def coded_layers(model: nn.Module) -> dict[str, Coded]:
     for name, layer in model.named_modules():
         if not isinstance(layer, SumLinear):
             continue
-        codes = {key: made for key, term in layer._named_terms() if (made := term.exact_codes()) is not None}
+        codes = {key: made for key, term in layer._named_terms() if (made := _codes(term, floats)) is not None}
         if len(codes) == 1:
             beside = {key: term for key, term in layer._named_terms() if key not in codes}
             odd = next((term for term in beside.values() if term.lora() is None), None)
@@ -162,6 +164,11 @@ def coded_layers(model: nn.Module) -> dict[str, Coded]:
             (made,) = codes.values()
             found[name] = Coded(made, layer.bias, beside, layer.transposed)
     return found
+
+
+def _codes(term: Term, floats: bool) -> IntegerCodes | FloatCodes | None:
+    codes = term.exact_codes()
+    return term.exact_floats() if codes is None and floats else codes
 
 
 def rounds(scales: Tensor, dtype: torch.dtype) -> str | None:

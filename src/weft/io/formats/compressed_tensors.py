@@ -1,12 +1,19 @@
-"""compressed-tensors, "pack-quantized": integer codes of 1 to 8 bits, packed along the input, with a scale a group or
-a row.
+"""compressed-tensors: integer codes of 1 to 8 bits and floating-point codes of 4, 6 and 8, layer by layer.
 
-    weight_packed       (out, ceil(in bits / 32)) int32, codes from 0 on
-    weight_scale        (out, groups), in the model's dtype
-    weight_zero_point   (ceil(out bits / 32), groups) int32, packed along the output; absent where it is the middle
-    weight_shape        [out, in]
+    pack-quantized: integers
+        weight_packed       (out, ceil(in bits / 32)) int32, codes from 0 on along the input
+        weight_scale        (out, groups), in the model's dtype
+        weight_zero_point   (ceil(out bits / 32), groups) int32, along the output; absent where it is the middle
+        weight_shape        [out, in]
+    float-quantized: e4m3 with a scale a row
+        weight              (out, in) float8_e4m3fn
+        weight_scale        (out, 1), in the model's dtype
+    mxfp8-quantized, mxfp6-pack-quantized, mxfp4-pack-quantized: 32 inputs to a shared exponent
+        weight              as above, for 8 bits
+        weight_packed       (out, in bits / 8) uint8, the first code in the lowest bits, for 6 and 4
+        weight_scale        (out, in / 32) uint8, the exponent + 127
 
-Source: the package compressed-tensors 0.20 (pack_quantized). vLLM's kernels take codes of 4 and 8 bits.
+Source: the package compressed-tensors 0.20. vLLM's kernels take integer codes of 4 and 8 bits.
 """
 
 from __future__ import annotations
@@ -19,22 +26,43 @@ from torch import Tensor
 
 from weft.io.formats.base import Coded, Export, Format, rounds
 from weft.io.formats.packing import pack
-from weft.terms.base import IntegerCodes
+from weft.terms.base import FloatCodes, IntegerCodes
 
 __all__ = ["FORMAT"]
 
-_LAYOUT = "pack-quantized"
+_BIAS = 127  # of a shared exponent
+_SHARED = {"e2m1": (4, "mxfp4-pack-quantized"), "e2m3": (6, "mxfp6-pack-quantized"), "e4m3": (8, "mxfp8-quantized")}
+_GROUP = 32  # of a shared exponent
 
 
-def _unfit(codes: IntegerCodes, dtype: torch.dtype) -> str | None:
+def _unfit(codes: IntegerCodes | FloatCodes, dtype: torch.dtype) -> str | None:
     inn = codes.codes.shape[1]
+    if isinstance(codes, FloatCodes):
+        known = codes.element in _SHARED and codes.group == _GROUP if codes.shared else codes.element == "e4m3"
+        if not known or (not codes.shared and codes.group != inn):
+            form = "a shared exponent" if codes.shared else "a scale"
+            return f"there is no layout for {codes.element} with {form} for {codes.group} inputs"
     if inn % codes.group:
         return f"its {inn} inputs are no whole number of groups of {codes.group}"
+    if isinstance(codes, FloatCodes) and codes.shared:
+        return None if dtype == torch.bfloat16 else "shared exponents are for models of bf16 alone (--dtype bfloat16)"
     return rounds(codes.scales, dtype)
 
 
 def _tensors(layers: Mapping[str, Coded], dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    return {name: _packed(layer.codes, dtype) for name, layer in layers.items()}
+    makers = {name: _floats if isinstance(layer.codes, FloatCodes) else _packed for name, layer in layers.items()}
+    return {name: makers[name](layer.codes, dtype) for name, layer in layers.items()}
+
+
+def _floats(codes: FloatCodes, dtype: torch.dtype) -> dict[str, Tensor]:
+    scales = codes.scales.to(dtype)
+    if codes.shared:
+        scales = (torch.frexp(codes.scales).exponent - 1 + _BIAS).to(torch.uint8)
+    if codes.element == "e4m3":
+        return {"weight": codes.codes.view(torch.float8_e4m3fn), "weight_scale": scales}
+    bits, _ = _SHARED[codes.element]
+    packed = pack(codes.codes, bits).view(torch.uint8)[:, : codes.codes.shape[1] * bits // 8]
+    return {"weight_packed": packed.contiguous(), "weight_scale": scales}
 
 
 def _packed(codes: IntegerCodes, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -48,44 +76,40 @@ def _packed(codes: IntegerCodes, dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
-def _weights(codes: IntegerCodes) -> dict[str, Any]:
-    """The scheme of a layer, by the library's own words."""
-    whole = codes.group == codes.codes.shape[1]
-    return {
-        "num_bits": codes.bits,
-        "type": "int",
-        "symmetric": codes.symmetric,
-        "strategy": "channel" if whole else "group",
-        "group_size": None if whole else codes.group,
-        "dynamic": False,
-    }
+def _scheme(codes: IntegerCodes | FloatCodes) -> dict[str, Any]:
+    """What a layer is in, by the library's own words."""
+    shared, layout = False, "pack-quantized"
+    if isinstance(codes, FloatCodes):
+        shared = codes.shared
+        bits, layout = _SHARED[codes.element] if shared else (8, "float-quantized")
+        kind: dict[str, Any] = {"num_bits": bits, "type": "float", "symmetric": True}
+    else:
+        kind = {"num_bits": codes.bits, "type": "int", "symmetric": codes.symmetric}
+    whole = codes.group == codes.codes.shape[1] and not shared
+    weights = {"strategy": "channel", "group_size": None} if whole else {"strategy": "group", "group_size": codes.group}
+    weights |= {**kind, "dynamic": False, **({"scale_dtype": "torch.uint8"} if shared else {})}
+    return {"weights": weights, "input_activations": None, "output_activations": None, "format": layout}
 
 
 def _config(export: Export) -> dict[str, Any]:
     schemes: list[tuple[dict[str, Any], list[str]]] = []
     for name, layer in export.layers.items():
-        weights = _weights(layer.codes)
-        names = next((names for scheme, names in schemes if scheme == weights), None)
+        scheme = _scheme(layer.codes)
+        names = next((names for other, names in schemes if scheme == other), None)
         if names is None:
-            schemes.append((weights, [name]))
+            schemes.append((scheme, [name]))
         else:
             names.append(name)
     alone = len(schemes) == 1
-    groups = {
-        f"group_{i}": {
-            "targets": ["Linear"] if alone else names,
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-            "format": _LAYOUT,
-        }
-        for i, (weights, names) in enumerate(schemes)
-    }
+    layouts = {scheme["format"] for scheme, _ in schemes}
     return {
         "quant_method": "compressed-tensors",
-        "format": _LAYOUT,
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": groups,
+        "config_groups": {
+            f"group_{i}": {"targets": ["Linear"] if alone else names, **scheme}
+            for i, (scheme, names) in enumerate(schemes)
+        },
         "ignore": export.linear_names() if alone else [],
         "kv_cache_scheme": None,
     }
@@ -93,9 +117,12 @@ def _config(export: Export) -> dict[str, Any]:
 
 FORMAT = Format(
     name="compressed-tensors",
-    summary="Packed integer codes of vLLM's own library.",
-    holds="integer codes of 2 to 8 bits with a scale a group or a row, symmetric or not; widths may differ by layer",
-    reads="transformers with the package compressed-tensors; vLLM and SGLang (4 and 8 bits)",
+    summary="Packed codes of vLLM's own library.",
+    holds="integer codes of 2 to 8 bits with a scale a group or a row, symmetric or not; fp8 with a scale a row; "
+    "mxfp4, mxfp6 and mxfp8; layers may differ",
+    reads="transformers with the package compressed-tensors; vLLM and SGLang (integers of 4 and 8 bits, and floats "
+    "where the device has them)",
+    floats=True,
     unfit=_unfit,
     tensors=_tensors,
     config=_config,
