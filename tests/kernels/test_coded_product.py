@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,24 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from weft.kernels.coded_product_triton import _kernel
+from weft.kernels.coded_product_triton import _FEW, _ONE, _kernel
 
-for bits, given, scale, levels in ((3, "bf16", "fp16", False), (4, "fp16", "fp32", True), (4, "fp32", "bf16", False)):
-    constants = dict(BITS=bits, GROUP=64, FLAT=levels, WIDE=levels, ZERO=4, ZEROS=bits == 3, LEVELS=levels)
-    constants |= dict(PRECISION="ieee" if given == "fp32" else "tf32", TOKENS=16, ROWS=16, DEPTH=128, SHARE=512)
-    kinds = dict.fromkeys(_kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+for tile, bits, given, scale, levels in (
+    (_FEW, 3, "bf16", "fp16", False), (_FEW, 4, "fp16", "fp32", True), (_FEW, 4, "fp32", "bf16", False),
+    (_ONE, 4, "bf16", "fp16", False), (_ONE, 8, "bf16", "fp32", False),
+):
+    constants = dict(BITS=bits, GROUP=64, FLAT=levels, WIDE=levels, ZERO=4, ZEROS=bits < 8, LEVELS=levels)
+    constants |= dict(BYTES=bits != 3, PER=0 if levels else tile.depth // 64, WIDEN=False)
+    constants |= dict(TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth, SHARE=tile.share)
+    names = _kernel.arg_names
+    kinds = dict.fromkeys(names, "i32") | dict.fromkeys(constants, "constexpr")
     kinds |= {"x": f"*{given}", "y": "*fp32", "codes": "*u8", "zeros": "*u8", "scales": f"*{scale}", "levels": "*fp32"}
-    ptx = triton.compile(ASTSource(_kernel, kinds, constants), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert ("mma" in ptx) == (given != "fp32"), "tensor cores are for 16 bits"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in (*constants, "tokens")}
+    source = ASTSource(_kernel, kinds, constants, attrs=aligned)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert ("mma" in ptx) == (given != "fp32" and tile is _FEW), "tensor cores are for several tokens of 16 bits"
+    codes = tile.rows * tile.depth // 128  # a thread's
+    assert tile is _FEW or ptx.count("ld.global") <= codes / 2, "bytes and scales are read together"
 """
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,13 +61,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(term: Quantized, tokens: int, dtype: torch.dtype) -> None:
-    """In fp32, which sees a single code that is off by one, and in `dtype`."""
-    for kind in (torch.float32, dtype):
-        moved, x = term.to(DEVICE), drawn(tokens, term.in_features).to(DEVICE, kind)
+    """One token and several; in fp32, which sees a single code that is off by one, and in `dtype`."""
+    for kind, count in product((torch.float32, dtype), (1, tokens)):
+        moved, x = term.to(DEVICE), drawn(count, term.in_features).to(DEVICE, kind)
         coded = moved.coded()
         assert coded is not None
-        y = coded_product.coded_product(x.view(1, tokens, -1), coded, moved.out_features)
-        assert y.dtype == kind and y.shape == (1, tokens, moved.out_features)
+        y = coded_product.coded_product(x.view(1, count, -1), coded, moved.out_features)
+        assert y.dtype == kind and y.shape == (1, count, moved.out_features)
         W = moved.dense(kind).double()
         bound = 2 * torch.finfo(kind).eps * (x.double().abs() @ W.abs().mT)
         assert ((y[0].double() - x.double() @ W.mT).abs() <= bound).all()
@@ -83,10 +93,16 @@ def test_integers_in_groups(bits: int, group: int | None, symmetric: bool) -> No
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("bits", "inputs"), [(4, 1100), (4, 1101), (2, 1100), (2, 1102)])
+@pytest.mark.parametrize("group", [8, 24, 256, 512])
+def test_groups_smaller_and_larger_than_what_is_read_at_a_time(bits: int, inputs: int, group: int) -> None:
+    check(IntegerCode.from_matrix(drawn(17, inputs), bits, group), 2, DTYPES[1])
+
+
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 16])
-def test_bytes_a_row(tokens: int, dtype: torch.dtype) -> None:
-    check(Int8.from_matrix(drawn(33, 150)), tokens, dtype)
+def test_bytes_a_row(dtype: torch.dtype) -> None:
+    check(Int8.from_matrix(drawn(33, 150)), 16, dtype)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -95,6 +111,12 @@ def test_bytes_a_row(tokens: int, dtype: torch.dtype) -> None:
 def test_normal_floats_whose_blocks_cross_rows(bits: int, double: bool) -> None:
     format = Format(bits=bits, scale_bits=8 if double else None)
     check(NormalFloat.from_matrix(drawn(21, 77), format), 3, DTYPES[bits % 3])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("double", [False, True])
+def test_normal_floats_whose_blocks_end_with_rows(double: bool) -> None:
+    check(NormalFloat.from_matrix(drawn(21, 192), Format(scale_bits=8 if double else None)), 3, DTYPES[1])
 
 
 @pytest.mark.usefixtures("interpreted")
