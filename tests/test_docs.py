@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -216,7 +217,12 @@ def test_a_method_is_one_file_and_one_line(desk: Path) -> None:
     rooms = {str(Path(file).parent / "__init__.py") for file in LINES}
     assert _changed(tree) == {*LINES, *rooms}, "one file, and its line"
 
-    environment = {"PYTHONPATH": str(tree / "src"), "PATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{ROOT}",
+        "PATH": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     proof = [sys.executable, "-c", PROOF, tree]
     done = subprocess.run(proof, cwd=desk, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
