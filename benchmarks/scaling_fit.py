@@ -35,7 +35,7 @@ def main() -> None:
     """Print a line a case."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=100, help="laws a case")
-    parser.add_argument("--bootstrap", type=int, default=100)
+    parser.add_argument("--bootstrap", type=int, default=100, help="resamplings a fit, from which its interval is")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     found = {}
@@ -53,6 +53,7 @@ def main() -> None:
         record = {
             "device": platform.processor() or platform.machine(),
             "date": time.strftime("%Y-%m-%d"),
+            "bootstrap": given.bootstrap,
             "cases": found,
         }
         given.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -35,27 +35,36 @@ def heavy(seed: int) -> Tensor:
     return gaussian(60, 90, seed=seed) / (0.1 + gaussian(60, 90, seed=seed + 50).abs())
 
 
-@pytest.mark.parametrize("W", [gaussian(60, 90, seed=1), heavy(2)], ids=["gaussian", "heavy"])
-def test_exponents_are_those_of_powerlaw_and_weightwatcher(W: Tensor) -> None:
-    """Both search the whole range of starts; powerlaw takes exponents above 3 only where it is told to."""
-    ours = value("power-law", W)["alpha_whole"]
-    squares = np.linalg.svd(W.numpy(), compute_uv=False) ** 2
-    theirs = []
+def others(eigenvalues: np.ndarray) -> list[float]:
+    """What is installed says of the exponent. Both search the whole range of starts; powerlaw takes exponents above 3
+    only where it is told to.
+    """
+    found = []
     try:
         import powerlaw
 
-        theirs.append(powerlaw.Fit(squares, verbose=False, parameter_ranges={"alpha": [1.0, 100.0]}).alpha)
+        found.append(powerlaw.Fit(eigenvalues, verbose=False, parameter_ranges={"alpha": [1.0, 100.0]}).alpha)
     except ImportError:
         pass
     try:
         from weightwatcher.WW_powerlaw import WWFit
 
-        theirs.append(WWFit(squares).alpha)
+        found.append(WWFit(eigenvalues).alpha)
     except ImportError:
         pass
-    if not theirs:
-        pytest.skip("neither powerlaw nor weightwatcher is installed")
-    assert theirs == pytest.approx([ours] * len(theirs), rel=1e-9)
+    return found or pytest.skip("neither powerlaw nor weightwatcher is installed")
+
+
+@pytest.mark.parametrize("W", [gaussian(60, 90, seed=1), heavy(2)], ids=["gaussian", "heavy"])
+def test_exponents_are_those_of_powerlaw_and_weightwatcher(W: Tensor) -> None:
+    """Of the whole matrix, and of windows of 30 x 30 three down and three across."""
+    theirs = others(np.linalg.svd(W.numpy(), compute_uv=False) ** 2)
+    assert theirs == pytest.approx([value("power-law", W)["alpha_whole"]] * len(theirs), rel=1e-9)
+    corners = itertools.product(range(0, 31, 15), range(0, 61, 30))
+    pooled = [np.linalg.svd(W[i : i + 30, j : j + 30].numpy(), compute_uv=False) ** 2 for i, j in corners]
+    theirs = others(np.concatenate(pooled))
+    ours = value("farms", W, block=30, count=3, start="any")["alpha"]
+    assert theirs == pytest.approx([ours] * len(theirs), rel=1e-6)
 
 
 def cube(d: int, n: int = 150) -> Tensor:

@@ -42,8 +42,8 @@ def directory(tmp_path):
     return str(tmp_path)
 
 
-def facts(found: Held) -> tuple[int, ...]:
-    return found.weights, found.activations, found.gradients, found.peak
+def facts(found: Held) -> tuple[object, ...]:
+    return found.weights, found.activations, found.gradients, found.peak, found.work
 
 
 def inputs() -> dict[str, object]:
@@ -118,8 +118,9 @@ def test_the_exact_call(directory):
     parts = {"name", "fits", "peak_bytes", "weights", "gradients", "optimizer", "activations", "workspace", "batch"}
     assert all(parts <= row.keys() and row["fits"] for row in rows.values())
     assert rows["nf4+lora"]["weights"] < rows["lora"]["weights"]
-    table = CliRunner().invoke(app, f"plan {directory} --memory 8GB --methods lora --window 32".split())
-    assert table.exit_code == 0 and "largest batch" in table.stdout
+    assert 0 < rows["lora"]["seconds"] < rows["nf4+lora"]["seconds"]
+    table = CliRunner().invoke(app, f"plan {directory} --memory 8GB --methods lora --window 32 --no-time".split())
+    assert table.exit_code == 0 and "largest batch" in table.stdout and "seconds" not in table.stdout
 
 
 @pytest.mark.parametrize("task", ["pretrain", "serve"])
@@ -177,6 +178,35 @@ def test_headers_say_the_dtype_where_the_configuration_does_not(directory):
     tensors = {"a": torch.zeros(3, dtype=torch.long), "b": torch.zeros(3, dtype=torch.bfloat16)}
     save_file(tensors, Path(directory, "model.safetensors"))
     assert source_of(directory, None, 32).dtype == torch.bfloat16
+
+
+def test_a_repository_is_planned_by_its_configuration_and_the_headers_of_its_files(monkeypatch):
+    """Without its weights, and without the network here."""
+    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    tensors = {"a": TensorInfo("I64", [3], (0, 24)), "b": TensorInfo("BF16", [3], (24, 30))}
+    metadata = SafetensorsRepoMetadata(None, False, {}, {"model.safetensors": SafetensorsFileMetadata({}, tensors)})
+    monkeypatch.setattr("weft.runs.loading.AutoConfig.from_pretrained", lambda name, **_: config())
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda name: {"me/small": metadata}[name])
+    ask = {"memory": "1GB", "methods": "dense", "task": "serve", "window": 32, "device": "cpu", "time": False}
+    found = run("me/small", dtype="auto", **ask)
+    wide = run("me/small", **ask)
+    assert (found["dtype"], wide["dtype"]) == ("bfloat16", "float32")
+    assert found["methods"][0]["weights"] < wide["methods"][0]["weights"]
+
+    def fails(error):
+        def ask_hub(name):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", ask_hub)
+
+    fails(NotASafetensorsRepoError("none"))
+    assert source_of("me/small", None, 32).dtype == torch.float32
+    fails(OSError("offline\nmode"))
+    with pytest.raises(WeftError, match=r"me/small names no dtype .*\(offline mode\); give --dtype\.$"):
+        run("me/small", dtype="auto", **ask)
+    assert run("me/small", **ask)["dtype"] == "float32", "what nobody needs to know is not asked for"
 
 
 def test_names_of_jobs():

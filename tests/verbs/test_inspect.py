@@ -323,3 +323,18 @@ def test_layers_fed_one_tensor_are_measured_once(model: nn.Module, batches: list
     )
     inspect(model, measures=[counted], batches=batches)
     assert len(seen) == 8, "q, k and v; o; gate and up; down: of two blocks"
+
+
+def test_the_loss_of_all_matrices_is_predicted_as_compress_predicts_it(model, batches) -> None:
+    """With the ranks that it would take; beside it the share removed times the mean stable rank."""
+    report = inspect(model, "*mlp*", batches=batches)
+    losses = [one.loss for one in report.outlook]
+    assert None not in losses and losses == sorted(losses) and losses[0] < losses[-1]
+    mean = sum(m.stable_rank for m in report.matrices) / len(report.matrices)
+    assert [one.score for one in report.outlook] == pytest.approx([(1 - one.keep) * mean for one in report.outlook])
+    keep = report.outlook[2].keep
+    done = compress(copy.deepcopy(model), "kfac-svd", layers="*mlp*", budget=keep, batches=batches)
+    assert losses[2] == pytest.approx(sum(c.loss for c in done.allocation.choices.values()) / 2, rel=1e-3)
+    blind = inspect(model, "*mlp*")
+    assert {one.loss for one in blind.outlook} == {None} and blind.outlook[2].score == report.outlook[2].score
+    assert blind.to_dict()["outlook"][2] == {"keep": keep, "loss": None, "score": report.outlook[2].score}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
@@ -78,12 +78,20 @@ def command(
     figures = {key: value for key, value in result["model"].items() if key not in ("name", "parameters")}
     if figures:
         print_facts(figures)
-    typer.echo("\n".join(["", _says(result["predicted"]), *(f"  {line}" for line in result["commands"])]))
+    typer.echo("\n".join(["", *_looks(result["outlook"]), _says(result["predicted"])]))
+    typer.echo("\n".join(f"  {line}" for line in result["commands"]))
 
 
 def _would(prospect: Mapping[str, Any] | None) -> str:
     """What would become of a matrix, and the share of its bytes that is kept."""
     return "" if prospect is None else f"{prospect['would']} ({prospect['bytes'] / prospect['dense_bytes']:.0%})"
+
+
+def _looks(outlook: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is predicted of the whole model."""
+    losses = [f"{one['loss']:.2g} at {one['keep']:.0%}" for one in outlook if one["loss"] is not None]
+    words = "By kfac-svd, the loss is predicted to rise by so many nats a token at what is kept:"
+    return [f"{words} {', '.join(losses)}."] if losses else []
 
 
 def _says(predicted: Mapping[str, Any]) -> str:

@@ -36,10 +36,11 @@ def command(
     rank: Annotated[int | None, typer.Option(help="As in weft finetune and weft pretrain.", show_default=False)] = None,
     lean: Annotated[bool, typer.Option(help="Keep fewer activations and no logits.")] = True,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    time: Annotated[bool, typer.Option(help="Measure the machine for a second; predict the time of a step.")] = True,
     trust_remote_code: TrustRemoteCode = False,
     **common: Unpack[Computing],
 ) -> None:
-    """Say what fits: the memory of a job by every method, and the largest batch; nothing but headers is read."""
+    """Say what fits: memory and time of a job by every method, and the largest batch; nothing but headers is read."""
     arguments, json = gathered(locals())
     result = work("plan", **arguments)
     if json:
@@ -49,12 +50,16 @@ def command(
     own = ("statistics", "disk") if result["task"] == "compress" else training
     parts = ("peak_bytes", "weights", *own, "workspace")
     columns = {"method": "left", "fits": "left"} | {p.removesuffix("_bytes") + " MB": "right" for p in parts}
+    timed = ["seconds"] if any(row["seconds"] is not None for row in result["methods"]) else []
     rows = [
-        [row["name"], row["fits"], *(None if row.get(p) is None else row[p] / 1e6 for p in parts), row["batch"]]
+        [
+            *(row["name"], row["fits"], *(None if row.get(p) is None else row[p] / 1e6 for p in parts), row["batch"]),
+            *(row[t] for t in timed),
+        ]
         for row in result["methods"]
     ]
     title = f"{result['task']} of {result['model']}, {result['rows']} x {result['window']} tokens, {result['dtype']}"
-    print_table({**columns, "largest batch": "right"}, rows, title=title)
+    print_table({**columns, "largest batch": "right", **dict.fromkeys(timed, "right")}, rows, title=title)
     for row in result["methods"]:
         if row.get("reason"):
             typer.echo(f"{row['name']} is not planned: {row['reason']}")

@@ -2,6 +2,7 @@
 
 step      a step of a model as it is: `weft pretrain --plan`
 layers    a step of a model of many equal blocks, from three of them: `weft plan`
+work      what a step computes, and the time of it by a short measurement of the machine
 supposed  going on where a computation asks for values
 """
 

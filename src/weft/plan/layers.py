@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from weft.memory.live import Live
+from weft.plan.work import Work, Working
 from weft.terms.layers import block_stacks
 
 __all__ = ["BLOCKS", "Borders", "Held", "Passes", "Stepped", "blocks_of", "held", "stepped"]
@@ -42,6 +42,7 @@ class Held:
     activations: int  # what the forward pass leaves
     gradients: int  # of a training step; of other passes, what is still there at their end
     peaks: tuple[int, ...]  # the most between every two borders, weights included
+    work: Work = field(default_factory=Work)
 
     @property
     def peak(self) -> int:
@@ -55,19 +56,28 @@ class Stepped:
 
     state: int
     workspace: int  # of a step beside weights, gradients and state
+    work: Work = field(default_factory=Work)
+
+
+class Border(NamedTuple):
+    """What is known where a pass crosses it."""
+
+    alive: int
+    most: int  # since the border before
+    work: Work  # until here
 
 
 class Borders:
     """What was alive, and at most since the border before, at every border that a pass crosses."""
 
-    def __init__(self, live: Live, blocks: nn.ModuleList) -> None:
+    def __init__(self, live: Working, blocks: nn.ModuleList) -> None:
         self.live, self.blocks = live, blocks
-        self.found: dict[str, tuple[int, int]] = {}  # border -> (alive, most since the border before)
+        self.found: dict[str, Border] = {}
         self.forward = True
 
     def cross(self, border: str) -> None:
         """The pass is there now."""
-        self.found.setdefault(border, (self.live.now, self.live.peak))
+        self.found.setdefault(border, Border(self.live.now, self.live.peak, self.live.work))
         self.live.peak = self.live.now
 
     @contextmanager
@@ -124,7 +134,7 @@ def held(
             latter; "inference" one that leaves nothing but its output, cache included.
     """
     blocks = blocks_of(model)
-    with Live() as live, torch.set_grad_enabled(passes != "inference"):
+    with Working() as live, torch.set_grad_enabled(passes != "inference"):
         weights = live.count([*model.parameters(), *model.buffers()])
         live.count(tensor for tensor in inputs.values() if isinstance(tensor, Tensor))
         borders = Borders(live, nn.ModuleList() if blocks is None else blocks)
@@ -139,10 +149,10 @@ def held(
                 loss.backward()
                 del loss
         borders.cross("end")
-    start, end = borders.found["start"][0], borders.found["end"][0]
+    start, end = borders.found["start"].alive, borders.found["end"].alive
     model.zero_grad()
-    peaks = tuple(peak for _, peak in borders.found.values())
-    whole = Held(weights, after - start, max(end - start, 0), peaks)
+    peaks = tuple(border.most for border in borders.found.values())
+    whole = Held(weights, after - start, max(end - start, 0), peaks, live.work)
     return whole if layers is None else _stretched(whole, borders, layers, passes == "training")
 
 
@@ -154,16 +164,21 @@ def _stretched(whole: Held, borders: Borders, layers: int, backward: bool) -> He
         return None
     more = layers - last - 1
     weight = sum(t.nbytes for t in [*borders.blocks[last].parameters(), *borders.blocks[last].buffers()])
-    kept = found[f"exit {last}"][0] - found[f"exit {last - 1}"][0]
-    left = kept + (found[f"back {last - 1}"][0] - found[f"back {last}"][0] if backward else 0)
+    way = [(f"exit {last - 1}", f"exit {last}"), *([(f"back {last}", f"back {last - 1}")] if backward else [])]
+    kept, *freed = (found[end].alive - found[start].alive for start, end in way)
+    left = kept + sum(freed)
+    work = whole.work
+    for start, end in way:
+        work = work.plus(found[end].work, more).plus(found[start].work, -more)
     moved = dict.fromkeys(["start", *forward], 0) | {f"exit {last}": max(more * kept, 0), f"back {last}": more * kept}
     moved |= {f"back {last - 1}": more * max(kept, left)}
-    peaks = (peak + moved.get(name, more * left) + more * weight for name, (_, peak) in found.items())
+    peaks = (border.most + moved.get(name, more * left) + more * weight for name, border in found.items())
     return Held(
         whole.weights + more * weight,
         whole.activations + more * kept,
         whole.gradients + more * left,
         tuple(peaks),
+        work,
     )
 
 
@@ -181,12 +196,13 @@ def stepped(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]
         blocks.append(last)
     more = layers - count
     workspace = most.workspace + more * (most.workspace - fewer.workspace)
-    return Stepped(most.state + more * (most.state - fewer.state), workspace)
+    work = most.work.plus(most.work, more).plus(fewer.work, -more)
+    return Stepped(most.state + more * (most.state - fewer.state), workspace, work)
 
 
 def _step(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> Stepped:
     """The second step of an optimizer: what it keeps, and needs besides."""
-    with Live() as live:
+    with Working() as live:
         live.count(model.parameters())
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -194,8 +210,8 @@ def _step(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) 
         before = live.now
         optimizer = make(model)
         optimizer.step()
-        after, live.peak = live.now, live.now
+        after, live.peak, first = live.now, live.now, live.work
         optimizer.step()
         peak = live.peak
     model.zero_grad()
-    return Stepped(after - before, peak - after)
+    return Stepped(after - before, peak - after, live.work.plus(first, -1))

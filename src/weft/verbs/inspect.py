@@ -45,7 +45,7 @@ from weft.train.windows import calibration_batches
 from weft.verbs.evaluate import check_context
 from weft.verbs.measuring import Looked, OfInput, beyond, chosen, of_matrix, whole
 from weft.verbs.moments import UNIT
-from weft.verbs.prospects import Prospect, Prospects, commands, predicted
+from weft.verbs.prospects import Outlook, Prospect, Prospects, commands, predicted
 
 __all__ = ["Matrix", "Report", "inspect", "run"]
 
@@ -91,6 +91,7 @@ class Report:
     layers: tuple[str, ...] = ()  # the patterns that were asked for
     data: str | None = None  # what was read, where something was
     against: str | None = None  # what the other model is called
+    outlook: tuple[Outlook, ...] = ()  # of the whole model, at several budgets
 
     @property
     def commands(self) -> list[str]:
@@ -100,7 +101,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: model (its name, the parameters of the matrices, figures), matrices with what was asked for beside
-        the rest, how figures read, and what compression is predicted by. Singular values stay in `spectra`.
+        the rest, how figures read, what compression is predicted by, and what it is predicted to cost at several
+        budgets. Singular values stay in `spectra`.
         """
         total = sum(matrix.parameters for matrix in self.matrices)
         reads = {
@@ -112,6 +114,7 @@ class Report:
                 "matrices": [matrix.to_dict() for matrix in self.matrices],
                 "reads": reads,
                 "predicted": predicted(self.data),
+                "outlook": [asdict(one) for one in self.outlook],
                 "commands": self.commands,
             }
         )
@@ -210,8 +213,9 @@ def _inspect(
     figures = more.get("", {}) | whole(model, measures, {m.name: m.figures for m in matrices})
     patterns = (layers,) if isinstance(layers, str) else tuple(layers or ())
     return Report(
-        matrices=tuple(matrices), spectra=spectra, figures=figures, measures=tuple(measures), layers=patterns, **names
-    )
+        matrices=tuple(matrices), spectra=spectra, figures=figures, measures=tuple(measures), layers=patterns,
+        outlook=tuple(prospects.outlook()), **names,
+    )  # fmt: skip
 
 
 def run(

@@ -24,6 +24,7 @@ from weft.memory.cross_entropy import CHUNK_LOGITS
 from weft.methods.base import Method
 from weft.plan import BLOCKS, Held, Stepped, Supposed, held, stepped, unmasked
 from weft.plan.layers import Passes, blocks_of
+from weft.plan.work import rates_of
 from weft.progress import track
 from weft.runs.loading import resolve_device, resolve_dtype
 from weft.terms.layers import linear_layers
@@ -55,6 +56,7 @@ class Asked:
     rank: int | None
     lean: bool
     checkpointing: bool
+    time: bool
     device: torch.device
     dtype: torch.dtype
 
@@ -76,6 +78,7 @@ def run(
     rank: int | None = None,
     lean: bool = True,
     checkpointing: bool = False,
+    time: bool = True,
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
@@ -89,6 +92,7 @@ def run(
         task: finetune, pretrain, compress or serve.
         methods: names with commas between them, such as lora,nf4+lora,full+galore, or "all"; the usual ones by default.
         batch: the rows for which the parts are given; the largest that fits is found besides.
+        time: whether to predict the seconds of a step, for which the machine is measured for about one.
         device: cpu or cuda, which this machine must have. `seed` is accepted as by every verb; nothing here is random.
 
     Raises:
@@ -106,10 +110,10 @@ def run(
     target = resolve_device(device)
     source = source_of(model, size, window, trust_remote_code=trust_remote_code)
     check_causal(source.config)
-    fallback = torch.bfloat16 if size is not None else source.dtype
     asked = Asked(
         task=task, memory=int(there), batch=batch, window=window, rank=rank, lean=lean,
-        checkpointing=checkpointing, device=target, dtype=resolve_dtype(dtype, target) or fallback,
+        checkpointing=checkpointing, time=time, device=target,
+        dtype=resolve_dtype(dtype, target) or (torch.bfloat16 if size is not None else source.dtype),
     )  # fmt: skip
     rows = _rows(asked_for, source, asked)
     known = [row for row in rows if row["peak_bytes"] is not None]
@@ -150,8 +154,12 @@ def _row(job: Job, planned: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
     try:
         return planned(job)
     except (WeftError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        parts = ("fits", "peak_bytes", "weights", "gradients", "optimizer", "activations", "workspace", "batch")
-        return {"name": job.name, **dict.fromkeys(parts), "reason": " ".join(str(error).split())[:200]}
+        parts = ("weights", "gradients", "optimizer", "activations", "workspace", "batch", "seconds")
+        return {
+            "name": job.name,
+            **dict.fromkeys(("fits", "peak_bytes", *parts)),
+            "reason": " ".join(str(error).split())[:200],
+        }
 
 
 class _Plan:
@@ -188,7 +196,13 @@ class _Plan:
             row |= self.modes() | {"logits": self.logits()}
         else:
             row |= {"kv_cache": self.cache(passes)}
-        return row | {"disk": self.disk(step), "least_bytes": min(peak, self.peak(1))}
+        return row | {"seconds": self.seconds(passes), "disk": self.disk(step), "least_bytes": min(peak, self.peak(1))}
+
+    def seconds(self, passes: Held) -> float | None:
+        """How long a step takes on this machine; of a model that serves, a pass over the windows."""
+        if not self.asked.time:
+            return None
+        return passes.work.plus(self.step().work).seconds(rates_of(self.asked.device, torch.get_num_threads()))
 
     def passes(self, batch: int) -> Held:
         """What the passes over so many rows hold."""

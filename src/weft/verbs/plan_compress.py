@@ -177,7 +177,7 @@ class Compressing:
         fits, workspace = peak <= memory, peak - found.weights - statistics
         parts = {"weights": found.weights, "gradients": 0, "optimizer": 0, "activations": 0, "workspace": workspace}
         parts |= {"statistics": statistics, "disk": found.output + found.written, "least_bytes": peak}
-        return {"name": name, "fits": fits, "peak_bytes": peak, **parts, "batch": _ROWS if fits else 0}
+        return {"name": name, "fits": fits, "peak_bytes": peak, **parts, "batch": _ROWS if fits else 0, "seconds": None}
 
     def _found(self, method: Method, disk: bool) -> tuple[Phases, int, int]:
         """What is held of all blocks, and a block's statistics and the pieces of it that stay in memory."""

@@ -6,21 +6,29 @@
 for D = W' - W. Each matrix may lose its share of NATS by bytes. The second form knows nothing of what the model is used
 for.
 
+With data, the same curves say what `compress --method kfac-svd` costs at several budgets: the sum of the losses of the
+ranks that the allocation `best` takes. Beside it stands what is published for weights alone, the share that is removed
+times the mean stable rank (Xu, 2026, arXiv 2604.18085), a score to which a line has to be fitted.
+
 X and G are the second moments of the layer's inputs and output gradients. Ranks are those of the splitter of the one
 metric or the other, widths of code those of rounding to nearest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.allocate import Choice, LayerInfo
+from weft.allocate import Choice, LayerInfo, best
+from weft.allocate.best import predicted_loss
+from weft.errors import WeftError
+from weft.linalg.spectrum import stable_rank
 from weft.linalg.weighted import WeightedLoss
 from weft.methods import METHODS
 from weft.methods.base import Method
@@ -30,12 +38,14 @@ from weft.terms.dense import sum_dense
 from weft.verbs.moments import UNIT
 from weft.verbs.survey import Plan, offered, site_of
 
-__all__ = ["NATS", "SHARE", "Prospect", "Prospects", "commands", "predicted"]
+__all__ = ["NATS", "SHARE", "Outlook", "Prospect", "Prospects", "commands", "predicted"]
 
 NATS = 0.05
 """A rise of the loss a token that all matrices together may be predicted to cost."""
 SHARE = 0.01
 """The share of a matrix's squared norm that it may lose, where nothing is known of its inputs."""
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""Shares of the matrices' bytes for which the loss of all together is predicted."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,15 @@ class Prospect:
         if self.bytes == self.bits_bytes:
             return f"{self.bits} bits"
         return f"rank {self.rank}" if self.bytes == self.rank_bytes else "as it is"
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is predicted of the model where a share of its matrices' bytes is kept."""
+
+    keep: float
+    loss: float | None  # nats a token more; None without data, or where so little cannot be kept
+    score: float  # the share removed times the mean stable rank
 
 
 def predicted(data: str | None) -> dict[str, Any]:
@@ -82,6 +101,8 @@ class Prospects:
         self.ranked, self.coded = (_plan(METHODS[name], names) for name in ("kfac-svd" if data else "svd", "rtn"))
         self.offers = {name: infos for name, *infos in _offers(model, self.ranked, self.coded)}
         self.all_bytes = sum(ranks.shape.nbytes for ranks, _ in self.offers.values())
+        self.curves: dict[str, LayerInfo] = {}
+        self.stable_ranks: list[float] = []
 
     def of(self, name: str, s: Tensor, moments: Mapping[str, Tensor] | None) -> Prospect | None:
         """Of a layer; None where it is none that can be compressed, is compressed already, or has no statistics."""
@@ -96,6 +117,9 @@ class Prospects:
         else:
             loss, whole = self._nats(name, moments), NATS * dense / self.all_bytes
             tails = _tails(self._values(name, moments)) / 2
+            curve = [c._replace(loss=0.0 if c.size is None else float(tails[c.size])) for c in ranks.choices]
+            self.curves[name] = replace(ranks, choices=curve)
+        self.stable_ranks.append(stable_rank(s))
         by_rank = next(((c, float(tails[c.size])) for c in ranks.sizes if float(tails[c.size]) <= whole), None)
         by_bits = self._bits(name, W, codes, loss, whole)
         found = [option for option in (by_rank, by_bits) if option is not None]
@@ -105,6 +129,22 @@ class Prospects:
             bits=by_bits and by_bits[0].size, bits_bytes=by_bits and by_bits[0].bytes,
             bytes=size.bytes, dense_bytes=dense, loss=lost,
         )  # fmt: skip
+
+    def outlook(self, keeps: Sequence[float] = KEEPS) -> list[Outlook]:
+        """Of the layers that `of` was asked for."""
+        if not self.stable_ranks:
+            return []
+        mean = math.fsum(self.stable_ranks) / len(self.stable_ranks)
+        return [Outlook(keep, self._loss(keep), (1 - keep) * mean) for keep in keeps]
+
+    def _loss(self, keep: float) -> float | None:
+        """Nats that the best ranks lose together."""
+        if not self.curves:
+            return None
+        try:
+            return predicted_loss(best.allocate(self.curves, int(keep * self.all_bytes)))
+        except WeftError:  # below the smallest ranks
+            return None
 
     def _values(self, name: str, moments: Mapping[str, Tensor]) -> Tensor:
         """Singular values in the metric of the data."""

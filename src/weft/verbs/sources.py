@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import NotASafetensorsRepoError
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -16,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from weft.errors import WeftError
 from weft.io.headers import FLOATS, read_headers
 from weft.plan.layers import blocks_of
-from weft.runs.loading import load_config, load_tokenizer, model_class
+from weft.runs.loading import load_config, load_tokenizer, model_class, resolve
 from weft.train.sizes import configuration
 
 __all__ = ["Source", "source_of"]
@@ -47,8 +49,8 @@ class Source:
 
     @cached_property
     def whole(self) -> nn.Module:
-        """All blocks, on the meta device."""
-        return self.empty(self.layers, self.dtype)
+        """All blocks, on the meta device, in fp32: for shapes alone."""
+        return self.empty(self.layers, torch.float32)
 
     @cached_property
     def equal(self) -> bool:
@@ -90,10 +92,33 @@ def source_of(model: str | None, size: str | None, window: int, *, trust_remote_
 
 
 def _stored(name: str) -> torch.dtype | None:
-    """The dtype of the first floating-point tensor in the safetensors files of a directory, by their headers."""
-    files = sorted(Path(name).expanduser().glob("*.safetensors"))
-    found = (FLOATS[one.dtype] for one in read_headers([str(file) for file in files]).values() if one.dtype in FLOATS)
-    return next(found, None)
+    """The dtype of the first floating-point tensor in the safetensors files of a directory or a Hub id, by their
+    headers; None where there are no such files.
+
+    Raises WeftError where the Hub cannot be asked.
+    """
+    place = resolve(name)
+    if Path(place).is_dir():
+        files = sorted(Path(place).glob("*.safetensors"))
+        dtypes = [header.dtype for header in read_headers([str(file) for file in files]).values()]
+    else:
+        dtypes = _on_hub(place)
+    return next((FLOATS[dtype] for dtype in dtypes if dtype in FLOATS), None)
+
+
+def _on_hub(name: str) -> list[str]:
+    """The dtypes of the tensors of a repository, of whose files the first bytes are fetched."""
+    try:
+        files = huggingface_hub.get_safetensors_metadata(name).files_metadata.values()
+    except NotASafetensorsRepoError:
+        return []
+    except Exception as error:  # no connection, no such repository, no right to read it: each has classes of its own
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise WeftError(
+            f"{name} names no dtype in its config.json, and the headers of its weights cannot be read from the Hub "
+            f"({reason}); give --dtype."
+        ) from error
+    return [tensor.dtype for file in files for tensor in file.tensors.values()]
 
 
 def _code(model: nn.Module, codes: Any, name: str) -> None:

@@ -81,7 +81,14 @@ def _prospects(report: Mapping[str, Any]) -> list[str]:
     shares = {name: p["bytes"] / p["dense_bytes"] for name, p in found.items()}
     words = {name: p["would"] for name, p in found.items()}
     grid = block_grid("bytes kept, darker for more", shares, "of its bytes kept", words)
-    return [section("What compression would do", f"{line} {by}", grid)]
+    return [section("What compression would do", f"{line} {by}", grid + _outlook(report["outlook"]))]
+
+
+def _outlook(outlook: Sequence[Mapping[str, Any]]) -> str:
+    """What keeping less is predicted to cost of the whole model."""
+    rows = [[f"{one['keep']:.0%}", _cell(one["loss"]), one["score"]] for one in outlook if one["loss"] is not None]
+    headings = ["all matrices keep", "loss, nats a token more, by kfac-svd", "share removed x mean stable rank"]
+    return table(headings, rows) if rows else ""
 
 
 def _matrices(report: Mapping[str, Any]) -> list[str]:
