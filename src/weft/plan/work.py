@@ -139,8 +139,8 @@ class Rates:
     def bandwidth(self) -> float:
         """Bytes that a sum of two vectors reads and writes."""
         length = _LONG.get(self.device.type, 2**26)
-        x, y, z = (torch.ones(length, device=self.device) for _ in range(3))
-        return 3 * x.nbytes / self._usual(lambda: torch.add(x, y, out=z))
+        x, y = (torch.ones(length, device=self.device) for _ in range(2))
+        return 3 * x.nbytes / self._usual(lambda: x.add_(y))
 
     @functools.cached_property
     def call(self) -> float:
