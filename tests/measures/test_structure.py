@@ -12,6 +12,7 @@ from weft.errors import WeftError
 from weft.measures import MEASURES
 from weft.measures.control_theory import gains
 from weft.measures.hash_encoders import Codes
+from weft.testing_grafts import tiny_decoder
 from weft.verbs.measuring import chosen
 
 
@@ -54,10 +55,22 @@ def test_coherence_is_that_of_the_two_most_alike_columns(monkeypatch: pytest.Mon
     assert value("atoms", torch.cat([D, -2 * D[:, :1]], 1))["coherence"] == pytest.approx(1)
 
 
+def test_the_floor_of_coherence_is_that_of_a_simplex() -> None:
+    corners = torch.eye(6, dtype=torch.float64) - 1 / 6
+    simplex = torch.linalg.svd(corners)[2][:5] @ corners  # six directions in five dimensions, as far apart as can be
+    found = value("atoms", simplex)
+    assert found["coherence_floor"] == pytest.approx(1 / 5) == found["coherence"]
+
+
 def test_no_step_moves_a_weight_where_there_are_no_inputs() -> None:
     x = gaussian(6, 20)
     found = value("high-dim-dynamics", {"input_moment": x.mT @ x / 6})
     assert found["frozen_share"] == pytest.approx(14 / 20) and 0 < found["freedom"] < 6
+    louder = value("high-dim-dynamics", {"input_moment": 49 * x.mT @ x / 6})
+    assert louder == pytest.approx(found), "inputs of another size learn the same directions, the ridge being relative"
+    planted = value("high-dim-dynamics", {"input_moment": torch.diag(torch.tensor([3.0, 1, 4, 2]))})
+    freedom = sum(v / (v + 0.01 * 2.5) for v in (1, 2, 3, 4))
+    assert planted == pytest.approx({"frozen_share": 0, "freedom": freedom, "slowest": 1 / 2.5})
     whole = value("high-dim-dynamics", {"input_moment": torch.eye(20)})
     assert whole == {"frozen_share": 0.0, "freedom": pytest.approx(20 / 1.01), "slowest": 1.0}
 
@@ -80,6 +93,17 @@ def test_no_prompt_moves_a_head_beyond_the_bound() -> None:
     assert 0.05 < worst <= 1
 
 
+def test_gains_are_the_largest_singular_values_of_heads() -> None:
+    model = tiny_decoder()
+    attention = model.model.layers[1].self_attn
+    q, k, v = (
+        max(float(torch.linalg.svdvals(head)[0]) for head in layer.weight.detach().double().split(8))
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    row = value("control-theory", model)["model.layers.1.self_attn.v_proj"]
+    assert row == pytest.approx({"value_gain": v, "score_gain": q * k / math.sqrt(8)}, rel=1e-6)
+
+
 def test_codes_are_counted_as_they_are_told_apart() -> None:
     y, codes = gaussian(500, 6), Codes()
     y[:, 0], y[:, 1] = 1.0, -1.0  # 4 bits are left: 16 codes
@@ -89,6 +113,13 @@ def test_codes_are_counted_as_they_are_told_apart() -> None:
     assert found["codes"] == pytest.approx(len(torch.unique(y > 0, dim=0)) / 500) and len(codes.codes) == 16
     assert found["constant_units"] == pytest.approx(2 / 6)
     assert found["firing"] == pytest.approx(float((y > 0).double().mean()))
+
+
+def test_padding_has_no_code() -> None:
+    model, ids = tiny_decoder(), torch.arange(3, 15)[None]
+    alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {key: torch.nn.functional.pad(t, (0, 5)) for key, t in alone.items()}
+    assert value("hash-encoders", model, [padded]) == value("hash-encoders", model, [alone])
 
 
 def test_options_reach_the_measures_that_have_them() -> None:

@@ -78,6 +78,8 @@ def test_odis_takes_the_best_of_uncorrelated_axes_in_turn():
     covariance = z.mT @ z / len(z)
     assert z.shape[1] == 2 and abs(float(covariance[0, 1])) < 1e-8
     assert float(covariance.trace()) == pytest.approx(4)
+    first, second = axes(torch.stack([b, a, a + 1e-9 * b], 1), 0.1).var(0, correction=0).tolist()
+    assert (first, second) == pytest.approx((2, 1), rel=0.2), "the axis that most rubrics share chooses first"
     order = select(S, "odis", 40).order
     assert len(set(order.tolist())) == 40
     assert set(order[::2].tolist()) | set(order[1::2].tolist()) == set(order.tolist())

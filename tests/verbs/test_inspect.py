@@ -20,6 +20,7 @@ from torch import nn
 import weft
 from weft.errors import WeftError
 from weft.measures import MEASURES, Measure
+from weft.memory.live import Live
 from weft.runs import loading
 from weft.terms import LowRank, SumLinear
 from weft.terms.layers import weight_of
@@ -338,3 +339,20 @@ def test_the_loss_of_all_matrices_is_predicted_as_compress_predicts_it(model, ba
     blind = inspect(model, "*mlp*")
     assert {one.loss for one in blind.outlook} == {None} and blind.outlook[2].score == report.outlook[2].score
     assert blind.to_dict()["outlook"][2] == {"keep": keep, "loss": None, "score": report.outlook[2].score}
+
+
+def test_a_matrix_is_in_memory_at_a_time() -> None:
+    """However many there are; what stays are the singular values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    peaks = []
+    for blocks in (2, 6):
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=blocks, num_attention_heads=4
+        )
+        model = LlamaForCausalLM(config)
+        with Live() as live:
+            known = live.count(model.parameters())
+            inspect(model)
+        peaks.append(live.peak - known)
+    assert 8 * 64 * 96 < peaks[0] < peaks[1] < 1.2 * peaks[0]
