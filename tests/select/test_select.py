@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tracemalloc
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from weft.cli import app
 from weft.errors import WeftError
 from weft.runs.loading import load_model, load_tokenizer
-from weft.select import Duplicates
+from weft.select import SELECTIONS, Duplicates
 from weft.select.clusters import spherical_k_means
 from weft.select.cures import posterior
 from weft.select.gvm_raft import neyman, weights
@@ -92,11 +93,25 @@ def test_odis_takes_the_best_of_uncorrelated_axes_in_turn():
 def test_cures_prefers_middling_difficulty():
     S = torch.tensor([[0.0, 4], [2, 4], [4, 4], [1, 4]])
     torch.testing.assert_close(posterior(*S.double().unbind(1)), torch.tensor([1 / 6, 0.5, 5 / 6, 1 / 3]).double())
-    assert select(S, "cures", 2, tau=0.0).order.tolist() == [1, 3]
+    exactly = select(S, "cures", 2, tau=0.0)
+    assert exactly.order.tolist() == [1, 3]
+    assert exactly.scores.tolist() == pytest.approx([math.sqrt(5) / 6, 0.5, math.sqrt(5) / 6, math.sqrt(2) / 3])
     many = torch.cat([S[:1]] * 500 + [S[1:2]] * 500)
     drawn = select(many, "cures", 300, tau=0.05).order
     assert float((drawn >= 500).double().mean()) > 0.85  # exp((0.5 - 0.373) / 0.05) = 13 times as likely
     assert abs(float((select(many, "cures", 300, tau=100.0).order >= 500).double().mean()) - 0.5) < 0.1
+
+
+def test_cures_draws_each_as_often_as_its_score_says():
+    S = torch.cat([torch.tensor([[2.0, 4]]), torch.tensor([[0.0, 4]]).expand(50, 2)])
+    first = [int(select(S, "cures", 1, seed=seed, tau=0.05).order) == 0 for seed in range(400)]
+    better = math.exp((0.5 - math.sqrt(5) / 6) / 0.05)
+    assert sum(first) / 400 == pytest.approx(better / (better + 50), abs=0.08)
+
+
+def test_scores_of_rubrics_are_those_of_their_names():
+    rows = [{"scores": {"b": 2, "a": 1}}, {"scores": {"a": 1, "b": 2}}]
+    assert [SELECTIONS["odis"].figures(row) for row in rows] == [[1, 2], [1, 2]]
 
 
 def test_samples_are_spread_as_the_least_variance_asks():
