@@ -1,12 +1,16 @@
 """weft's GPTQ beside a plain one: perplexity, seconds and peak memory at the same settings.
 
     python benchmarks/gptq.py MODEL [--bits 3 4] [--group 64] [--windows 8] [--window 256] [--json FILE]
+    python benchmarks/gptq.py --count 1376 512      # operations of all widths of one matrix, by method
 
 The plain loop is the published algorithm written out for a Llama-like model: hooks collect H of q, k, v; then of o; of
 gate and up; of down, each in the block quantised so far; columns are rounded one by one, and lazily in blocks of 128.
 It shares no code with weft but the reading of model and text, and writes dense weights back. Calibration: windows of
 the Python standard library; perplexity: the first 24 windows of its held-out files. What differs is known: the plain
 loop fits a group that begins amid a block of columns before that block's errors are taken up, as the authors' does.
+
+`--count` tells how many operations a method dispatches for one matrix, at every size that it offers, and how often a
+processor would wait for a GPU: what bounds small models there.
 """
 
 from __future__ import annotations
@@ -18,15 +22,20 @@ import gc
 import json
 import platform
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from operations import Operations
 from torch import Tensor, nn
 
 from weft.embedded.text import default_text
+from weft.methods import METHODS
+from weft.methods.base import Shape, Site
 from weft.runs.loading import load_model, load_tokenizer
+from weft.terms import Dense
 from weft.terms.layers import linear_layers
 from weft.train.windows import calibration_batches
 from weft.verbs.compress import compress
@@ -115,8 +124,27 @@ def most_resident() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
+def counted(out: int, inn: int) -> None:
+    """A line a method: what all sizes of a random matrix (out, in) take."""
+    draw = torch.Generator().manual_seed(0)
+    W, x, g = (torch.randn(*shape, generator=draw) for shape in ((out, inn), (4 * inn, inn), (4 * out, out)))
+    moments = {"input_moment": (x.mT @ x).double(), "output_grad_moment": (g.mT @ g).double()}
+    site = Site("a matrix", {"base": Dense.from_matrix(W)}, None, None, moments, draw)
+    for name, given in (("rtn", {}), ("rtn", {"clip": True}), ("gptq", {}), ("gptq", {"clip": True}), ("auto", {})):
+        method = METHODS[name]
+        options, shape = method.options(given), Shape(out, inn, 2)
+        sizes = [size for size, nbytes in method.sizes(shape, options) if nbytes < shape.nbytes]
+        with Operations() as operations:
+            deque(method.each(site, sizes, options), maxlen=0)
+        counts = {"operations": operations.total, "waits": operations.waits.total()}
+        print({"method": name, **given, "sizes": len(sizes), **counts}, flush=True)
+
+
 def main() -> None:
     args = arguments()
+    if args.count:
+        counted(*args.count)
+        return
     model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
     held_out = default_text("evaluation")
     data = calibration_batches(tokenizer, [default_text("calibration")], windows=args.windows, window=args.window)
@@ -145,7 +173,8 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="pico")
+    parser.add_argument("--count", type=int, nargs=2, metavar=("OUT", "IN"))
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--windows", type=int, default=8)
