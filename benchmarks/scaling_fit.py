@@ -1,6 +1,6 @@
 """Do fitted intervals hold planted laws? A hundred draws of noisy runs each, and the share whose interval holds.
 
-    python benchmarks/scaling_fit.py --out benchmarks/results/scaling_fit.json
+    python benchmarks/scaling_fit.py --bootstrap 40 --out benchmarks/results/scaling_fit.json
 
 Asked: 95 of 100, for the floor and every exponent.
 """
