@@ -81,14 +81,18 @@ def _prospects(report: Mapping[str, Any]) -> list[str]:
     shares = {name: p["bytes"] / p["dense_bytes"] for name, p in found.items()}
     words = {name: p["would"] for name, p in found.items()}
     grid = block_grid("bytes kept, darker for more", shares, "of its bytes kept", words)
-    return [section("What compression would do", f"{line} {by}", grid + _outlook(report["outlook"]))]
+    outlook = _outlook(report["outlook"])
+    below = (
+        " Below, of all matrices together: the share of their bytes that is kept, the loss by kfac-svd in nats a token "
+        "more, and the share removed times the mean stable rank."
+    ) * bool(outlook)
+    return [section("What compression would do", f"{line} {by}{below}", grid + outlook)]
 
 
 def _outlook(outlook: Sequence[Mapping[str, Any]]) -> str:
     """What keeping less is predicted to cost of the whole model."""
     rows = [[f"{one['keep']:.0%}", _cell(one["loss"]), one["score"]] for one in outlook if one["loss"] is not None]
-    headings = ["all matrices keep", "loss, nats a token more, by kfac-svd", "share removed x mean stable rank"]
-    return table(headings, rows) if rows else ""
+    return table(["kept", "nats more", "stable-rank score"], rows) if rows else ""
 
 
 def _matrices(report: Mapping[str, Any]) -> list[str]:
