@@ -31,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     answer: dict[str, Any] = {"matrices": [], "parameters": 0, "stages": [], "generated": "", "report": ""}
     answer |= {"model": {"name": "m", "parameters": 0}, "commands": []}
     answer["predicted"] = {"by": "weights", "unit": "", "limit": 0.01}
+    answer["outlook"] = []
     for verb in ("inspect", "compress", "finetune", "evaluate", "merge", "combine", "quantize", "pretrain", "demo"):
         module = __import__(f"weft.verbs.{verb}", fromlist=["run"])
         monkeypatch.setattr(module, "run", lambda _verb=verb, **kwargs: made.append((_verb, kwargs)) or answer)

@@ -100,9 +100,11 @@ class _Beside:
     def __call__(
         self, input_ids: Tensor | None = None, past_key_values: Any = None, use_cache: bool | None = None, **inputs: Any
     ) -> Any:
+        from transformers.cache_utils import Cache
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        if past_key_values is not None or use_cache:
+        cached = any(isinstance(value, Cache) for value in inputs.values())  # whose name differs by version
+        if past_key_values is not None or cached or use_cache:
             raise WeftError("A side network has no key-value cache: it re-reads the whole text; give use_cache=False.")
         embeds = inputs.pop("inputs_embeds", None)
         seen: dict[int, Tensor] = {}

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from weft.errors import WeftError
 from weft.kernels.lean_linear import Factor
@@ -107,7 +108,8 @@ def _attention(module: Any, heads: int, hidden_states: Tensor, *args: Any, **kwa
     size: int = module.head_dim
     layers = {name: getattr(module, name) for name in (*_PROJECTIONS, "o_proj")}
     wide, narrow = (_outputs(layers[name]) // size for name in _PROJECTIONS[:2])
-    whole = torch.is_grad_enabled() or kwargs.get("past_key_values") is not None or narrow <= heads
+    cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))  # whose name differs by version
+    whole = torch.is_grad_enabled() or cached or narrow <= heads
     if whole or any(_hooked(layer) for layer in layers.values()):
         return original(module, hidden_states, *args, **kwargs)
     kept = {name: _Latents(layers[name], hidden_states) for name in _PROJECTIONS}

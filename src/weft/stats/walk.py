@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from weft.errors import WeftError
 from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device
@@ -269,7 +270,7 @@ def _hidden(output: Any) -> Tensor:
 
 def _positional_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call with the hidden states first, and without a key-value cache, which a repeated call would fill again."""
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("past_key_value", "past_key_values", "use_cache")}
+    kwargs = {k: v for k, v in kwargs.items() if k != "use_cache" and not isinstance(v, Cache)}
     if not args:
         args = (kwargs.pop("hidden_states"),)
     return args, kwargs
