@@ -23,9 +23,10 @@ def structure_tables(table: Any) -> list[str]:
 def _longer(table: Any) -> list[str]:
     found = _results("pretrain_table_cpu_9m_500_structures.json")
     given, rows = found["arguments"], found["rows"]
+    worse = max(rows["low rank, AdamW"]["tried"], key=lambda tried: tried["loss"])
     words = (
         f"Some of them after {given['steps']} steps, one seed, at the rates above, which need not be the best of so "
-        "many steps: plain low rank is at 6.396 with 0.003, and its row has the lower rate."
+        f"many steps: plain low rank is at {worse['loss']:.3f} with {worse['lr']:g}, and its row has the lower rate."
     )
     cells = [
         [name, f"{row['lr']:.2g}", f"{row['loss']:.3f}", f"{row['bytes'] / 1e6:.1f} MB"] for name, row in rows.items()
