@@ -175,6 +175,7 @@ def test_compressed_tensors_of_floating_point_codes(scheme: str, bits: int, layo
         scales = scales.float() if scheme == "fp8" else 2.0 ** (scales.float() - 127)
         inn = layer.in_features
         if bits == 8:
+            assert stored[f"{name}.weight"].dtype == torch.float8_e4m3fn
             numbers = stored[f"{name}.weight"].float()
         else:
             codes = unpack(stored[f"{name}.weight_packed"].view(torch.int32), bits, inn).int()
