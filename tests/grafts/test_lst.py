@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
 
 import weft
 from weft.errors import WeftError
@@ -190,6 +191,9 @@ def test_it_has_no_cache() -> None:
     assert model(input_ids=IDS).past_key_values is None
     with pytest.raises(WeftError, match="no key-value cache: .* use_cache=False"):
         model(input_ids=IDS, use_cache=True)
+    for name in ("past_key_values", "cache"):  # by version
+        with pytest.raises(WeftError, match="no key-value cache"):
+            model.model(input_ids=IDS, **{name: DynamicCache()})
     weft.remove_adapter(model)
     assert model(input_ids=IDS, use_cache=True).past_key_values is not None
     assert model.generation_config.use_cache == backbone().generation_config.use_cache

@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from tests.stats.models import COMMON, batches, build, expected_mask, ids, inputs_and_outputs, kept
 from weft.errors import WeftError
 from weft.stats.calibrate import forward_inputs, to_device
 from weft.stats.collect import Collector
-from weft.stats.walk import Group, walk
+from weft.stats.walk import Group, _positional_hidden, walk
 from weft.terms import LowRank
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.put import put
@@ -221,3 +222,10 @@ def test_dead_and_nan_layers_are_named() -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(WeftError, match=r"layer model.layers.1.mlp.down_proj holds NaN"):
         list(walk(model, data, list(linear_layers(model))))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_call_that_is_repeated_has_no_cache_by_whatever_name(name: str) -> None:
+    x = torch.ones(1, 2, 3)
+    args, kwargs = _positional_hidden((), {"hidden_states": x, name: DynamicCache(), "use_cache": True, "other": None})
+    assert args == (x,) and kwargs == {"other": None}
