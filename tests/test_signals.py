@@ -147,7 +147,7 @@ def test_every_verb_says_so_in_one_sentence(
     answer = CliRunner().invoke(app, CALLS[verb])
     assert answer.exit_code == 130, answer.output
     by = "" if name == "SIGINT" else f" by {name}"
-    resumes = verb in ("compress", "finetune", "pretrain", "demo", "select")
+    resumes = verb in ("compress", "quantize", "finetune", "pretrain", "demo", "select")
     way_on = "the same command goes on from the last finished step" if resumes else "nothing was written"
     assert answer.stderr == f"weft: Interrupted{by}; {way_on}.\n" and answer.stdout == ""
     assert not list(tmp_path.iterdir())
@@ -168,5 +168,6 @@ def test_nothing_half_written_is_left(
 
     monkeypatch.setattr(module, "save_model", save_model)
     answer = CliRunner().invoke(app, [verb, str(source), "-o", str(tmp_path / "out")])
-    assert answer.exit_code == 130 and "Interrupted by SIGTERM; nothing was written." in answer.stderr
+    way_on = "nothing was written" if verb == "merge" else "the same command goes on from the last finished step"
+    assert answer.exit_code == 130 and f"Interrupted by SIGTERM; {way_on}." in answer.stderr
     assert not list(tmp_path.glob("out*"))

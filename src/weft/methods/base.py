@@ -311,8 +311,9 @@ class Method(Record):
         begins: what a method of kind "pretrain" may begin with, what it was made for first: "fresh", weights that are
             drawn, or "given", those of a trained model.
         given: defaults that differ where a method of kind "pretrain" goes on with a trained model.
-        shrink: of kind "prune": (model, calibration batches, numbers at most, **options) -> (a smaller plain model of
-            the same class, the units of the given one that it has).
+        shrink: of kind "prune": (model, calibration batches, numbers at most, a directory from which it goes on when it
+            was interrupted, or None, **options) -> (a smaller plain model of the same class, the units of the given one
+            that it has).
         labels: of a method that learns a teacher's predictions, and so needs one: the published weight of the labels'
             own loss beside them.
         finish: (site) -> Split: what a layer becomes when its training has ended, of the options those that it names;

@@ -16,7 +16,8 @@ the weighted SVD is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ GRID = tuple(
 
 SHORT_GRID = tuple(Format(bits, block, 8, 256, "float32") for bits in (2, 3, 4, 8) for block in (16, 32, 64))
 """The 12 of them that differ in what matters most: a cost table of 432 columns takes hours on a CPU."""
+
+
+Once = Callable[[str, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]
 
 
 class Decomposition(NamedTuple):
@@ -121,25 +125,34 @@ def choose_formats(
     bits: float,
     formats: Sequence[Format] = SHORT_GRID,
     roots: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    once: Once = lambda name, make: make(),
 ) -> dict[str, Format]:
     """The format of each matrix with the least total squared error at `bits` a weight in the mean (equation 5).
 
-    A format's error is that of the first iterate, whose factors all formats share.
+    A format's error is that of the first iterate, whose factors all formats share. `once` (name, make) gives what
+    `make` does, or what it gave before an interruption.
     """
-    errors = []
+    rows = []
     for layer, W in weights.items():
-        start, pair = None, (roots or {}).get(layer)
-        row = []
-        for format in formats:
-            found = decompose(W, rank, format, weights=pair, iterations=1, start=start)
-            start = found.B, found.A
-            row.append(found.error**2)
-        errors.append(row)
+        make = partial(_errors, W, rank, formats, (roots or {}).get(layer))
+        rows.append(once(f"formats-{layer}", make)["errors"])
     # with sizes in bits the paper's normalisation is not needed
     count = torch.tensor([W.numel() for W in weights.values()], dtype=torch.float64)
     widths = torch.tensor([format.bits_per_weight for format in formats], dtype=torch.float64)
-    chosen = choose(torch.tensor(errors), count.unsqueeze(1) * widths, bits * float(count.sum()))
+    chosen = choose(torch.stack(rows), count.unsqueeze(1) * widths, bits * float(count.sum()))
     return {layer: formats[option] for layer, option in zip(weights, chosen, strict=True)}
+
+
+def _errors(
+    W: Tensor, rank: int, formats: Sequence[Format], weights: tuple[Tensor, Tensor] | None
+) -> dict[str, Tensor]:
+    """The squared error of each format (n,)."""
+    start, row = None, []
+    for format in formats:
+        found = decompose(W, rank, format, weights=weights, iterations=1, start=start)
+        start = found.B, found.A
+        row.append(found.error**2)
+    return {"errors": torch.tensor(row)}
 
 
 def _factors(M: Tensor, rank: int, weights: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError, unknown
 from weft.methods.base import Method
+from weft.stats.cache import accumulate, fingerprint
 from weft.stats.calibrate import Batch, forward_inputs, frozen, mean_loss, to_device
 from weft.stats.influence import block_influence
 from weft.stats.streams import Streams
@@ -53,9 +55,18 @@ class Importance:
 
 
 def shrink(
-    model: Any, batches: Sequence[Batch], most: int, *, axes: str = "neurons,channels", multiple: int = 16, by: str
+    model: Any,
+    batches: Sequence[Batch],
+    most: int,
+    cache: Path | None = None,
+    *,
+    axes: str = "neurons,channels",
+    multiple: int = 16,
+    by: str,
 ) -> tuple[Any, Kept]:
     """The smaller model of at most so many numbers, and which units of the given one it has.
+
+    `cache` is a directory, from which an interrupted call goes on.
 
     Raises:
         WeftError: an axis or a measure of blocks that there is not, a multiple below 1, or too few numbers.
@@ -63,9 +74,9 @@ def shrink(
     if by not in ("influence", "loss"):
         raise unknown("measure of blocks", by, ("influence", "loss"))
     counts = fitting(model, most, tuple(axis.strip() for axis in axes.split(",")), multiple)
-    found = importance(model, batches)
+    found = importance(model, batches, cache=cache)
     if counts["blocks"] < len(found.blocks) and by == "loss":
-        found = replace(found, blocks=_losses_without(model, batches))
+        found = replace(found, blocks=_losses_without(model, batches, cache))
     chosen = kept(found, counts)
     return cut(model, chosen), chosen
 
@@ -114,46 +125,55 @@ def kept(found: Importance, counts: dict[str, int]) -> Kept:
 
 
 @torch.no_grad()
-def importance(model: Any, batches: Sequence[Batch]) -> Importance:
-    """What each unit is worth on these texts; blocks by their influence.
+def importance(model: Any, batches: Sequence[Batch], *, cache: Path | None = None) -> Importance:
+    """What each unit is worth on these texts; blocks by their influence. An interrupted call goes on from its cache.
 
     Raises:
         WeftError: it is no number somewhere.
     """
-    streams, sums = Streams(), dict[tuple[str, str], Tensor]()
+    streams, sums = Streams(), dict[str, Tensor]()
 
-    def add(key: tuple[str, str], x: Tensor, groups: int | None = None) -> None:
+    def add(key: str, x: Tensor, groups: int | None = None) -> None:
         size = x.abs() if groups is None else x.unflatten(-1, (groups, -1)).norm(dim=-1)  # type: ignore[no-untyped-call]
         sums[key] = sums.get(key, 0) + _squared_means(size, streams.now.keep(x)).cpu()
 
-    heads, blocks = counts_of(model)["heads"], blocks_of(model)
+    def see(batch: Batch) -> None:
+        streams.begin(to_device(batch, model))
+        model(**forward_inputs(model, to_device(batch, model)))
+
+    heads, blocks, norms = counts_of(model)["heads"], blocks_of(model), dict(_norms(model))
     with ExitStack() as stack:
         for enter in (frozen(model), streams.following(model)):
             stack.enter_context(enter)
         for block in blocks:
             down, o = (model.get_submodule(f"{block}.{name}") for name in ("mlp.down_proj", "self_attn.o_proj"))
-            stack.callback(down.register_forward_pre_hook(_before(add, ("neurons", block))).remove)
-            stack.callback(o.register_forward_pre_hook(_before(add, ("heads", block), heads)).remove)
-        for name, norm in _norms(model):
-            stack.callback(norm.register_forward_hook(_after(add, ("channels", name))).remove)
-        for batch in batches:
-            streams.begin(to_device(batch, model))
-            model(**forward_inputs(model, to_device(batch, model)))
+            stack.callback(down.register_forward_pre_hook(_before(add, f"neurons:{block}")).remove)
+            stack.callback(o.register_forward_pre_hook(_before(add, f"heads:{block}", heads)).remove)
+        for name, norm in norms.items():
+            stack.callback(norm.register_forward_hook(_after(add, f"channels:{name}")).remove)
+        accumulate(batches, see, sums, _stem(model, batches, cache, "importance"))
     roots = {key: total.sqrt() for key, total in sums.items()}
-    bad = next((place for (_, place), root in roots.items() if not torch.isfinite(root).all()), None)
+    bad = next((key for key, root in roots.items() if not torch.isfinite(root).all()), None)
     if bad is not None:
-        raise WeftError(f"What {bad} sees holds NaN or infinity; load the model in float32, or repair it.")
-    own = [[roots[axis, block] for block in blocks] for axis in ("neurons", "heads")]
-    channels = torch.stack([root for (axis, _), root in roots.items() if axis == "channels"]).sum(0)
-    influence = block_influence(model, batches)
+        raise WeftError(
+            f"What {bad.partition(':')[2]} sees holds NaN or infinity; load the model in float32, or repair it."
+        )
+    own = [[roots[f"{axis}:{block}"] for block in blocks] for axis in ("neurons", "heads")]
+    channels = torch.stack([roots[key] for key in map("channels:{}".format, norms) if key in roots]).sum(0)
+    influence = block_influence(model, batches, cache=cache)
     return Importance(own[0], own[1], channels, torch.tensor([influence[block] for block in blocks]))
 
 
-def _before(add: Callable[..., None], key: tuple[str, str], groups: int | None = None) -> Any:
+def _stem(model: Any, batches: Sequence[Batch], cache: Path | None, what: str) -> Path | None:
+    """Where sums of this model and text are kept."""
+    return None if cache is None else cache / f"{what}-{fingerprint(model, batches, (), blocks_of(model))}"
+
+
+def _before(add: Callable[..., None], key: str, groups: int | None = None) -> Any:
     return lambda module, args: add(key, args[0], groups)
 
 
-def _after(add: Callable[..., None], key: tuple[str, str]) -> Any:
+def _after(add: Callable[..., None], key: str) -> Any:
     return lambda module, args, output: add(key, output)
 
 
@@ -177,22 +197,24 @@ def _norms(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _losses_without(model: Any, batches: Sequence[Batch]) -> Tensor:
+def _losses_without(model: Any, batches: Sequence[Batch], cache: Path | None) -> Tensor:
     """The mean loss without each block (b,)."""
+    losses = dict[str, Tensor]()
 
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    found = []
-    for block in blocks_of(model):
+    def without(block: str) -> None:
         handle = model.get_submodule(block).register_forward_hook(skip, with_kwargs=True)
         try:
             with frozen(model):
-                found.append(mean_loss(model, batches))
+                losses[block] = torch.tensor(mean_loss(model, batches), dtype=torch.float64)
         finally:
             handle.remove()
-    return torch.tensor(found)
+
+    accumulate(blocks_of(model), without, losses, _stem(model, batches, cache, "without"))
+    return torch.stack([losses[block] for block in blocks_of(model)]).float()
 
 
 METHOD = Method(

@@ -6,8 +6,9 @@ no other run takes them for its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.files import replacing
+from weft.signals import finishing
 from weft.tensors import read_metadata, read_tensors
 from weft.terms import Term, build
 
-__all__ = ["Piece", "Store", "packed", "unpacked"]
+__all__ = ["Piece", "Store", "named", "packed", "unpacked"]
 
 
 @dataclass
@@ -63,9 +65,23 @@ class Store:
         with replacing(self._path(name)) as beside:
             save_file(tensors, beside, metadata={"words": json.dumps(piece.words)})
 
+    def once(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of the piece; where it is not finished they are made, and kept."""
+        piece = self.get(name)
+        if piece is None:
+            with finishing():
+                piece = Piece(dict(make()))
+                self.put(name, piece)
+        return piece.tensors
+
     def _path(self, name: str) -> Path:
         assert self.directory is not None
         return self.directory / f"{name}-{self.key}.safetensors"
+
+
+def named(what: str, *words: Any) -> str:
+    """The name of a piece that these JSON-able words decide."""
+    return f"{what}-{hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def packed(name: str, terms: Mapping[str, Term], bias: Tensor | None) -> Piece:

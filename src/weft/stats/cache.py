@@ -7,8 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.files import replacing
-from weft.stats.collect import Collector
+from weft.signals import finishing, requested, stop_here
 from weft.tensors import read_metadata, read_tensors
 
-__all__ = ["Snapshots", "fingerprint"]
+__all__ = ["Snapshots", "accumulate", "fingerprint"]
+
+T = TypeVar("T")
 
 _SECONDS = 30.0  # between snapshots: an interruption costs at most this much work
 
@@ -48,44 +52,45 @@ def _sums(tensor: Tensor) -> list[float]:
 
 
 class Snapshots:
-    """The state of one `Collector`, renamed into `path` (a stem) when whole: every half minute, and at the end."""
+    """What a pass under way has summed so far, renamed into `path` (a stem) when whole: every half minute, and at the
+    end.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path.with_suffix(".safetensors")
         self._written = time.monotonic()
 
-    def restore(self, collector: Collector) -> int:
-        """Fill the collector from the last snapshot; the number of batches it has seen, 0 without a readable one."""
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The sums and the words about them in the last snapshot; nothing without a readable one."""
         try:
-            state, sums = json.loads(read_metadata(self.path)["state"]), read_tensors(self.path)
+            return read_tensors(self.path), json.loads(read_metadata(self.path)["state"])
         except (FileNotFoundError, SafetensorError):
-            return 0
-        for key, total in sums.items():
-            name, need = key.rsplit(":", 1)
-            collector.sums[name][need] = total.to(_device(collector, name))
-        collector.tokens.update(state["tokens"])
-        collector.leader.update(state["leader"])
-        collector.sequences = state["sequences"]
-        return int(state["batches"])
+            return {}, {}
 
-    def after_batch(self, collector: Collector, done: int, *, last: bool) -> None:
+    def after_batch(self, sums: Mapping[str, Tensor], words: Mapping[str, Any], *, last: bool) -> None:
         """Write a snapshot when it is time, and after the last batch that will be seen."""
         if last or time.monotonic() - self._written > _SECONDS:
-            self._write(collector, done)
+            self._write(sums, words)
             self._written = time.monotonic()
 
-    def _write(self, collector: Collector, done: int) -> None:
-        state = {
-            "batches": done,
-            "sequences": collector.sequences,
-            "tokens": dict(collector.tokens),
-            "leader": collector.leader,
-        }
-        tensors = {f"{name}:{need}": t.cpu() for name, sums in collector.sums.items() for need, t in sums.items()}
+    def _write(self, sums: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in sums.items()}
         with replacing(self.path) as beside:
-            save_file(tensors, beside, metadata={"state": json.dumps(state)})
+            save_file(tensors, beside, metadata={"state": json.dumps(words)})
 
 
-def _device(collector: Collector, name: str) -> torch.device:
-    return next(collector.layers[name].parameters()).device
+def accumulate(items: Sequence[T], add: Callable[[T], None], sums: dict[str, Tensor], path: Path | None = None) -> None:
+    """Call `add` on every item in order, which adds to `sums`; with a path, an interrupted call goes on from there to
+    the same bits, on the items that it has not seen.
+    """
+    snapshots = None if path is None else Snapshots(path)
+    kept, words = ({}, {}) if snapshots is None else snapshots.restore()
+    sums |= kept
+    start = int(words.get("items", 0))
+    with nullcontext() if snapshots is None else finishing():
+        for i, item in enumerate(items[start:], start + 1):
+            add(item)
+            if snapshots is not None:
+                snapshots.after_batch(sums, {"items": i}, last=requested() or i == len(items))
+            stop_here()

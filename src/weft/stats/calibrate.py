@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from weft.errors import WeftError
 from weft.memory.lean import without_logits
-from weft.signals import requested, stop_here
+from weft.signals import finishing, requested, stop_here
 from weft.stats.cache import Snapshots, fingerprint
 from weft.stats.collect import GRADIENT_NEEDS, Collector, check_needs
 from weft.stats.relevance import relevance_rules, score
@@ -110,18 +110,21 @@ def _collect(
     track: Callable[[Iterable[Any], str], Iterable[Any]],
 ) -> Stats:
     collector = Collector(layers, needs, expert_layers(model, layers))
-    start = snapshots.restore(collector) if snapshots else 0
+    start = collector.restore(*snapshots.restore()) if snapshots else 0
     backward, rules = (
         any(need in GRADIENT_NEEDS for need in needs),
         relevance_rules(model) if _OWN in needs else nullcontext(),
     )
-    with frozen(model), rules, collector, collector.streams.following(model), differentiable_inputs(model, backward):
+    hold = finishing() if snapshots else nullcontext()
+    following = collector.streams.following(model)
+    with hold, frozen(model), rules, collector, following, differentiable_inputs(model, backward):
         for i, batch in enumerate(track(batches[start:], "calibrating"), start):
             run_batch(model, batch, collector, backward, score if _OWN in needs else token_loss)
             if i == start:
                 collector.check(complete=False)  # a dead or NaN layer is reported after the first batch, not the last
             if snapshots:
-                snapshots.after_batch(collector, i + 1, last=requested() or i + 1 == len(batches))
+                words = {**collector.words(), "batches": i + 1}
+                snapshots.after_batch(collector.named_sums(), words, last=requested() or i + 1 == len(batches))
             stop_here()
     return collector.moments()
 

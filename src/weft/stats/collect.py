@@ -129,6 +129,24 @@ class Collector:
         """Bytes that the sums take now."""
         return sum(t.numel() * t.element_size() for by_need in self.sums.values() for t in by_need.values())
 
+    def named_sums(self) -> dict[str, Tensor]:
+        """The sums by "layer:statistic"; with `words`, the whole state."""
+        return {f"{name}:{need}": total for name, sums in self.sums.items() for need, total in sums.items()}
+
+    def words(self) -> dict[str, Any]:
+        """The JSON-able part of the state."""
+        return {"sequences": self.sequences, "tokens": dict(self.tokens), "leader": self.leader}
+
+    def restore(self, sums: Mapping[str, Tensor], words: Mapping[str, Any]) -> int:
+        """Take in a state; returns the number of batches that its words say, 0 where there are none."""
+        for key, total in sums.items():
+            name, need = key.rsplit(":", 1)
+            self.sums[name][need] = total.to(next(self.layers[name].parameters()).device)
+        self.tokens.update(words.get("tokens", {}))
+        self.leader.update(words.get("leader", {}))
+        self.sequences = words.get("sequences", 0)
+        return int(words.get("batches", 0))
+
     def _sum(self, name: str, need: str) -> Tensor | None:
         owner = self.leader.get(name, name) if need in INPUT_NEEDS else name
         return self.sums.get(owner, {}).get(need)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.errors import WeftError
+from weft.stats.cache import accumulate, fingerprint
 from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device
 from weft.stats.streams import Streams
 from weft.terms.layers import block_stacks
@@ -22,13 +24,12 @@ __all__ = ["block_influence"]
 
 
 @torch.no_grad()
-def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+def block_influence(model: nn.Module, batches: Sequence[Batch], *, cache: Path | None = None) -> dict[str, float]:
     """Block -> 1 - the mean cosine of what goes in and what comes out, over the tokens that the masks keep.
 
-    Raises WeftError where that is no number.
+    `cache` is a directory, from which an interrupted pass goes on. Raises WeftError where the influence is no number.
     """
     sums, streams = dict[str, Tensor](), Streams()
-    counts = dict[str, int]()
 
     def hook(name: str) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -37,20 +38,24 @@ def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, flo
             cosine = F.cosine_similarity(x.float(), y.float(), dim=-1).double()
             keep = streams.now.keep(x)
             cosine = cosine if keep is None else cosine[keep]
-            sums[name] = sums.get(name, 0.0) + cosine.sum()
-            counts[name] = counts.get(name, 0) + cosine.numel()
+            found = torch.stack([cosine.sum(), cosine.new_tensor(cosine.numel())])
+            sums[name] = found + sums[name].to(found.device) if name in sums else found
 
         return after
 
+    def add(batch: Batch) -> None:
+        streams.begin(to_device(batch, model))
+        model(**forward_inputs(model, to_device(batch, model)))
+
+    blocks = dict(_blocks(model))
+    path = None if cache is None else cache / f"influence-{fingerprint(model, batches, (), blocks)}"
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(streams.following(model))
-        for name, block in _blocks(model):
+        for name, block in blocks.items():
             stack.callback(block.register_forward_hook(hook(name), with_kwargs=True).remove)
-        for batch in batches:
-            streams.begin(to_device(batch, model))
-            model(**forward_inputs(model, to_device(batch, model)))
-    found = {name: 1 - float(total) / counts[name] for name, total in sums.items()}
+        accumulate(batches, add, sums, path)
+    found = {name: 1 - float(sums[name][0] / sums[name][1]) for name in blocks if name in sums}
     for name, s in found.items():
         if not isfinite(s):
             raise WeftError(f"The outputs of {name} hold NaN or infinity; load the model in float32, or repair it.")

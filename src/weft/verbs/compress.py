@@ -322,7 +322,7 @@ def run(
     tokens = check_enough(source, data, layers)
     with open_output(out, arguments) as place:
         if whole is not None:
-            source, metrics = shrunk(source, whole, budget, data, place.path, options)
+            source, metrics = shrunk(source, whole, budget, data, place, options)
         else:
             how: dict[str, Any] = {"budget": budget, "allocate": allocate, "batches": data, "layers": layers}
             how |= {"sequential": sequential, "by_block": by_block, "progress": place.progress, "track": track}

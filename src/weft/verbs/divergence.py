@@ -9,8 +9,6 @@ Deviations: four windows, spread over the calibration text, are enough for a dif
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.methods.base import Size
-from weft.runs.pieces import Piece, Store
+from weft.runs.pieces import Piece, Store, named
+from weft.signals import finishing
 from weft.stats.calibrate import Batch, forward_inputs, frozen, layers_by_block, to_device
 from weft.terms.joints import layers_of
 from weft.terms.layers import replace as replace_layer
@@ -47,9 +46,10 @@ def divergence(
         names = [_name(cut) for cut in cuts]
         open_ = [i for i, name in enumerate(names) if store.get(name) is None]
         for group in plan.track(_groups([(i, len(cuts[i])) for i in open_]), "measuring"):
-            found = _measured(model, plan, [cuts[i] for i in group], undisturbed, store)
-            for i, value in zip(group, found, strict=True):
-                store.put(names[i], Piece({"divergence": torch.tensor(value, dtype=torch.float64)}))
+            with finishing():
+                found = _measured(model, plan, [cuts[i] for i in group], undisturbed, store)
+                for i, value in zip(group, found, strict=True):
+                    store.put(names[i], Piece({"divergence": torch.tensor(value, dtype=torch.float64)}))
         pieces = [store.get(name) for name in names]
         return [float(piece.tensors["divergence"]) for piece in pieces if piece is not None]
 
@@ -157,5 +157,4 @@ def _instead(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def _name(cut: Cut) -> str:
-    words = json.dumps({name: size for name, size in cut.items() if size is not None}, sort_keys=True)
-    return f"divergence-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
+    return named("divergence", {name: size for name, size in cut.items() if size is not None})

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from weft.allocate import NEEDS
-from weft.runs.pieces import Piece, Store
-from weft.signals import finishing
+from weft.runs.pieces import Store
 from weft.stats.calibrate import Batch, Stats, calibrate, layers_by_block
 from weft.stats.groups import SHARE, moment_bytes
 
@@ -84,13 +84,12 @@ class BlockMoments:
 def keep_unit(source: BlockMoments, store: Store) -> None:
     """Keep the unit of the model as it is, block by block, unless it is there from before an interruption."""
     for i, names in enumerate(source.blocks):
-        if store.get(_name(i)) is None:
-            with finishing():
-                store.put(_name(i), _unit(source.of(i), names))
+        store.once(_name(i), partial(_unit, source, i, names))
 
 
-def _unit(moments: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]) -> Piece:
-    return Piece({f"{name}:{need}": moments[name][need].clone() for name in names for need in UNIT})
+def _unit(source: BlockMoments, block: int, names: Iterable[str]) -> dict[str, Tensor]:
+    moments = source.of(block)
+    return {f"{name}:{need}": moments[name][need].clone() for name in names for need in UNIT}
 
 
 def kept_unit(store: Store, block: int, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:

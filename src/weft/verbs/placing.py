@@ -9,10 +9,9 @@ same bits.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from weft.linalg.whiten import moment_root
 from weft.methods.base import Moments, Size, Split
-from weft.runs.pieces import Piece, Store, packed, unpacked
+from weft.runs.pieces import Piece, Store, named, packed, unpacked
 from weft.signals import finishing
 from weft.stats.calibrate import Batch, frozen, layers_by_block, mean_loss
 from weft.stats.collect import INPUT_NEEDS
@@ -59,23 +58,29 @@ def one_shot(model: nn.Module, plan: Plan, sizes: Sizes, store: Store) -> None:
 def measure(
     model: nn.Module, plan: Plan, batches: Sequence[Batch], store: Store
 ) -> Callable[[str, Sequence[Size]], list[float]]:
-    """(layer, sizes) -> the loss a token of all the calibration text, with only that layer cut to each size."""
+    """(layer, sizes) -> the loss a token of all the calibration text, with only that layer cut to each size. Finished
+    ones are kept in the store.
+    """
     block_of = {name: i for i, names in enumerate(layers_by_block(model, plan.sites)) for name in names}
     now: dict[int, dict[str, Callable[[Size], Split]]] = {}
 
     @torch.no_grad()
-    def losses(name: str, sizes: Sequence[Size]) -> list[float]:
+    def loss(name: str, size: Size) -> dict[str, Tensor]:
         if block_of[name] not in now:
             now.clear()
             now[block_of[name]] = dict(surveyed_split(model, plan, store, block_of[name]))
-        before, found = {layer: model.get_submodule(layer) for layer in layers_of(name)}, []
-        with frozen(model):
-            for size in sizes:
+        before = {layer: model.get_submodule(layer) for layer in layers_of(name)}
+        try:
+            with frozen(model):
                 place(model, plan, name, now[block_of[name]][name](size))
-                found.append(mean_loss(model, batches))
-                for layer, module in before.items():
-                    replace_layer(model, layer, module)
-        return found
+                return {"loss": torch.tensor(mean_loss(model, batches), dtype=torch.float64)}
+        finally:
+            for layer, module in before.items():
+                replace_layer(model, layer, module)
+
+    def losses(name: str, sizes: Sequence[Size]) -> list[float]:
+        pieces = [store.once(named("measure", name, size), partial(loss, name, size)) for size in sizes]
+        return [float(piece["loss"]) for piece in pieces]
 
     return losses
 
@@ -90,10 +95,9 @@ def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Bat
     Deviations: one share for all layers, where the paper chooses alpha for each; a mixture's experts are not corrected.
     """
     piece_of = {name: i for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
-    chosen = hashlib.sha256(json.dumps(dict(sizes), sort_keys=True).encode()).hexdigest()[:12]
 
     def key(block: str) -> str:
-        return f"block-{block}-{chosen}" if plan.stage == 0 else f"block-{plan.stage}-{block}-{chosen}"
+        return named(f"block-{block}" if plan.stage == 0 else f"block-{plan.stage}-{block}", dict(sizes))
 
     def restore(block: str) -> bool:
         done = store.get(key(block))

@@ -5,7 +5,8 @@ weft quantize MODEL -o OUT --bits 4          the same on a directory, which tran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,23 @@ from weft.errors import WeftError, unknown
 from weft.io.quantizer import mark, remark, sum_specs
 from weft.io.save import save_model
 from weft.kernels.normal_float import NF4, Format
-from weft.methods import METHODS, Method, Site
+from weft.methods import METHODS, Method, Site, Split
 from weft.methods.base import Moments
 from weft.methods.lq_lora import SHORT_GRID, choose_formats, fisher_roots
 from weft.methods.normal_float import WIDTHS
 from weft.runs.loading import load_config, load_model, load_tokenizer, resolve_device
 from weft.runs.output import check_output, open_output
+from weft.runs.pieces import Store, packed, unpacked
 from weft.runs.record import begin
 from weft.seeds import generator
+from weft.signals import finishing
+from weft.stats.cache import fingerprint
 from weft.terms import Dense, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
 from weft.terms.coded_embedding import check_width, code_embeddings
 from weft.terms.coverage import coverage
 from weft.terms.experts import within_experts
-from weft.terms.layers import is_conv1d
+from weft.terms.layers import is_conv1d, linear_layers
 from weft.terms.put import put
 from weft.terms.quantized import Quantized
 from weft.verbs.adapt import resolve_targets
@@ -63,6 +67,7 @@ def quantize(
     iterations: int = 5,
     stats: Mapping[str, Moments] | None = None,
     name: str = "default",
+    progress: Store | None = None,
 ) -> nn.Module:
     """Replace dense weights by codes; the same model is returned, the weights themselves are gone.
 
@@ -76,6 +81,7 @@ def quantize(
         formats: what an integer program may choose from.
         iterations: of the decomposition, at most.
         stats: with "fisher_rows" and "fisher_columns" of each layer, for the weighted form of "lq-lora".
+        progress: keeps the finished layers of "lq-lora", from which an interrupted call goes on.
 
     Raises:
         WeftError: an unknown scheme, targets that match nothing, an adapter that is on already, fewer bits than the
@@ -92,9 +98,9 @@ def quantize(
         raise WeftError(f"There are adapters on this model ({on}); quantise first, then put adapters on.")
     layers = {layer: m for layer, m in resolve_targets(model, targets).items() if _dense_terms(m)}
     if method.replaces:
-        options = method.options({"alpha": alpha, "iterations": iterations})
-        plan = _formats(layers, rank, bits, formats, stats)
-        _with_adapter(model, layers, method, rank, options, plan, stats, name)
+        options, store = method.options({"alpha": alpha, "iterations": iterations}), progress or Store()
+        plan = _formats(layers, rank, bits, formats, stats, store)
+        _with_adapter(model, layers, method, rank, options, plan, stats, name, store)
     else:
         for layer, module in layers.items():
             _put(model, layer, module, _codes(method, layer, module, bits))
@@ -144,7 +150,8 @@ def run(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """`weft quantize`: read a model, write it in codes, with `run.json` and a model card.
+    """`weft quantize`: read a model, write it in codes, with `run.json` and a model card. An interrupted run keeps the
+    finished layers of "lq-lora" beside `out` and goes on from them.
 
     Args:
         scheme: as in `quantize`; None for the NormalFloat of `bits`.
@@ -170,7 +177,10 @@ def run(
     if embeddings is not None:
         code_embeddings(source)
     with open_output(out, arguments) as place:
-        quantize(source, chosen, targets or "all-linear", **mean)  # type: ignore[arg-type]
+        store = None
+        if METHODS[chosen].replaces:
+            store = Store(place.progress, fingerprint(source, (), (), linear_layers(source)))
+        quantize(source, chosen, targets or "all-linear", progress=store, **mean)  # type: ignore[arg-type]
         mark(source, chosen)
         metrics = {**_sizes(source), "bytes_before": before[1], "bytes": model_size(source)[1]}
         metrics |= coverage(source, sum_specs(source)).facts()
@@ -211,6 +221,7 @@ def _with_adapter(
     plan: Mapping[str, Format],
     stats: Mapping[str, Moments] | None,
     name: str,
+    store: Store,
 ) -> None:
     """Codes in the place of the weights, and the low-rank terms found with them as an adapter."""
     assert method.split is not None
@@ -218,7 +229,7 @@ def _with_adapter(
     for layer, module in layers.items():
         W = _whole(module)
         site = _site(method, layer, {"base": Dense.from_matrix(W)}, rank, (stats or {}).get(layer, {}), torch.float32)
-        made = dict(method.split(site, **{**options, **plan[layer]._asdict()}).terms)
+        made = _once(store, layer, module, partial(method.split, site, **{**options, **plan[layer]._asdict()}))
         _put(model, layer, module, {"base": made.pop("base").to(W.dtype)})
         terms[layer] = {name: made.pop("")}
     settings = {
@@ -229,12 +240,24 @@ def _with_adapter(
     attach(model, Adapter(name, method.name, terms, settings=settings))
 
 
+def _once(store: Store, layer: str, module: nn.Module, make: Callable[[], Split]) -> dict[str, Term]:
+    """The terms of a layer; where they are not finished they are made, and kept."""
+    piece = store.get(layer)
+    if piece is not None:
+        return unpacked(piece, layer, module)[0]
+    with finishing():
+        terms = dict(make().terms)
+        store.put(layer, packed(layer, terms, None))
+    return terms
+
+
 def _formats(
     layers: Mapping[str, nn.Module],
     rank: int,
     bits: float | None,
     formats: Sequence[Format],
     stats: Mapping[str, Moments] | None,
+    store: Store,
 ) -> dict[str, Format]:
     """The format of each layer, checked: NF4, or what an integer program chooses at a mean number of bits."""
     weights = {layer: _whole(module) for layer, module in layers.items()}
@@ -253,7 +276,7 @@ def _formats(
     if bits < least:
         raise WeftError(f"{bits:g} bits a weight are fewer than the smallest format has; give at least {least:.3f}.")
     roots = {layer: fisher_roots(stats[layer]) for layer in layers} if stats is not None else {}
-    return choose_formats(weights, rank, bits, formats, roots)
+    return choose_formats(weights, rank, bits, formats, roots, store.once)
 
 
 def _site(

@@ -21,6 +21,7 @@ from weft.errors import WeftError
 from weft.files import write_json
 from weft.io.precision import note_as, saved_size
 from weft.methods import METHODS, Method
+from weft.runs.output import Workplace
 from weft.stats.calibrate import Batch
 from weft.terms.adapters import adapters_of
 from weft.terms.units import Kept
@@ -49,6 +50,7 @@ def shrink(
     *,
     budget: str | float | Budget | None = None,
     batches: Sequence[Batch] = (),
+    progress: Path | None = None,
     **options: Any,
 ) -> Shrunk:
     """A smaller plain model; the given one is not touched.
@@ -58,6 +60,7 @@ def shrink(
         method: a name of `weft.methods()` of kind "prune" that makes a model, or a `Method`.
         budget: what is kept: a share of all the model's numbers, or a size ("500MB"); None: 0.6.
         batches: calibration batches; `weft.train.windows` makes them.
+        progress: a directory for what was found so far, from which an interrupted call goes on to the same bits.
         options: the method's own hyperparameters.
 
     Raises:
@@ -73,7 +76,7 @@ def shrink(
     if adapters_of(model):
         raise WeftError("There are adapters on this model; merge or remove them first, then shrink.")
     most = _numbers(model, Budget.parse(0.6 if budget is None else budget))
-    made, kept = found.shrink(model, data, most, **found.options(options))
+    made, kept = found.shrink(model, data, most, progress, **found.options(options))
     note_as(made, model)
     return Shrunk(made, kept)
 
@@ -86,12 +89,17 @@ def _numbers(model: Any, budget: Budget) -> int:
 
 
 def shrunk(
-    source: PreTrainedModel, method: Method, budget: Any, data: Sequence[Batch], place: Path, options: Mapping[str, Any]
+    source: PreTrainedModel,
+    method: Method,
+    budget: Any,
+    data: Sequence[Batch],
+    place: Workplace,
+    options: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The smaller model and what is said of it, its units written beside it: the work of `weft compress`."""
     started, before = time.perf_counter(), model_size(source)
-    done = shrink(source, method, budget=budget, batches=data, **options)
-    done.save(place / "kept.json")
+    done = shrink(source, method, budget=budget, batches=data, progress=place.progress, **options)
+    done.save(place.path / "kept.json")
     after = model_size(done.model)
     sizes = {"parameters_before": before[0], "parameters": after[0], "bytes_before": before[1], "bytes": after[1]}
     share = after[0] / before[0]

@@ -11,8 +11,6 @@ terms of each size where they are not (of a large layer along random directions,
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -30,7 +28,7 @@ from weft.linalg.svd import singular_values
 from weft.linalg.weighted import WeightedLoss
 from weft.methods.base import Factors, JointShape, LowRankSplit, Method, Moments, Site, Size, Split
 from weft.methods.combined import MixtureSplit
-from weft.runs.pieces import Piece, Store, packed, unpacked
+from weft.runs.pieces import Piece, Store, named, packed, unpacked
 from weft.seeds import generator
 from weft.signals import finishing
 from weft.stats.calibrate import Batch, Stats, layers_by_block
@@ -264,7 +262,7 @@ def piece_name(plan: Plan, block: int) -> str:
     name = f"survey-{block}" if plan.stage == 0 else f"survey-{plan.stage}-{block}"
     if plan.nested is not None or plan.fixed is None:
         return name
-    return f"{name}-{hashlib.sha256(json.dumps(dict(plan.fixed), sort_keys=True).encode()).hexdigest()[:12]}"
+    return named(name, dict(plan.fixed))
 
 
 def _survey_site(
