@@ -198,7 +198,7 @@ def test_cola_starts_with_entries_of_variance_one_over_both_sides():
     model = restructure(One(W), "cola", 64)
     term = model.layer.terms["low_rank"]
     assert float((term.B @ term.A).var().detach()) == pytest.approx(1 / 1000, rel=0.05)
-    with pytest.raises(WeftError, match="they cannot be merged or made dense"):
+    with pytest.raises(WeftError, match="is no matrix: it cannot be merged"):
         model.layer.dense()
 
 

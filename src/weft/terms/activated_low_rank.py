@@ -63,8 +63,8 @@ class ActivatedLowRank(Term):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         raise WeftError(
-            "Factors with a nonlinearity between them are no matrix, so they cannot be merged or made dense; keep the "
-            "weft directory."
+            "A product with a nonlinearity between its factors is no matrix: it cannot be merged, and no other format "
+            "holds it; keep the weft directory, which transformers opens after `import weft`."
         )
 
     def spec(self) -> Spec:

@@ -85,8 +85,8 @@ class Bottleneck(Wrapper):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         raise WeftError(
-            "A bottleneck with a nonlinearity after the layer has no matrix, so it cannot be merged or combined; keep "
-            "it beside the model (weft.save_adapter)."
+            "A bottleneck with a nonlinearity after the layer is no matrix: it cannot be merged or combined, and no "
+            "other format holds it; keep it beside the model (weft.save_adapter)."
         )
 
     def spec(self) -> Spec:

@@ -122,7 +122,8 @@ class GatedLearners(Term):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         raise WeftError(
-            "A rank that follows the token is no matrix, so it cannot be merged or made dense; keep the weft directory."
+            "A layer whose rank follows the token is no matrix: it cannot be merged, and no other format holds it; "
+            "keep the weft directory, which transformers opens after `import weft`."
         )
 
     def spec(self) -> Spec:

@@ -89,8 +89,8 @@ class RoundedInputs(Term):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         raise WeftError(
-            "A layer that rounds its inputs is no matrix, so it cannot be merged or made dense; keep the weft "
-            "directory."
+            "A layer that rounds its inputs is no matrix: it cannot be merged, and no other format holds it; "
+            "keep the weft directory, which transformers opens after `import weft`."
         )
 
     def finished(self) -> RoundedInputs:

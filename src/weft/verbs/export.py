@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from weft.io.base import base_of
 from weft.io.cards import export_card
 from weft.io.formats import Coded, Export, Format, Stored, coded_layers, find_format
 from weft.io.formats.gguf_lora import factors_of
+from weft.io.plain import Room, check_matrices, made_room, room_for_biases
 from weft.io.precision import as_stored
 from weft.io.quantizer import marked_as
 from weft.io.save import write_companions
@@ -134,6 +135,8 @@ class _Plan:
     dtype: torch.dtype
     beside: Mapping[str, Mapping[str, Term]]
     """Low-rank terms by layer, which are written as an adapter."""
+    room: Room = field(default_factory=Room)
+    """What the plain layers need for their biases."""
 
 
 def _plan(
@@ -152,17 +155,19 @@ def _plan(
             "or sums of single ones; weft merge writes the plain model."
         )
     check_at_hand(model, sums)
+    if format.adapter is not None:
+        return _Plan(format, {}, [], _dtype(model, format, {}, dtype), _low_rank(model))
+    check_matrices(model, sums)
+    room = room_for_biases(model)
+    format.check(type(model).__name__, room.configured(model.config))
     layers = {} if format.unfit is None else coded_layers(model, format.floats)
     if format.codes_only and not layers:
         raise WeftError(
             f"No layer of this model is in {f'codes of {format.name}' if format.floats else 'integer codes'}"
             f"{_kinds(model, sums)}; --format hf writes it dense."
         )
-    chosen = _dtype(model, format, layers, dtype)
-    if format.adapter is not None:
-        return _Plan(format, {}, [], chosen, _low_rank(model))
-    beside = _beside(layers)
-    return _Plan(format, layers, [name for name in sums if name not in layers], chosen, beside)
+    chosen, dense = _dtype(model, format, layers, dtype), [name for name in sums if name not in layers]
+    return _Plan(format, layers, dense, chosen, _beside(layers), room)
 
 
 def _beside(layers: Mapping[str, Coded]) -> dict[str, Mapping[str, Term]]:
@@ -246,7 +251,11 @@ def _write(
     for name, value in format.files(config or {}).items():
         write_json(path / name, value)
     metrics["bytes"] = sum(file.stat().st_size for file in path.iterdir() if file.suffix in _WEIGHTS)
-    card = export_card(model, record.write(path, metrics), format.name, format.library, format.usage)
+    caution = format.caution(plan.layers)
+    if caution:
+        say(caution)
+    usage = format.usage if caution is None else f"{format.usage}\n\n{caution}"
+    card = export_card(model, record.write(path, metrics), format.name, format.library, usage)
     (path / "README.md").write_text(card, encoding="utf-8")
     return metrics
 
@@ -287,11 +296,14 @@ def _standing_in(model: PreTrainedModel, plan: _Plan) -> Iterator[None]:
     kept = {name: model.get_submodule(name) for name in (*plan.layers, *plan.dense)}
     try:
         for name, layer in plan.layers.items():
-            bias = None if layer.bias is None else layer.bias.to(plan.dtype)
-            model.set_submodule(name, Stored(found[name], bias))
+            bias = layer.bias
+            if bias is None and name in plan.room.layers:
+                bias = torch.zeros(len(layer.codes.codes))
+            model.set_submodule(name, Stored(found[name], None if bias is None else bias.to(plan.dtype)))
         for name in plan.dense:
             model.set_submodule(name, kept[name].collapse(plan.dtype))  # type: ignore[operator]
-        yield
+        with made_room(model, plan.room._replace(layers=tuple(set(plan.room.layers) - set(plan.layers)))):
+            yield
     finally:
         for name, module in kept.items():
             model.set_submodule(name, module)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from weft.errors import WeftError
 from weft.io.adapter_places import check_terms, is_adapter
 from weft.io.adapters import load_adapter
+from weft.io.plain import check_matrices, make_room, room_for_biases
 from weft.io.quantizer import sum_specs, unmark
 from weft.io.save import save_model
 from weft.progress import say, track
@@ -57,7 +58,8 @@ def merge(model: Model) -> Model:
     codes by dense ones; returns the model.
 
     Raises:
-        WeftError: the model has no sum of terms, or a graft, which is none.
+        WeftError: the model has no sum of terms, or a graft, which is none; a layer is no matrix, or has got a bias
+            that a plain model has no place for. The model is then as it was.
 
     Example:
         >>> done = weft.compress(model, "svd", budget=0.6)
@@ -69,10 +71,13 @@ def merge(model: Model) -> Model:
     if not coded and not names:
         raise WeftError(f"This {type(model).__name__} has no sum of terms to merge: every layer is plain already.")
     check_at_hand(model, names)
+    check_matrices(model, names)
+    room = room_for_biases(model)
     for name in track(names, "merging"):
         layer = model.get_submodule(name)
         assert isinstance(layer, SumLinear)
         replace(model, name, layer.collapse())
+    make_room(model, room)
     fuse(model)
     if isinstance(model, PreTrainedModel):
         unmark(model)

@@ -86,6 +86,10 @@ def no_tensors(layers: Mapping[str, Coded], dtype: torch.dtype) -> dict[str, dic
     return {name: {} for name in layers}
 
 
+def no_caution(layers: Mapping[str, Coded]) -> None:
+    """Every reader takes it."""
+
+
 def no_config(export: Export) -> None:
     """The configuration says nothing of codes."""
 
@@ -106,6 +110,7 @@ class Format:
         reads: what opens it.
         library: that the Hub shows it under.
         usage: how it is opened, as Markdown.
+        caution: (layers in codes) -> a sentence on what a reader of it gets wrong, or None.
         package: that must be installed to write it, with the extra that brings it.
         dtypes: of the model's floating-point tensors; None for any.
         check: (architecture, configuration) -> None, or WeftError where the architecture has no place in the format.
@@ -128,6 +133,7 @@ class Format:
     reads: str
     library: str = "transformers"
     usage: str = TRANSFORMERS
+    caution: Callable[[Mapping[str, Coded]], str | None] = no_caution
     package: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     check: Callable[[str, PreTrainedConfig], None] = no_check

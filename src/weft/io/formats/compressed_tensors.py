@@ -115,6 +115,21 @@ def _config(export: Export) -> dict[str, Any]:
     }
 
 
+def _caution(layers: Mapping[str, Coded]) -> str | None:
+    """With compressed-tensors 0.20, transformers 5.23 finds packed zero points of another shape than it expects, and
+    decodes all layers by the scheme of the first where it decodes when it opens.
+    """
+    integers = [layer.codes for layer in layers.values() if isinstance(layer.codes, IntegerCodes)]
+    if all(codes.symmetric for codes in integers):
+        return None
+    if any(_scheme(layer.codes) != _scheme(integers[0]) for layer in layers.values()):
+        return (
+            "vLLM reads these layers of several widths or grids with zero points; transformers refuses them, and with "
+            "dequantize=True takes all for the first one's: give it symmetric codes, or one width."
+        )
+    return "transformers opens zero points with quantization_config=CompressedTensorsConfig(dequantize=True)."
+
+
 FORMAT = Format(
     name="compressed-tensors",
     summary="Packed codes of vLLM's own library.",
@@ -122,6 +137,7 @@ FORMAT = Format(
     "mxfp4, mxfp6 and mxfp8; layers may differ",
     reads="transformers with the package compressed-tensors; vLLM and SGLang (integers of 4 and 8 bits, and floats "
     "where the device has them)",
+    caution=_caution,
     floats=True,
     unfit=_unfit,
     tensors=_tensors,

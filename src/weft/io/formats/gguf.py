@@ -73,8 +73,11 @@ def _check(architecture: str, config: PreTrainedConfig) -> None:
             f"This model scales its rotary embedding ({rope}), which weft does not write as GGUF; llama.cpp's "
             "converter takes what --format hf writes."
         )
-    if getattr(config, "attention_bias", False) and ARCHITECTURES[architecture] == "llama":
-        raise WeftError("This Llama has biases in its attention, which weft does not write as GGUF.")
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        raise WeftError(
+            f"This {architecture} has biases that its kind mostly lacks, which weft does not write as GGUF; "
+            "llama.cpp's converter takes what --format hf writes."
+        )
 
 
 def _grid(codes: IntegerCodes) -> Grid | None:
