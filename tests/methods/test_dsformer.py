@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.allocate import Shape
 from weft.errors import WeftError
 from weft.linalg.principal import principal_factors
+from weft.methods import dsformer
 from weft.methods.dsformer import code, dictionary, factorise, sizes
 from weft.terms import DenseSparse
 
@@ -55,6 +56,32 @@ def test_one_atom_at_a_time_is_orthogonal_matching_pursuit() -> None:
     W, D, C = normal(6, 10), normal(8, 10, seed=1), metric(10)
     made = product(D, *code(W, D, C, 3, steps=3))
     np.testing.assert_allclose(made.numpy(), pursued(W, D, C, 3), atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [4, 20, 39])
+def test_weights_of_chosen_atoms_are_least_squares(k: int) -> None:
+    """Of few atoms, of many, and in a metric of few directions, in which conjugate gradients do not settle."""
+    W, D = normal(30, 48), normal(40, 48, seed=1)
+    places = torch.rand(30, 40, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :k]
+    flat = torch.logspace(0, -9, 48, dtype=torch.float64).diag()
+    for C in (metric(48) + 0.1 * torch.eye(48).double(), flat):
+        gram, alike = D @ C @ D.mT, W @ C @ D.mT
+        found = dsformer._fitted(gram, alike, places, torch.zeros(30, k).double())
+        ridge = dsformer._LEAST * gram.diagonal().mean() * torch.eye(40).double()
+        for row, own in zip(range(30), places, strict=True):
+            exact = torch.linalg.solve((gram + ridge)[own][:, own], alike[row, own])
+            torch.testing.assert_close(found[row], exact, rtol=1e-6, atol=1e-8)
+
+
+def test_many_weights_are_found_without_a_factorisation_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes k^3 / 3 operations a row where these take a few products with m x m."""
+    called = []
+    solved = dsformer._solved
+    monkeypatch.setattr(dsformer, "_solved", lambda *args: (called.append(args[2].shape), solved(*args))[1])
+    W, C = normal(60, 48), torch.eye(48).double()
+    _, A, _ = principal_factors(W, C=C)
+    factorise(W, C, A[:40], 20, rounds=2)
+    assert all(shape[0] < 6 or shape[1] ** 2 <= 160 for shape in called)
 
 
 def test_a_planted_dictionary_is_used_as_it_was_and_mended_where_an_atom_is_missing() -> None:

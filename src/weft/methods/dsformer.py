@@ -35,6 +35,8 @@ _LEAST = 1e-6
 """Of the mean of a diagonal: what is added to it where it is inverted."""
 _ENTRIES = 2**24
 """Numbers of the systems that are solved at a time."""
+_ROUNDS = 64
+"""Of conjugate gradients."""
 
 
 def code(W: Tensor, D: Tensor, C: Tensor, k: int, steps: int = 4) -> tuple[Tensor, Tensor]:
@@ -44,25 +46,57 @@ def code(W: Tensor, D: Tensor, C: Tensor, k: int, steps: int = 4) -> tuple[Tenso
     gram, alike = D @ C @ D.mT, W @ C @ D.mT  # (m, m), (out, m)
     scale = gram.diagonal().clamp(min=1e-300).rsqrt()
     places = torch.empty(len(W), 0, dtype=torch.long, device=W.device)
-    left = alike
+    values, left = alike.new_empty(len(W), 0), alike
     for i in range(steps):
         more = k * (i + 1) // steps - k * i // steps
         if not more:
             continue
         worth = (left * scale).abs().scatter(1, places, -1.0)
         places = torch.cat([places, worth.topk(more).indices], 1)
-        values = _fitted(gram, alike, places)
+        values = _fitted(gram, alike, places, torch.cat([values, values.new_zeros(len(W), more)], 1))
         left = alike - torch.zeros_like(alike).scatter(1, places, values) @ gram
     return values, places
 
 
-def _fitted(gram: Tensor, alike: Tensor, places: Tensor) -> Tensor:
-    """The least-squares weights (out, k) of chosen atoms."""
+def _fitted(gram: Tensor, alike: Tensor, places: Tensor, start: Tensor) -> Tensor:
+    """The least-squares weights (out, k) of chosen atoms, of a few row by row, of many by conjugate gradients."""
+    gram = gram + _LEAST * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    unit = gram.diagonal().clamp(min=1e-300).rsqrt()  # atoms of length 1
+    gram, alike, scale = gram * unit * unit.unsqueeze(1), alike * unit, unit[places]
+    if places.shape[1] ** 2 <= 4 * len(gram):
+        return _solved(gram, alike, places) * scale
+    return _descended(gram, alike, places, start / scale) * scale
+
+
+def _descended(gram: Tensor, alike: Tensor, places: Tensor, start: Tensor) -> Tensor:
+    """All rows together, each round a product with the whole `gram`, which a metric of data makes near to the identity;
+    rows that do not settle are solved one by one.
+    """
+    chosen, x = (torch.zeros_like(alike).scatter(1, places, t) for t in (torch.ones_like(start), start))
+    target = alike * chosen
+    p = r = target - (x @ gram) * chosen
+    rr = r.square().sum(1, keepdim=True)
+    enough = (8 * torch.finfo(r.dtype).eps) ** 2 * target.square().sum(1, keepdim=True)
+    for _ in range(_ROUNDS):
+        if bool((rr <= enough).all()):
+            break
+        q = (p @ gram) * chosen
+        rate = rr / (p * q).sum(1, keepdim=True).clamp(min=1e-30)
+        x, r, before = x + rate * p, r - rate * q, rr
+        rr = r.square().sum(1, keepdim=True)
+        p = r + rr / before.clamp(min=1e-30) * p
+    found, restless = x.gather(1, places), (rr > enough).squeeze(1).nonzero().squeeze(1)
+    if len(restless):
+        found[restless] = _solved(gram, alike[restless], places[restless])
+    return found
+
+
+def _solved(gram: Tensor, alike: Tensor, places: Tensor) -> Tensor:
+    """Row by row, by a Cholesky factorisation each."""
     k = places.shape[1]
     found, rows = [], max(_ENTRIES // (k * k), 1)
-    small = _LEAST * gram.diagonal().mean() * torch.eye(k, dtype=gram.dtype, device=gram.device)
     for part, target in zip(torch.split(places, rows), torch.split(alike.gather(1, places), rows), strict=True):
-        root, _ = torch.linalg.cholesky_ex(gram[part.unsqueeze(2), part.unsqueeze(1)] + small)
+        root, _ = torch.linalg.cholesky_ex(gram[part.unsqueeze(2), part.unsqueeze(1)])
         found.append(torch.cholesky_solve(target.unsqueeze(2), root).squeeze(2))
     return torch.cat(found)
 
@@ -86,7 +120,7 @@ def factorise(
     values, places = code(W, D, C, k, steps)
     for _ in range(rounds if k < len(D) else 0):  # with all atoms the first answer is the best of its rank
         D = dictionary(W, values, places, len(D), C)
-        old = _fitted(D @ C @ D.mT, W @ C @ D.mT, places), places
+        old = _fitted(D @ C @ D.mT, W @ C @ D.mT, places, values), places
         new = code(W, D, C, k, steps)
         better = _errors(W, D, C, *new) < _errors(W, D, C, *old)
         values, places = (torch.where(better.unsqueeze(1), n, o) for n, o in zip(new, old, strict=True))
