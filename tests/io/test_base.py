@@ -13,7 +13,9 @@ from torch import nn
 import weft
 from weft.io.base import COUNT, Base, base_of, other_weights, sample
 from weft.terms.layers import linear_layers
+from weft.terms.put import put
 from weft.testing_adapters import tiny_gpt2, tiny_llama
+from weft.testing_examples import EXAMPLES, example
 
 Q = "model.layers.0.self_attn.q_proj"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -103,3 +105,33 @@ def test_other_weights_load_with_a_sentence(tmp_path: Path) -> None:
     weft.merge_adapter(model)
     with pytest.warns(UserWarning, match=f"they differ in {Q}"):
         weft.load_adapter(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if not example(kind).linear])
+def test_an_adapter_on_what_is_no_matrix_is_saved_and_known_again(kind: str, tmp_path: Path) -> None:
+    """It is not merged, and nothing of the model is while one of its layers is no matrix."""
+
+    def made(seed: int = 0) -> nn.Module:
+        model, term = nn.Module(), example(kind, seed)
+        for name in ("first", "second"):
+            layer = nn.Linear(term.in_features, term.out_features, bias=False)
+            nn.init.eye_(layer.weight)
+            model.add_module(name, layer)
+        put(model, "second", {"base": term})
+        return model.eval()
+
+    model, x = weft.adapt(made(), "lora", 2), torch.randn(3, example(kind).in_features)
+    with torch.no_grad():
+        for parameter in weft.trainable(model).parameters.values():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+        expected = model.second(x)
+    weft.save_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = weft.load_adapter(made(), tmp_path / "adapter")
+    torch.testing.assert_close(again.second(x), expected)
+    with pytest.raises(weft.WeftError, match="is no matrix"):
+        weft.merge_adapter(again)
+    torch.testing.assert_close(again.second(x), expected)
+    assert "first.terms.default.A" in again.state_dict()
+    assert other_weights(sample(made(), ["second"]), sample(made(5), ["second"])) == "second"

@@ -152,6 +152,17 @@ def test_biases_that_a_layer_has_gained_are_kept(only: str, tmp_path: Path) -> N
         FORMATS["gguf"].check("LlamaForCausalLM", model.config)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "up_proj"])
+def test_biases_are_kept_where_an_adapter_is_folded_in(targets: str, tmp_path: Path) -> None:
+    """Some of the layers become plain; the others keep their biases as they are."""
+    model = weft.adapt(biased(sized()), "lora", 2, targets=targets)
+    before = logits(model)
+    weft.merge_adapter(model)
+    torch.testing.assert_close(logits(model), before, **TOLERANCE)
+    model.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), before, **TOLERANCE)
+
+
 def test_biases_without_a_place_are_refused(tmp_path: Path) -> None:
     model = biased(sized(kind=MistralForCausalLM, config=MistralConfig))
     before = logits(model)
@@ -161,6 +172,8 @@ def test_biases_without_a_place_are_refused(tmp_path: Path) -> None:
             weft.export(model, tmp_path / "out", format)
     with pytest.raises(WeftError, match=words):
         weft.merge(model)
+    with pytest.raises(WeftError, match="has no place"):
+        weft.merge_adapter(weft.adapt(model, "lora", 2, targets="up_proj"))
     assert torch.equal(logits(model), before) and not list(tmp_path.iterdir())
 
 

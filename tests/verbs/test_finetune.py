@@ -20,7 +20,7 @@ from weft.errors import WeftError
 from weft.methods import find
 from weft.rules.annealed_decay import AnnealedDecay
 from weft.runs.loading import load_model
-from weft.terms import LowRank, SumLinear
+from weft.terms import Dense, LowRank, RoundedInputs, SumLinear
 from weft.terms.adapters import adapters_of
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.put import put
@@ -281,6 +281,15 @@ def test_the_adapter_is_merged_on_request(tiny_directory, data, tmp_path):
     words = {"windows": 2, "text": [data], "window": 32, "device": "cpu"}
     got = evaluate.run(str(tmp_path / "out"), **words)["perplexity"]
     assert got == pytest.approx(result["perplexity"], rel=1e-5)
+    with pytest.raises(WeftError, match="--merge folds an adapter into its model, and compacter cannot be"):
+        run(str(tiny_directory), tmp_path / "no", **given | {"method": "compacter", "merge": True})
+    bent = model_of(tiny_directory)
+    bent_layer = next(iter(linear_layers(bent)))
+    put(bent, bent_layer, {"base": RoundedInputs.of(Dense.from_matrix(weight_of(bent.get_submodule(bent_layer))))})
+    bent.save_pretrained(tmp_path / "bent")
+    AutoTokenizer.from_pretrained(tiny_directory).save_pretrained(tmp_path / "bent")
+    with pytest.raises(WeftError, match=f"{bent_layer}: a layer that rounds its inputs is no matrix"):
+        run(str(tmp_path / "bent"), tmp_path / "no", merge=True, **given)
     with pytest.raises(WeftError, match="--merge folds an adapter into its model, and full trains none"):
         run(str(tiny_directory), tmp_path / "no", **given | {"method": "full", "merge": True})
 

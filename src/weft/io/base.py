@@ -1,7 +1,7 @@
 """Base: what an adapter's files say of the model that the adapter was made on, its fingerprint included.
 
-The fingerprint is 16 numbers of each adapted layer's weight and of the input embedding, at places that depend on the
-shape alone, in fp32, with the dtype and the kinds of terms they were stored in:
+The fingerprint is 16 numbers of each adapted layer's weight (of what it stores, where it is no matrix) and of the input
+embedding, at places that depend on the shape alone, in fp32, with the dtype and the kinds of terms they were stored in:
 
     same weights   ||a - b|| <= 0.01 max(||a||, ||b||) on every tensor that both have sampled
 
@@ -161,7 +161,13 @@ def _same(one: Sample, other: Sample) -> bool:
 
 
 def _of_terms(terms: list[Term]) -> Sample | None:
-    return _sample([_whole(term.dense()) for term in terms], [term.kind for term in terms])
+    """Of their matrix; where one of them is none, of all that they store."""
+    kinds = [term.kind for term in terms]
+    if all(term.linear for term in terms):
+        return _sample([_whole(term.dense()) for term in terms], kinds)
+    stored = [_whole(tensor) for term in terms for tensor in term._stored()]
+    dtype = next(tensor.dtype for tensor in stored if tensor.is_floating_point())
+    return _sample([torch.cat([tensor.flatten().to(dtype) for tensor in stored]).unsqueeze(0)], kinds)
 
 
 def _sample(matrices: list[Tensor], kinds: list[str]) -> Sample | None:

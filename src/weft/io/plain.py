@@ -50,14 +50,14 @@ def check_matrices(model: nn.Module, layers: Iterable[str]) -> None:
                     raise WeftError(f"{name}: {words[0].lower()}{words[1:]}") from error
 
 
-def room_for_biases(model: nn.Module) -> Room:
-    """What a plain model like this one lacks for the biases of its sums of terms.
+def room_for_biases(model: nn.Module, layers: Iterable[str] | None = None) -> Room:
+    """What a plain model like this one lacks for the biases of these sums of terms (None: of all).
 
     Raises:
         WeftError: one of them has no place, whatever the configuration says.
     """
-    gained = {name for name, module in model.named_modules() if isinstance(module, SumLinear) and _biased(module)}
-    gained = {name for name in gained if not names_an_expert(name)}
+    sums = {name for name, module in model.named_modules() if isinstance(module, SumLinear) and _biased(module)}
+    gained = {name for name in sums if not names_an_expert(name) and (layers is None or name in set(layers))}
     if not gained or not isinstance(model, PreTrainedModel):
         return Room()
     before = _places(model, Room())
@@ -71,7 +71,7 @@ def room_for_biases(model: nn.Module) -> Room:
             "without biases (--option bias=False), or keep the weft directory, which transformers opens after `import "
             "weft`."
         )
-    return Room(switches, tuple(sorted(after - before - gained)))
+    return Room(switches, tuple(name for name in sorted(after - before) if not _biased(model.get_submodule(name))))
 
 
 def make_room(model: nn.Module, room: Room) -> None:

@@ -221,7 +221,7 @@ def merge(model: nn.Module, name: str | None = None) -> dict[str, float]:
     """
     model = unwrapped(model)
     adapter, book = find_adapter(model, name), _book(model)
-    for term in adapter.all_terms():
+    for term in [*adapter.all_terms(), *(term for layer in adapter.terms for term in book.base[layer].values())]:
         if not term.linear:
             term.dense()  # raises, before anything is changed
     others = [other.name for other in book.adapters.values() if other.active and other is not adapter]

@@ -19,6 +19,7 @@ from torch import nn
 from weft.errors import WeftError
 from weft.grafts import base as grafts
 from weft.io import adapters as files
+from weft.io.plain import make_room, room_for_biases
 from weft.io.quantizer import remark
 from weft.terms import adapters
 
@@ -135,13 +136,17 @@ def merge_adapter(model: nn.Module, name: str | None = None) -> dict[str, float]
         below the dtype's resolution, and then keep the adapter apart or merge in fp32 (model.float() first).
 
     Raises:
-        WeftError: there is no such adapter, several and no name, or a graft, which is no sum with a weight.
+        WeftError: there is no such adapter, several and no name, or a graft, which is no sum with a weight; a layer is
+            no matrix, or has got a bias that a plain model has no place for.
 
     Example:
         >>> lost = weft.merge_adapter(weft.adapt(model, "lora", rank=4))
     """
     check_ungrafted(model)
+    own = adapters.unwrapped(model)
+    room = room_for_biases(own, adapters.find_adapter(own, name).terms)
     lost = adapters.merge(model, name)
+    make_room(own, room)
     remark(model)
     return lost
 

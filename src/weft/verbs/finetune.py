@@ -23,6 +23,8 @@ from weft.errors import WeftError
 from weft.grafts.base import graft_of
 from weft.grafts.base import write as write_graft
 from weft.io.adapters import write_adapter
+from weft.io.plain import check_matrices
+from weft.io.quantizer import sum_specs
 from weft.io.save import adapter_card, save_model
 from weft.methods import Method
 from weft.progress import say
@@ -278,6 +280,7 @@ def run(
         evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
     known = None if teacher is None else load_teacher(teacher, tokenizer, target, trust_remote_code=trust_remote_code)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_matrices(source, sum_specs(source) if merge else ())
     stepper = {"optimizer": optimizer, "optimizer_options": optimizer_options}
     what: dict[str, Any] = {"method": method, "rank": rank, "skipped": skipped, **stepper}
     what |= {"teacher": known, "teacher_top": teacher_top, "teacher_labels": teacher_labels}
@@ -357,6 +360,9 @@ def check_method(method: str, rank: int | None, options: Mapping[str, Any]) -> N
 
 
 def check_merge(method: str, merge: bool) -> None:
-    """Raises WeftError where there will be no adapter to merge."""
-    if merge and find(method).kind != "adapt":
+    """Raises WeftError where there will be no adapter to merge, or one that is no matrix."""
+    found = find(method)
+    if merge and found.kind != "adapt":
         raise WeftError(f"--merge folds an adapter into its model, and {method} trains none: leave it out.")
+    if merge and isinstance(found, Method) and "merges" in found.exempt:
+        raise WeftError(f"--merge folds an adapter into its model, and {method} cannot be: leave it out.")

@@ -35,14 +35,13 @@ from weft.runs.output import check_output, open_output
 from weft.runs.record import begin
 from weft.terms import SumLinear
 from weft.terms.adapters import forget
-from weft.terms.adapters import merge as fold
 from weft.terms.coded_embedding import embedding_specs, plain_embeddings
 from weft.terms.coverage import coverage_of
 from weft.terms.experts import fuse
 from weft.terms.extras import tables
 from weft.terms.hooks import check_at_hand
 from weft.terms.layers import replace
-from weft.verbs.adapters import check_ungrafted
+from weft.verbs.adapters import check_ungrafted, merge_adapter
 from weft.verbs.evaluate import model_size
 
 __all__ = ["merge", "run"]
@@ -126,7 +125,7 @@ def run(
     tokenizer = _tokenizer(model, adapter, trust_remote_code)
     before = model_size(source)
     check_ungrafted(source)
-    lost = {} if adapter is None else fold(load_adapter(source, adapter))
+    lost = {} if adapter is None else merge_adapter(load_adapter(source, adapter))
     _check_rows(source, tokenizer)
     covered = coverage_of(source, {*lost, *sum_specs(source)}).facts()
     sums = sum(isinstance(module, SumLinear) for module in source.modules())
