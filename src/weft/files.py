@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["digest", "jsonable", "replacing", "write_json", "write_text"]
+__all__ = ["METRICS_FILE", "digest", "jsonable", "replacing", "write_json", "write_text"]
 
-
+METRICS_FILE = "metrics.jsonl"
+"""What training logs, beside its output."""
 WHOLE, BLOCKS, BLOCK = 2**26, 2**10, 2**16
 
 

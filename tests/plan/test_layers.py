@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
 from weft.cli import app
@@ -26,9 +27,9 @@ from weft.verbs.sources import source_of
 LAYERS = 4
 
 
-def config(layers: int = LAYERS) -> LlamaConfig:
+def config(layers: int = LAYERS, vocab_size: int = 300) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
         tie_word_embeddings=False,
     )  # fmt: skip
 
@@ -75,6 +76,18 @@ def test_two_blocks_say_what_the_whole_holds(method, saved):
     assert others == max(whole.peaks[last - LAYERS + 1 : last])
 
 
+def test_an_optimizer_that_takes_matrices_together_is_stepped_with_all(monkeypatch):
+    """Whose workspace grows with the blocks until a batch is full."""
+    monkeypatch.setattr("weft.optim.lowrank._BATCH", {"cpu": 64 * 96})
+    found = []
+    for layers, stands_for in ((BLOCKS["training"], 9), (9, None)):
+        with FakeTensorMode(allow_non_fake_inputs=True), Supposed():
+            model = LlamaForCausalLM(config(layers, vocab_size=8))
+            found.append(stepped(model, lambda m: make_optimizer("apollo", m, 1e-3, 0.0, 0, {"rank": 4}), stands_for))
+        assert len(model.model.layers) == layers
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("passes", ["forward", "inference"])
 def test_a_forward_pass_alone_stretches_too(passes):
     given = inputs() | {"use_cache": passes == "inference"}
@@ -89,9 +102,12 @@ def test_a_forward_pass_alone_stretches_too(passes):
         assert found[0].activations == pytest.approx(cache + 2 * 32 * 300 * 4, rel=0.01)
 
 
-def test_a_plan_is_what_a_real_step_holds(directory):
-    (said,) = run(directory, memory="1GB", methods="lora", batch=2, window=32, rank=4, device="cpu")["methods"]
-    model = lean(adapt(LlamaForCausalLM(config()), "lora", 4).train())
+@pytest.mark.parametrize("method", ["lora", "pissa"])  # of the latter, factors are views of larger ones
+def test_a_plan_is_what_a_real_step_holds(directory, method):
+    (said,) = run(directory, memory="1GB", methods=method, batch=2, window=32, rank=4, device="cpu")["methods"]
+    model = adapt(LlamaForCausalLM(config()), method, 4).train()
+    assert said["activations_plain"] == held(model, inputs(), passes="forward").activations
+    lean(model)
     real = held(model, inputs())
     steps = stepped(model, lambda m: make_optimizer("adamw", m, 1e-3, 0.0, 0, {}))
     assert said["weights"] == real.weights
@@ -99,6 +115,26 @@ def test_a_plan_is_what_a_real_step_holds(directory):
     assert said["optimizer"] == steps.state
     assert said["activations"] == pytest.approx(real.activations, rel=0.02)
     assert said["peak_bytes"] == pytest.approx(real.peak + steps.state, rel=0.02)
+
+
+@pytest.mark.parametrize("task", ["finetune", "pretrain", "serve"])
+def test_no_more_blocks_are_run_of_a_deeper_model(tmp_path, monkeypatch, task):
+    """Nor any calls made but those that are made of each model."""
+    passed, made = [], []
+    block = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **rest: passed.append(1) or block(*args, **rest))
+    dispatch = FakeTensorMode.dispatch
+    monkeypatch.setattr(FakeTensorMode, "dispatch", lambda *args, **rest: made.append(1) or dispatch(*args, **rest))
+    method = {"finetune": "lora", "pretrain": "low-rank", "serve": "nf4"}[task]
+    monkeypatch.setattr("weft.verbs.plan._Plan.largest", lambda plan: 1)
+    counts = []
+    for layers in (4, 5, 12):
+        config(layers).save_pretrained(tmp_path)
+        run(str(tmp_path), memory="1GB", task=task, methods=method, window=32, device="cpu", time=False)
+        counts.append((len(passed), len(made)))
+        passed.clear(), made.clear()
+    (blocks, calls), *later = counts
+    assert all(more == blocks and made <= calls for more, made in later)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(directory):

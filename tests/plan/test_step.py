@@ -7,13 +7,16 @@ import json
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
 from weft.cli import app
 from weft.errors import WeftError
 from weft.memory import lean
 from weft.memory.live import Live
+from weft.plan import BLOCKS
 from weft.plan.step import planned, step_bytes
+from weft.train.modes import checkpointing
 from weft.train.optimizers import make_optimizer
 from weft.train.recipe import Recipe
 from weft.verbs.fresh import Structure, restructure
@@ -22,10 +25,10 @@ from weft.verbs.pretrain import run
 RECIPE = Recipe(window=64, batch=4)
 
 
-def model(method: str | None) -> LlamaForCausalLM:
+def model(method: str | None, layers: int = 4) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        tie_word_embeddings=False,
+        vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
     made = LlamaForCausalLM(config)
     return made if method is None else restructure(made, Structure.of(method))
@@ -53,6 +56,34 @@ def test_the_plan_is_what_a_step_holds(method, optimizer):
         assert said[part] == pytest.approx(real[part], rel=0.05), part
     parts = [value for name, value in said.items() if name not in ("peak_bytes", "parameters")]
     assert sum(parts) == said["peak_bytes"]
+
+
+def test_a_plan_knows_that_activations_are_computed_again():
+    with torch.device("meta"):
+        empty = model(None)
+    recipe = Recipe(window=64, batch=4, checkpointing=True, lean=False)
+    said = planned(empty, lambda m: make_optimizer("adamw", m, 1e-3, 0.0, 0, {}), recipe)
+    whole = model(None).train()
+    optimizer = make_optimizer("adamw", whole, 1e-3, 0.0, 0, {})
+    with checkpointing(whole, True):
+        real = step_bytes(whole, optimizer, torch.zeros(RECIPE.batch, RECIPE.window, dtype=torch.long))
+    for part in ("activations_bytes", "peak_bytes"):
+        assert said[part] == pytest.approx(real[part], rel=0.02), part
+
+
+@pytest.mark.parametrize("method", [None, "low-rank"])
+def test_no_more_blocks_are_run_of_a_deeper_model(monkeypatch, method):
+    passed = []
+    block = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **rest: passed.append(1) or block(*args, **rest))
+    counts = set()
+    for layers in (4, 12):
+        with torch.device("meta"):
+            empty = model(method, layers)
+        planned(empty, lambda m: make_optimizer("adamw", m, 1e-3, 0.0, 0, {}), RECIPE)
+        counts.add(len(passed))
+        passed.clear()
+    assert counts == {2 * BLOCKS["training"]}, "two passes over these blocks"
 
 
 def test_live_counts_a_storage_once_and_as_long_as_it_is_there():

@@ -5,18 +5,29 @@ for tensors without storage as well.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-__all__ = ["Live"]
+__all__ = ["Live", "tensors_in"]
 
 _DEVICE = torch.ops.prim.device.default
+
+
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """Those among what a call was given, or gave."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for one in x:
+            yield from tensors_in(one)
+    elif isinstance(x, dict):
+        yield from tensors_in([*x.values()])
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -32,7 +43,11 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which costs as much as a call
 
     def count(self, tensors: Iterable[Tensor]) -> int:
         """Count tensors that were there before; their bytes."""
@@ -45,9 +60,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two thirds of what is asked of tensors without values
         made = func(*args, **(kwargs or {}))
-        for tensor in (made,) if isinstance(made, Tensor) else tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
+        for tensor in tensors_in(made):
+            self._see(tensor)
         return made
 
     def _see(self, tensor: Tensor) -> None:
@@ -56,11 +70,10 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self.known or (self.device is not None and tensor.device.type != self.device):
             return
         size = storage.nbytes()
-        self.known.add(key)
+        self.known[key] = weakref.ref(storage, partial(self._lose, key, size))
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._lose, key, size)
 
-    def _lose(self, key: int, size: int) -> None:
-        self.known.discard(key)
+    def _lose(self, key: int, size: int, storage: object) -> None:
+        del self.known[key]
         self.now -= size

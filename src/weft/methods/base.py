@@ -42,6 +42,7 @@ __all__ = [
     "low_rank_split",
     "low_rank_terms",
     "no_terms",
+    "one_stream",
     "smaller_side",
 ]
 
@@ -264,6 +265,13 @@ def low_rank_terms(model: nn.Module) -> list[nn.Parameter]:
 def no_terms(model: nn.Module) -> list[nn.Parameter]:
     """Nothing: the method leaves no recipe for training what it made."""
     return []
+
+
+def one_stream(
+    shapes: Mapping[str, Shape], rank: int, generator: torch.Generator, options: Mapping[str, Any]
+) -> torch.Generator:
+    """A `share` of nothing that is kept: one stream of numbers, which the layers draw from in turn."""
+    return torch.Generator().manual_seed(generator.initial_seed())
 
 
 @dataclass(frozen=True, kw_only=True)

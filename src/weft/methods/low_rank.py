@@ -9,23 +9,13 @@ Deviations: none of its own; the benchmark draws both factors Kaiming-uniform an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from weft.methods.adapter import lora_count
-from weft.methods.base import Method, Site, Split, low_rank_terms
+from weft.methods.base import Method, Site, Split, low_rank_terms, one_stream
 from weft.terms import LowRank
 
-__all__ = ["METHOD", "share", "split"]
-
-
-def share(
-    shapes: Mapping[str, tuple[int, int]], rank: int, generator: torch.Generator, options: Mapping[str, Any]
-) -> torch.Generator:
-    """One stream of numbers that the layers draw from in turn."""
-    return torch.Generator().manual_seed(generator.initial_seed())
+__all__ = ["METHOD", "split"]
 
 
 def split(site: Site, *, std: float) -> Split:
@@ -46,7 +36,7 @@ METHOD = Method(
     summary="Factors in place of every matrix, trained from scratch.",
     paper="Khodak et al., 2021, arXiv 2105.01029",
     split=split,
-    share=share,
+    share=one_stream,
     count=lora_count,
     trained=low_rank_terms,
     defaults={"std": 0.02},

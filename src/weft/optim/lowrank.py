@@ -60,6 +60,8 @@ class LowRank(torch.optim.Optimizer):
     Raises WeftError for a group that does not fit its recipe, a repeated parameter, or a state_dict of another recipe.
     """
 
+    in_batches = True  # of several matrices of one shape, as `weft.plan` asks
+
     def __init__(
         self,
         groups: Iterable[Any],

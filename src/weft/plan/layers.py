@@ -14,6 +14,7 @@ which is no estimate: it is what the whole model would have given.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,16 +22,19 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from weft.plan.work import Work, Working
 from weft.terms.layers import block_stacks
 
-__all__ = ["BLOCKS", "Borders", "Held", "Passes", "Stepped", "blocks_of", "held", "stepped"]
+__all__ = ["BLOCKS", "Borders", "Held", "Passes", "Stepped", "blocks_of", "equal", "few", "held", "stepped"]
 
 BLOCKS = {"training": 2, "forward": 2, "inference": 3}
 """Of the model that is counted, the last of which stands for all others: a pass that leaves nothing frees what the
 block before the last one gave, which only a third shows.
 """
+_CALLS = 10_000
+"""Of a step that is made in full rather than said by two blocks."""
 Passes = Literal["training", "forward", "inference"]
 
 
@@ -122,6 +126,23 @@ def blocks_of(model: nn.Module) -> nn.ModuleList | None:
     return next(iter(stacks.values())) if len(stacks) == 1 else None
 
 
+def equal(model: nn.Module) -> bool:
+    """Whether the blocks of a model are of the same shapes, and share no tensor."""
+    blocks = [_tensors(block) for block in blocks_of(model) or ()]
+    shapes = {tuple((name, tuple(t.shape), t.dtype) for name, t in block.items()) for block in blocks}
+    return len(shapes) == 1 and len({id(t) for block in blocks for t in block.values()}) == sum(map(len, blocks))
+
+
+def few(model: nn.Module) -> int | None:
+    """Leave a model the blocks that stand for all in training; how many there were, None where it stays as it is."""
+    blocks = blocks_of(model)
+    if blocks is None or len(blocks) <= BLOCKS["training"] or not equal(model):
+        return None
+    whole = len(blocks)
+    del blocks[BLOCKS["training"] :]
+    return whole
+
+
 def held(
     model: nn.Module, inputs: Mapping[str, Any], layers: int | None = None, passes: Passes = "training"
 ) -> Held | None:
@@ -156,6 +177,10 @@ def held(
     return whole if layers is None else _stretched(whole, borders, layers, passes == "training")
 
 
+def _tensors(block: nn.Module) -> dict[str, Tensor]:
+    return dict([*block.named_parameters(), *block.named_buffers()])
+
+
 def _stretched(whole: Held, borders: Borders, layers: int, backward: bool) -> Held | None:
     found, last = borders.found, len(borders.blocks) - 1
     forward = [f"{way} {i}" for i in range(last + 1) for way in ("enter", "exit")]
@@ -183,7 +208,11 @@ def _stretched(whole: Held, borders: Borders, layers: int, backward: bool) -> He
 
 
 def stepped(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer], layers: int | None = None) -> Stepped:
-    """What the optimizer of a model holds; with `layers`, of so many blocks where `model` has `BLOCKS`."""
+    """What the optimizer of a model holds; with `layers`, of so many blocks where `model` has `BLOCKS`.
+
+    Of an optimizer that takes several matrices at a time, all blocks are stepped unless these are too many calls, as
+    they are where matrices are so large that it takes them one by one, too.
+    """
     most = _step(model, make)
     blocks = blocks_of(model)
     if layers is None or blocks is None:
@@ -195,9 +224,25 @@ def stepped(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]
     finally:
         blocks.append(last)
     more = layers - count
-    workspace = most.workspace + more * (most.workspace - fewer.workspace)
     work = most.work.plus(most.work, more).plus(fewer.work, -more)
+    if getattr(make(model), "in_batches", False) and work.calls <= _CALLS:
+        blocks.extend(_another(last) for _ in range(more))
+        whole = _step(model, make)
+        del blocks[count:]
+        return whole
+    workspace = most.workspace + more * (most.workspace - fewer.workspace)
     return Stepped(most.state + more * (most.state - fewer.state), workspace, work)
+
+
+def _another(block: nn.Module) -> nn.Module:
+    """A copy with tensors of its own, of no values."""
+    known: dict[int, Any] = {}
+    for tensor in [*block.parameters(), *block.buffers()]:
+        own = torch.empty_like(tensor)
+        known[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+        if isinstance(tensor, FakeTensor):
+            known[id(tensor.fake_mode)] = tensor.fake_mode
+    return copy.deepcopy(block, known)
 
 
 def _step(model: nn.Module, make: Callable[[nn.Module], torch.optim.Optimizer]) -> Stepped:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+
+from weft.memory.live import tensors_in
+from weft.plan.recall import recalled
 
 __all__ = ["Supposed", "unmasked"]
 
@@ -30,14 +32,18 @@ class Supposed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.masked = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         special = func in _ANSWERS or func in _INDEXING
-        if special and any(_valueless(leaf) for leaf in tree_leaves(args)):
+        if special and any(_valueless(tensor) for tensor in tensors_in(args)):
             if func in _ANSWERS:
                 return _ANSWERS[func](*args)
             self.masked = self.masked or any(index is not None and index.dtype == torch.bool for index in args[1])
             args = (args[0], [*_unmasked(args[1])], *args[2:])
-        found = func(*args, **(kwargs or {}))
+        found = recalled(func, args, kwargs or {})
         if func in _NONE_IS and _valueless(found) and args[0].dtype == torch.bool:
             found.supposed = False  # type: ignore[attr-defined]
         return found

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.memory import lean
-from weft.memory.live import Live
+from weft.memory.live import Live, tensors_in
 
 __all__ = ["Rates", "Work", "Working", "rates_of"]
 
@@ -86,13 +85,13 @@ class Working(Live):  # type: ignore[no-untyped-call]
         self.calls += 1
         if func.is_view or func.overloadpacket in _MAKES:
             return
-        written = [x.nbytes for x in tree_leaves(made) if isinstance(x, Tensor)]
+        written = sum(x.nbytes for x in tensors_in(made))
         if func.overloadpacket in _CHOOSES:  # no more of a table is read than is taken
-            self.moved += 2 * sum(written)
+            self.moved += 2 * written
             return
-        given = [x for x in tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
-        self.moved += sum(written) + sum(x.nbytes for x in given)
-        count = flop_registry.get(func.overloadpacket) or _MORE.get(func.overloadpacket)
+        given = [*tensors_in(args), *tensors_in(kwargs)]
+        self.moved += written + sum(x.nbytes for x in given)
+        count = _OWN.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
         if count is not None:
             self.products[given[-1].dtype] += int(count(*args, **kwargs, out_val=made))
 
@@ -107,7 +106,13 @@ def _attention_back(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_:
     return 2 * query[..., 0].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
-_MORE: dict[Any, Callable[..., int]] = {  # what torch counts of other devices alone
+def _product(*args: Any, **_: Any) -> int:
+    """Of two matrices, or stacks of them, which come last."""
+    return int(2 * args[-2].numel() * args[-1].shape[-1])
+
+
+_OWN: dict[Any, Callable[..., int]] = {  # what torch counts ten times slower, or of other devices alone
+    **dict.fromkeys((_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm), _product),
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back,
 }

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.files import jsonable, write_json
+from weft.files import METRICS_FILE, jsonable, write_json
 from weft.runs.inputs import Contents, changes
-from weft.train.metrics import METRICS_FILE
 
 __all__ = ["Workplace", "check_output", "keep_logs", "open_output"]
 

@@ -14,9 +14,7 @@ from weft.errors import WeftError
 from weft.optim.state import state_bytes
 from weft.progress import say
 
-__all__ = ["METRICS_FILE", "MetricsLog", "OneStep"]
-
-METRICS_FILE = "metrics.jsonl"
+__all__ = ["MetricsLog", "OneStep"]
 
 
 class MetricsLog(TrainerCallback):

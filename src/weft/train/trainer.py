@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from weft.files import write_json
+from weft.files import METRICS_FILE, write_json
 from weft.memory import lean, lean_report, unlean
 from weft.memory.lesson import Lesson
 from weft.memory.teaching import taught
@@ -44,7 +44,8 @@ from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
 from weft.train.identity import check_identity, weights_digest
 from weft.train.interrupt import Interrupt
-from weft.train.metrics import METRICS_FILE, MetricsLog
+from weft.train.metrics import MetricsLog
+from weft.train.modes import HALF, checkpointing, wide
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
 from weft.train.sharding import SHARDED_FILE, is_sharded, regather, reshard
@@ -52,8 +53,6 @@ from weft.train.shown import Progress
 from weft.train.stream import StreamedRows
 
 __all__ = ["METRICS_FILE", "Trainer", "train"]
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def train(
@@ -250,22 +249,6 @@ class Seeds(TrainerCallback):
 
 
 @contextmanager
-def wide(model: nn.Module) -> Iterator[None]:
-    """Trainable parameters in fp32 within the block: in half precision, updates smaller than its rounding would be
-    lost.
-    """
-    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in HALF}
-    for parameter in narrow:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in narrow.items():
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
 def leaned(model: nn.Module, wanted: bool) -> Iterator[None]:
     """The memory saver on within the block; as it was before, after it."""
     before = bool(lean_report(model).lean)
@@ -276,29 +259,6 @@ def leaned(model: nn.Module, wanted: bool) -> Iterator[None]:
     finally:
         if not before:
             unlean(model)
-
-
-@contextmanager
-def checkpointing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Activation checkpointing within the block."""
-    if not wanted:
-        yield
-        return
-    _checkpointing(model, "enable")({"use_reentrant": False})
-    # with frozen embeddings no input of the first block would require a gradient, and some models refuse then
-    model.enable_input_require_grads()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        model.disable_input_require_grads()  # type: ignore[no-untyped-call]
-        _checkpointing(model, "disable")()
-
-
-def _checkpointing(model: PreTrainedModel, action: str) -> Callable[..., Any]:
-    """The model's method under its name in this release of transformers."""
-    new, old = f"activation_checkpointing_{action}", f"gradient_checkpointing_{action}"
-    found: Callable[..., Any] = getattr(model, new) if hasattr(model, new) else getattr(model, old)
-    return found
 
 
 @contextmanager

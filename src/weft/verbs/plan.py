@@ -21,16 +21,16 @@ from weft.errors import WeftError
 from weft.grafts import Graft
 from weft.memory import lean as make_lean
 from weft.memory.cross_entropy import CHUNK_LOGITS
-from weft.methods.base import Method
+from weft.methods.base import Method, one_stream
 from weft.plan import BLOCKS, Held, Stepped, Supposed, held, stepped, unmasked
 from weft.plan.layers import Passes, blocks_of
 from weft.plan.work import rates_of
 from weft.progress import track
 from weft.runs.loading import resolve_device, resolve_dtype
 from weft.terms.layers import linear_layers
+from weft.train.modes import HALF, checkpointing, wide
 from weft.train.optimizers import chosen_options, find_optimizer
 from weft.train.optimizers import make_optimizer as named_optimizer
-from weft.train.trainer import HALF, checkpointing, wide
 from weft.verbs.adapt import adapt, make_optimizer
 from weft.verbs.evaluate import check_causal
 from weft.verbs.fresh import Structure, restructure
@@ -135,15 +135,18 @@ def run(
 
 
 def _rows(asked_for: Sequence[Job], source: Source, asked: Asked) -> list[dict[str, Any]]:
-    """What is known of each job; those that differ by their optimizer alone share the passes of one model."""
+    """What is known of each job; those that differ by their optimizer alone share the passes of one model, and those
+    that differ by the code of their frozen weights the steps of one optimizer.
+    """
     known: dict[tuple[str | None, str | None], _Plan] = {}
+    steps: dict[Any, Stepped] = {}
     compressing = Compressing(source, asked.dtype, asked.device, asked.window)
 
     def planned(job: Job) -> dict[str, Any]:
         if asked.task == "compress":
             return compressing.row(job.name, asked.memory)
         alike = (job.scheme, job.method)
-        known[alike] = known[alike].stepped_by(job) if alike in known else _Plan(job, source, asked)
+        known[alike] = known[alike].stepped_by(job) if alike in known else _Plan(job, source, asked, steps)
         return known[alike].row()
 
     return [_row(job, planned) for job in track(asked_for, "plans")]
@@ -165,22 +168,21 @@ def _row(job: Job, planned: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
 class _Plan:
     """One job on a few blocks, or on all where they are not equal."""
 
-    def __init__(self, job: Job, source: Source, asked: Asked) -> None:
-        self.job, self.asked, self.whole = job, asked, source.whole
+    def __init__(self, job: Job, source: Source, asked: Asked, steps: dict[Any, Stepped]) -> None:
+        self.job, self.asked, self.whole, self.steps = job, asked, source.whole, steps
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         record = job.record
-        alone = record is not None and (isinstance(record, Graft) or record.share is not None)
+        alone = isinstance(record, Graft) or (record is not None and record.share not in (None, one_stream))
         self.blocks = BLOCKS["training" if asked.training else "inference"]
         self.layers = None if alone or not source.equal or source.layers <= self.blocks else source.layers
         self.model = self._made(source.empty(self.blocks if self.layers else source.layers, asked.dtype))
         self.vocabulary = source.config.get_text_config().vocab_size
         self.known: dict[tuple[Passes, int, str], Held] = {}
-        self.stepping: Stepped | None = None
 
     def stepped_by(self, job: Job) -> _Plan:
         """The same model and passes with another job's optimizer."""
         other = copy.copy(self)
-        other.job, other.stepping = job, None
+        other.job = job
         return other
 
     def row(self) -> dict[str, Any]:
@@ -209,13 +211,15 @@ class _Plan:
         return self._held("training" if self.asked.training else "inference", batch)
 
     def step(self) -> Stepped:
-        """What the optimizer holds, once."""
-        if self.stepping is None:
-            self.stepping = Stepped(0, 0)
-            if self.asked.training:
-                with self._inside():
-                    self.stepping = stepped(self.model, self._optimizer, self.layers)
-        return self.stepping
+        """What the optimizer holds, once for all that train the same tensors by the same method."""
+        if not self.asked.training:
+            return Stepped(0, 0)
+        trained = ((name, p.shape, p.dtype) for name, p in self.model.named_parameters() if p.requires_grad)
+        key = (self.job.method, self.job.optimizer, *trained)
+        if key not in self.steps:
+            with self._inside():
+                self.steps[key] = stepped(self.model, self._optimizer, self.layers)
+        return self.steps[key]
 
     def peak(self, batch: int) -> int:
         """The most that is held at the same time."""

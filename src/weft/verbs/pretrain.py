@@ -146,7 +146,9 @@ def run(
     shape: dict[str, Any] = {"given": given, "structure": structure, "mup": mup, "dtype": kind}
     empty, make = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     if plan:
-        return {**_counted(structure, model, size, optimizer), **planned(empty, make, recipe, str(target))}
+        by_block = mup is None and not (structure and structure.grafts)  # whose base has all blocks
+        said = planned(empty, make, recipe, str(target), by_block=by_block)
+        return _counted(structure, model, size, optimizer) | said
     told = arguments | asdict(recipe) | {"schedule": schedule, "shard": shard}
     record = begin("pretrain", told, seed=recipe.seed, device=target)
     check_held_out(evaluation, words, recipe.window, eval_windows)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError, nearest
+from weft.files import METRICS_FILE
 from weft.scaling import LAWS, fit, number
-from weft.train.metrics import METRICS_FILE
 from weft.train.records import records_of
 
 __all__ = ["run", "run_fit", "runs_of"]

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from weft.errors import WeftError
 from weft.io.headers import FLOATS, read_headers
-from weft.plan.layers import blocks_of
+from weft.plan.layers import equal
 from weft.runs.loading import load_config, load_tokenizer, model_class, resolve
 from weft.train.sizes import configuration
 
@@ -55,8 +55,7 @@ class Source:
     @cached_property
     def equal(self) -> bool:
         """Whether all blocks are of the same shapes."""
-        blocks = blocks_of(self.whole)
-        return blocks is not None and len({_shapes(block) for block in blocks}) == 1
+        return equal(self.whole)
 
     def empty(self, layers: int, dtype: torch.dtype) -> nn.Module:
         """The model with so many blocks, on the meta device.
@@ -127,7 +126,3 @@ def _code(model: nn.Module, codes: Any, name: str) -> None:
     if quantizer.quantization_config.quant_method != "weft":
         raise WeftError(f"{name} is in the codes of another tool, of whose memory weft knows nothing; plan its base.")
     quantizer._process_model_before_weight_loading(model)
-
-
-def _shapes(block: nn.Module) -> tuple[Any, ...]:
-    return tuple((name, tuple(t.shape), t.dtype) for name, t in [*block.named_parameters(), *block.named_buffers()])
