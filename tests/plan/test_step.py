@@ -25,28 +25,29 @@ from weft.verbs.pretrain import run
 RECIPE = Recipe(window=64, batch=4)
 
 
-def model(method: str | None, layers: int = 4) -> LlamaForCausalLM:
+def model(method: str | None, layers: int = 4, tied: bool = False) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
+        num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     made = LlamaForCausalLM(config)
     return made if method is None else restructure(made, Structure.of(method))
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [(None, "adamw"), ("sltrain", "adamw"), ("lost", "muon"), ("low-rank", "galore")]
+    ("method", "optimizer", "tied"),
+    [(None, "adamw", True), ("sltrain", "adamw", False), ("lost", "muon", False), ("low-rank", "galore", True)],
 )
-def test_the_plan_is_what_a_step_holds(method, optimizer):
+def test_the_plan_is_what_a_step_holds(method, optimizer, tied):
     options = {"rank": 4} if optimizer == "galore" else {}
 
     def make(model: torch.nn.Module) -> torch.optim.Optimizer:
         return make_optimizer(optimizer, model, 1e-3, 0.0, 0, options)
 
     with torch.device("meta"):
-        empty = model(method)
+        empty = model(method, tied=tied)
     said = planned(empty, make, RECIPE)
-    whole = lean(model(method).train())
+    whole = lean(model(method, tied=tied).train())
     ids = torch.randint(500, (RECIPE.batch, RECIPE.window), generator=torch.Generator().manual_seed(0))
     real = step_bytes(whole, make(whole), ids)
     trained = 4 * sum(p.numel() for p in whole.parameters())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from weft.errors import WeftError
 from weft.memory import lean
@@ -28,7 +29,7 @@ def planned(
     model: nn.Module,
     make: Callable[[nn.Module], torch.optim.Optimizer],
     recipe: Recipe,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     *,
     by_block: bool = True,
 ) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def planned(
     remade = checkpointing(model, recipe.checkpointing)  # type: ignore[arg-type]
     with remade, FakeTensorMode(allow_non_fake_inputs=True), Supposed(), unmasked():
         model.to_empty(device=device)
+        if isinstance(model, PreTrainedModel):
+            model.tie_weights()
         ids = torch.zeros(recipe.batch, recipe.window, dtype=torch.long, device=device)
         inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
         first, second = (_held(model, inputs, layers) for _ in range(2))

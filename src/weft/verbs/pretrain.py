@@ -144,11 +144,9 @@ def run(
     kind = resolve_dtype(dtype, target) or torch.bfloat16
     given = None if model is None else given_model(model, recipe.window, target, None if dtype is None else kind)
     shape: dict[str, Any] = {"given": given, "structure": structure, "mup": mup, "dtype": kind}
-    empty, make = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
+    empty, make, alike = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     if plan:
-        by_block = mup is None and not (structure and structure.grafts)  # whose base has all blocks
-        said = planned(empty, make, recipe, str(target), by_block=by_block)
-        return _counted(structure, model, size, optimizer) | said
+        return {**_counted(structure, model, size, optimizer), **planned(empty, make, recipe, target, by_block=alike)}
     told = arguments | asdict(recipe) | {"schedule": schedule, "shard": shard}
     record = begin("pretrain", told, seed=recipe.seed, device=target)
     check_held_out(evaluation, words, recipe.window, eval_windows)
@@ -284,9 +282,9 @@ def _rehearse(
     decay: str,
     shape: Mapping[str, Any],
     every: tuple[int | None, int | None],
-) -> tuple[PreTrainedModel, Callable[[nn.Module], torch.optim.Optimizer]]:
+) -> tuple[PreTrainedModel, Callable[[nn.Module], torch.optim.Optimizer], bool]:
     """Make the model, its optimizer and its rules without storage: raises what would be raised once they are large. The
-    model, and what makes the optimizer, are returned.
+    model, what makes the optimizer, and whether both do without some of the blocks are returned.
     """
     given, structure = shape["given"] and emptied(shape["given"]), shape["structure"]
     with torch.device("meta"), Supposed():
@@ -302,7 +300,7 @@ def _rehearse(
         rules = Rules(rules_of(model, structure, original, recipe, *every))
         rules.bind(made)
         rules.start(model, steps=recipe.steps)
-    return model, make
+    return model, make, base is None and (structure is None or not structure.grafts)
 
 
 def _named(out: str | Path | None) -> str | Path:
