@@ -224,7 +224,7 @@ def plot(path: Path) -> None:
         for i, row in enumerate(rows):
             points = sorted((line["bits"], line["perplexity"][text]) for line in found if line["row"] == row)
             xs, ys = [x for x, _ in points], [y for _, y in points]
-            series.append(Series(row, xs, ys, colors[i % len(colors)], marked=True, dashed=not row.startswith("auto")))
+            series.append(Series(row, xs, ys, colors[i % len(colors)], marked=True, dash=i))
         chart = line_chart(f"perplexity, {text}", series, "bits a weight", "perplexity", log=True, legend=True)
         alone = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         path.with_name(f"{path.stem}_{text}.svg").write_text(alone)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from weft.linalg.principal import weighted_loss
 from weft.memory.live import Live
 from weft.methods import METHODS
 from weft.runs.pieces import Store
-from weft.runs.report.frontier import frontier
+from weft.runs.report.frontier import frontier, frontier_page
 from weft.stats.calibrate import calibrate, layers_by_block
 from weft.stats.groups import moment_bytes
 from weft.terms import LowRank, NormalFloat, SumLinear
@@ -257,6 +258,18 @@ def test_the_report_says_what_was_chosen_and_why(tiny_directory: Path, tmp_path:
     assert all(said in words for said in ("measured rise", "predicted rise", "all together", "nats a token"))
     run(str(tiny_directory), tmp_path / "b", method="nf3", report=page, **{**small, "budget": None})
     assert "measured rise" in page.read_text()
+
+
+def test_the_chosen_point_lies_on_the_frontier_and_long_names_are_letters_in_cells() -> None:
+    done = weft.compress(llama(1), "kfac-svd", budget=0.95, batches=task())
+    assert done.allocation.bits_per_weight > 8, "where the frontier ended"
+    said = frontier_page("tiny", done.allocation, done.layers, {"before": 1.0, "after": 1.1})
+    (curve,) = [line for line in re.findall('<polyline points="([^"]*)"', said) if " " in line]
+    dots = re.findall('<circle cx="([^"]*)" cy="([^"]*)"', said)
+    assert max(float(point.split(",")[0]) for point in curve.split()) >= float(dots[0][0]) - 3
+    mixed = weft.compress(llama(1), "auto", budget="5 bits", batches=task())
+    cells = frontier_page("tiny", mixed.allocation, mixed.layers, {"before": 1.0, "after": 1.1})
+    assert " A is " in cells and max(map(len, re.findall(r'font-size="10" style="[^"]*">([^<]*)<', cells))) < 12
 
 
 def test_a_frontier_of_all_methods_lies_under_each(tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ def test_measures_stand_beside_the_spectra(model: nn.Module, tmp_path: Path) -> 
     moved = [name for name, row in rows.items() if row["drift"] > 0]
     assert moved == ["model.layers.0.mlp.up_proj"] and rows[moved[0]]["drift_rank"] == pytest.approx(1, rel=1e-4)
     report.save(tmp_path / "report.html")
-    assert "drift rank" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert f"compared with {report.against}" in text
+    assert text.index("<th data-sorts>drift rank") < text.index("<th data-sorts>shape"), "what was asked for is first"
     pairs = inspect(model, "*q_proj", against=before).to_dict()["matrices"]
     assert all({"intruders", "kept", "drift"} <= set(row) for row in pairs), "all measures of pairs where none is named"
 

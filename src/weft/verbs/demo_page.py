@@ -84,8 +84,8 @@ def demo_page(
 
 def _budget_chart(curves: Curves) -> str:
     series = [
-        Series(name, list(points), [p / points[1.0] for p in points.values()], color, marked=True)
-        for (name, points), color in zip(curves.items(), _COLORS, strict=True)
+        Series(name, list(points), [p / points[1.0] for p in points.values()], color, marked=True, dash=i)
+        for i, ((name, points), color) in enumerate(zip(curves.items(), _COLORS, strict=True))
     ]
     return line_chart("quality by budget", series, "share kept", "perplexity / dense", legend=True)
 

@@ -130,7 +130,7 @@ class Report:
         if path.suffix == ".json":
             write_json(path, self.to_dict())
         else:
-            write_text(path, spectra_page(self.to_dict(), self.spectra))
+            write_text(path, spectra_page(self.to_dict(), self.spectra, self.against))
 
 
 def inspect(

@@ -7,7 +7,8 @@ Gersho, 1988), for all methods together and for each alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from weft.allocate import Allocation, Choice, LayerInfo, greedy
@@ -19,20 +20,21 @@ __all__ = ["frontier", "frontier_page"]
 
 _COLORS = ("#0c3470", "#5b9bd5", "#c26a2e", "#3f8f6b", "#8a5aa8", "#b8963e", "#8a94a3")
 _STEPS = 16
-_WIDEST = 8.0  # bits: a cell of as many a weight is dark
+_LONG = 12  # letters of a name in a cell
+_WIDEST = 8.0  # bits, or as many as a matrix got: a cell of as many a weight is dark
 
 Found = Mapping[str, LayerInfo]
 
 
-def frontier(layers: Found, method: str | None = None) -> list[tuple[float, float]]:
+def frontier(layers: Found, method: str | None = None, widest: float = _WIDEST) -> list[tuple[float, float]]:
     """(bits a weight, predicted loss a token in nats) at a row of budgets; of one method alone, or of all together.
 
-    A layer that the method offers nothing stays as it is.
+    A layer that the method offers nothing stays as it is. No budget is above `widest` bits a weight.
     """
     curves = {name: _of(info.choices, method) for name, info in layers.items()}
     weights = sum(info.shape.numel for info in layers.values())
     low, high = (sum(points[i].bytes for points in curves.values()) for i in (0, -1))
-    high = min(high, int(_WIDEST * weights / 8))
+    high = min(high, int(widest * weights / 8))
     points = []
     for i in range(_STEPS + 1):
         found = greedy.solve(curves, int(low + (high - low) * i / _STEPS)) if high >= low else None
@@ -52,6 +54,8 @@ def frontier_page(model: str, allocation: Allocation, layers: Found, measured: M
     chosen = allocation.choices
     methods = Counter(choice.method or "dense" for choice in chosen.values())
     words = ", ".join(f"{name} for {count}" for name, count in methods.most_common())
+    letters = _letters(name for name, _ in methods.most_common())
+    named = "".join(f" {letter} is {name}." for name, letter in letters.items() if letter != name)
     return page(
         f"Compressing {model}",
         f"{len(chosen)} matrices at {allocation.bits_per_weight:.3f} bits a weight, everything stored for them counted "
@@ -59,8 +63,8 @@ def frontier_page(model: str, allocation: Allocation, layers: Found, measured: M
         [
             section(
                 "What each layer was given",
-                "Method and size by block; the darker, the more bits a weight. A pair is a width and a rank.",
-                block_grid("bits a weight", _shares(allocation), "of 8 bits", _words(chosen)),
+                "Method and size by block; the darker, the more bits a weight. A pair is a width and a rank." + named,
+                block_grid("bits a weight", *_shares(allocation), _words(chosen, letters)),
             ),
             section("Predicted and measured", _PREDICTED, table(["", "nats a token"], _losses(chosen, measured))),
             section(
@@ -100,12 +104,22 @@ def _bits(allocation: Allocation, name: str) -> float:
     return 8 * allocation.choices[name].bytes / allocation.shapes[name].numel
 
 
-def _shares(allocation: Allocation) -> dict[str, float]:
-    return {name: min(_bits(allocation, name) / _WIDEST, 1.0) for name in allocation}
+def _shares(allocation: Allocation) -> tuple[dict[str, float], str]:
+    widest = max(_WIDEST, *(_bits(allocation, name) for name in allocation))
+    return {name: _bits(allocation, name) / widest for name in allocation}, f"of {widest:.3g} bits"
 
 
-def _words(chosen: Mapping[str, Choice]) -> dict[str, str]:
-    return {name: "dense" if c.size is None else f"{c.method} {_size(c.size)}" for name, c in chosen.items()}
+def _letters(methods: Iterable[str]) -> dict[str, str]:
+    """What a cell calls each method: its name, or a letter where a name is long."""
+    names = list(methods)
+    return dict(zip(names, ascii_uppercase if any(len(name) > _LONG for name in names) else names, strict=False))
+
+
+def _words(chosen: Mapping[str, Choice], letters: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: "dense" if c.size is None else f"{letters.get(c.method, c.method)} {_size(c.size)}"
+        for name, c in chosen.items()
+    }
 
 
 def _size(size: Any) -> str:
@@ -129,10 +143,11 @@ def _losses(chosen: Mapping[str, Choice], measured: Mapping[str, float]) -> list
 
 def _chart(allocation: Allocation, layers: Found) -> str:
     names = list(dict.fromkeys(c.method for info in layers.values() for c in info.choices if c.method))
-    curves = {"all together": frontier(layers)} if len(names) > 1 else {}
-    curves |= {name: frontier(layers, name) for name in names}
+    widest = max(_WIDEST, allocation.bits_per_weight)
+    curves = {"all together": frontier(layers, None, widest)} if len(names) > 1 else {}
+    curves |= {name: frontier(layers, name, widest) for name in names}
     series = [
-        Series(name, *_columns(points), _COLORS[i % len(_COLORS)], dashed=i > 0)
+        Series(name, *_columns(points), _COLORS[i % len(_COLORS)], dash=i)
         for i, (name, points) in enumerate(curves.items())
     ]
     here = [(allocation.bits_per_weight, _nats(allocation.choices.values()))]

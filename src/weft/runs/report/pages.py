@@ -28,7 +28,9 @@ svg { background: var(--panel); border: 1px solid var(--line); border-radius: 8p
 svg text { fill: var(--soft); font-family: inherit; } svg .title { fill: var(--ink); font-weight: 600; }
 svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; } svg polyline:hover { stroke-width: 3.5; }
 svg .grid { stroke: var(--line); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: /* a shade at the right edge, where there is more */
+          linear-gradient(to left, var(--ground) 50%, transparent) right / 36px 100% no-repeat local,
+          linear-gradient(to left, var(--line), transparent) right / 18px 100% no-repeat scroll; }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -37,7 +39,7 @@ th:first-child, td:first-child { position: sticky; left: 0; background: var(--gr
 th.words, td.words { text-align: left; } td.words { white-space: normal; min-width: 24ch; max-width: 80ch; }
 th[data-sorts] { cursor: pointer; } tbody tr:hover td { background: var(--panel); }
 th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
-.map svg { max-width: none; }
+.map svg { max-width: none; display: block; }
 @media (max-width: 600px) { body { padding: 16px 10px 40px; } h1 { font-size: 21px; } svg { width: 100%; }
                              .map svg { width: auto; } th, td { padding: 4px 8px; } td.words { min-width: 18ch; } }
 """

@@ -14,6 +14,7 @@ from html import escape
 __all__ = ["Series", "heat_map", "line_chart", "ramp"]
 
 _LIGHT, _DARK = (176, 208, 242), (12, 52, 112)
+_DASHES = ("", "6 3", "2 2", "10 3 2 3", "1 4", "12 5", "6 2 1 2 1 2")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 240, 52, 14, 30, 40
 
 
@@ -26,7 +27,7 @@ class Series:
     y: Sequence[float]
     color: str
     marked: bool = False  # whether each point is drawn, for few points
-    dashed: bool = False
+    dash: int = 0  # which of the patterns tells it from others without colour; 0 is a whole line
 
 
 def ramp(position: float) -> str:
@@ -101,7 +102,7 @@ class _Scale:
 
 def _positive(series: Series) -> Series:
     kept = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y > 0]
-    return Series(series.name, [x for x, _ in kept], [y for _, y in kept], series.color, series.marked, series.dashed)
+    return Series(series.name, [x for x, _ in kept], [y for _, y in kept], series.color, series.marked, series.dash)
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -129,7 +130,7 @@ def _y_axis(ticks: list[float], upward: _Scale, label: str, log: bool) -> str:
     parts = []
     for t in ticks:
         y = upward(t)
-        words = f"{10**t:.0e}".replace("e-0", "e-").replace("e+00", "") if log else f"{t:.6g}"
+        words = f"{t:.6g}" if not log else f"{10**t:,.0f}" if 0 <= t < 5 else f"1e{t:.0f}"
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(_LEFT - 6, y + 3.5, words, "end", 10))
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
@@ -154,12 +155,15 @@ def _line(series: Series, across: _Scale, upward: _Scale, log: bool) -> str:
 
 def _legend(series: Series, y: float) -> str:
     ends = f'x1="{_LEFT}" x2="{_LEFT + 22}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"'
-    swatch = f'<line {ends} stroke="{series.color}" stroke-width="2"{_dash(series)}/>'
+    swatch = f'<line {ends} stroke="{series.color}" stroke-width="2"{_dash(series)}/>' * (len(series.x) > 1)
+    if series.marked:
+        swatch += f'<circle cx="{_LEFT + 11}" cy="{y - 4:.1f}" r="3.2" fill="{series.color}"/>'
     return swatch + _text(_LEFT + 30, y, series.name, "start", 11)
 
 
 def _dash(series: Series) -> str:
-    return ' stroke-dasharray="5 3"' if series.dashed else ""
+    pattern = _DASHES[series.dash % len(_DASHES)]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
 
 
 def _cell(at: tuple[float, float], size: tuple[float, float], value: float, text: str, said: str) -> str:

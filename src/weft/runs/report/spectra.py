@@ -30,10 +30,10 @@ _COLUMNS = {
 _PLAIN = {"name", "shape", "dtype", "parameters", "tied", "compress"}
 
 
-def spectra_page(report: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> str:
-    """The page of a `Report`: its dict and its singular values by name."""
+def spectra_page(report: Mapping[str, Any], spectra: Mapping[str, Tensor], against: str | None = None) -> str:
+    """The page of a `Report`: its dict, its singular values by name, and what it was compared with."""
     matrices: Sequence[Mapping[str, Any]] = report["matrices"]
-    model = report["model"]
+    model, beside = report["model"], f", compared with {against}" if against else ""
     fullness = {m["name"]: m["effective_rank"] / min(m["shape"]) for m in matrices}
     sections = [
         *_of_model(report),
@@ -54,7 +54,7 @@ def spectra_page(report: Mapping[str, Any], spectra: Mapping[str, Tensor]) -> st
     ]
     return page(
         f"Inside {model['name']}",
-        f"{len(matrices)} matrices, {model['parameters']:,} parameters. Written by weft inspect.",
+        f"{len(matrices)} matrices, {model['parameters']:,} parameters{beside}. Written by weft inspect.",
         sections,
     )
 
@@ -96,21 +96,22 @@ def _outlook(outlook: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _matrices(report: Mapping[str, Any]) -> list[str]:
-    """Every figure of every matrix, and how those of the measures read."""
+    """Every figure of every matrix, what was asked for first, and how those of the measures read."""
     matrices = report["matrices"]
-    columns = _COLUMNS | {key: _said(key) for m in matrices for key in m if key not in _PLAIN | set(_COLUMNS)}
+    asked = {key: _said(key) for m in matrices for key in m if key not in _PLAIN | set(_COLUMNS)}
     acts = ["compress would", "bytes kept", "predicted loss", "rank", "bits"]
-    headings = ["matrix", "shape", "dtype", "parameters", *acts, *columns.values(), "tied"]
+    headings = ["matrix", *asked.values(), "shape", "dtype", "parameters", *acts, *_COLUMNS.values(), "tied"]
     rows = [
         [
-            *(m["name"], "x".join(map(str, m["shape"])), m["dtype"], m["parameters"]),
+            *(m["name"], *(_cell(m.get(key)) for key in asked)),
+            *("x".join(map(str, m["shape"])), m["dtype"], m["parameters"]),
             *_would(m["compress"]),
-            *(_cell(m.get(key)) for key in columns),
+            *(_cell(m.get(key)) for key in _COLUMNS),
             "tied" * m["tied"],
         ]
         for m in matrices
     ]
-    reads = [[_said(k), report["reads"][k]] for k in columns if k in report["reads"]]
+    reads = [[_said(k), report["reads"][k]] for k in asked if k in report["reads"]]
     told = [section("How the figures read", "", table(["figure", "how it reads"], reads))] if reads else []
     return [section("Every matrix", "Click a heading to sort.", table(headings, rows)), *told]
 
