@@ -19,6 +19,7 @@ import weft
 from weft import optim
 from weft.cli import app
 from weft.errors import WeftError
+from weft.methods import METHODS
 from weft.optim import OPTIMIZERS
 from weft.records import ROOMS, Record, find, tables
 
@@ -181,3 +182,26 @@ def test_a_name_that_is_nothing_is_answered_with_the_nearest() -> None:
         find("lsd", "adapt", "graft")
     with pytest.raises(WeftError, match="There is no method to adapt or graft called 'svd'"):
         weft.adapt(nn.Module(), "svd")
+
+
+def test_every_option_refuses_a_value_of_another_sort() -> None:
+    """A word for a number would reach the arithmetic of a method, and be a traceback there."""
+    tried = 0
+    for record in (record for table in tables() for record in table.values()):
+        assert record.options(record.defaults) == {**record.defaults}, "its own defaults are refused"
+        for key, default in record.defaults.items():
+            number = isinstance(default, int | float) and not isinstance(default, bool)
+            strange = ["abc", True, float("nan"), [1]] if number else ["yes"] if isinstance(default, bool) else []
+            strange += [0.5] if isinstance(default, int) and number else [5] if isinstance(default, str) else []
+            for value in strange:
+                tried += 1
+                with pytest.raises(WeftError, match=f"The option {key} of .* is .*: give "):
+                    record.options({key: value})
+    assert tried > 500
+    assert METHODS["gptq"].options({"group": 32.0, "symmetric": 1}) == {
+        **METHODS["gptq"].defaults,
+        "group": 32,
+        "symmetric": 1,
+    }
+    assert type(METHODS["gptq"].options({"group": 32.0})["group"]) is int
+    assert METHODS["sltrain"].options({"alpha": 16, "density": None})["density"] is None

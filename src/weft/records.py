@@ -50,12 +50,19 @@ class Record:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults overridden by what the user gave. Raises WeftError for an option that the record has not."""
+        """The defaults overridden by what the user gave. Raises WeftError for an option that the record has not, and
+        for a value of another sort than its default.
+        """
         strange = sorted(set(given) - set(self.defaults))
         if strange:
             known = ", ".join(self.defaults) or "none"
             raise WeftError(f"The method {self.name!r} has no option {strange[0]!r}; its options are: {known}.")
-        return {**self.defaults, **given}
+        for key, value in given.items():
+            wanted = _wanted(value, self.defaults[key])
+            if wanted is not None:
+                raise WeftError(f"The option {key} of {self.name!r} is {value!r}: give {wanted}.")
+        whole = {k for k, v in given.items() if isinstance(v, float) and isinstance(self.defaults[k], int)}
+        return {**self.defaults, **{key: int(value) if key in whole else value for key, value in given.items()}}
 
     def record(self) -> dict[str, Any]:
         """What `weft methods` lists, JSON-able."""
@@ -66,6 +73,19 @@ class Record:
             "paper": self.paper,
             "defaults": {key: _plain(value) for key, value in self.defaults.items()},
         }
+
+
+def _wanted(value: Any, default: Any) -> str | None:
+    """What an option takes instead of this value, by its default; None where it takes it, or no default says."""
+    if value is None or default is None:
+        return None
+    if isinstance(default, bool):
+        return None if value in (True, False) else "true or false"
+    if isinstance(default, int | float) and (isinstance(value, bool | str | list | tuple | dict) or value != value):
+        return f"a number, such as {default}"
+    if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
+        return f"a whole number, such as {default}"
+    return f"a word, such as {default!r}" if isinstance(default, str) and not isinstance(value, str) else None
 
 
 R = TypeVar("R", bound=Record)

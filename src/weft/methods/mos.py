@@ -149,5 +149,5 @@ METHOD = Method(
     count=_no_own,
     count_shared=_count_pools,
     rules=(Replicated,),
-    defaults={"equivalent_rank": None, "private_rank": 1, "shards": 4, "alpha": 16, "dropout": 0.1},
+    defaults={"equivalent_rank": None, "private_rank": 1, "shards": 4, "alpha": 16.0, "dropout": 0.1},
 )

@@ -123,7 +123,7 @@ def run(
     arguments = {k: v for k, v in locals().items() if k not in ASIDE} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings, given=model is not None)
     own = {**settings, **(optimizer_options or {})}
-    recipe, options = _settings(optimizer, rank, _rate(lr, optimizer, model), warmup, own)
+    recipe, options = _settings(optimizer, rank, _rate(lr, optimizer, model), warmup, own, structure)
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
     size, tokenizer = check_beginning(model, size, tokenizer, mup, structure)
@@ -230,13 +230,26 @@ def _rate(given: float | None, optimizer: str, model: str | None) -> float:
 
 
 def _settings(
-    optimizer: str, rank: float | None, lr: float, warmup: int | None, settings: Mapping[str, Any]
+    optimizer: str,
+    rank: float | None,
+    lr: float,
+    warmup: int | None,
+    settings: Mapping[str, Any],
+    structure: Structure | None,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and what is left for the optimizer."""
     known = {field.name for field in fields(Recipe)}
     options = {key: value for key, value in settings.items() if key not in known}
     if rank is not None:
         options["rank"] = _rank(optimizer, rank)
+    known_to = default_options(optimizer)
+    strange = next((key for key in options if key not in known_to), None)
+    if strange is not None and structure is not None:
+        method = structure.method
+        raise WeftError(
+            f"{optimizer!r} has no option {strange!r}, nor has {method.name!r}; they have: "
+            f"{', '.join(sorted(known_to))}, and: {', '.join(method.defaults) or 'none'}."
+        )
     check_options(optimizer, options)
     recipe = {"window": 256, "batch": 16, "clip": 0.0} | {k: v for k, v in settings.items() if k in known}
     recipe["lr"] = lr
