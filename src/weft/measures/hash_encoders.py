@@ -15,17 +15,15 @@ compared by a hash of 64 bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.measures.base import Measure
-from weft.signals import stop_here
-from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device
+from weft.stats.calibrate import Batch
 from weft.stats.collect import kept_rows
-from weft.stats.streams import Streams
+from weft.stats.layerwise import watch
 from weft.terms.joints import joints
 from weft.terms.layers import linear_layers
 
@@ -60,28 +58,14 @@ class Codes:
         }
 
 
-@torch.no_grad()
 def value(model: nn.Module, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
     """{first layer of each MLP: {"firing", "constant_units", "codes"}}. Raises WeftError where there is no MLP."""
     first = [next(iter(j.members.values())).layer for j in joints(model, linear_layers(model)) if j.kind == "mlp"]
     if not first:
         raise WeftError(f"{type(model).__name__} has no MLP whose units weft knows; leave this measure out.")
-    found, streams = {name: Codes() for name in first}, Streams()
-
-    def hook(name: str) -> Any:
-        return lambda module, args, output: found[name].add(kept_rows(output, streams.now))
-
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in first]
-    try:
-        with frozen(model):
-            for batch in batches:
-                batch = to_device(batch, model)
-                streams.begin(batch)
-                model(**forward_inputs(model, batch))
-                stop_here()
-    finally:
-        for handle in handles:
-            handle.remove()
+    found = {name: Codes() for name in first}
+    layers = {name: model.get_submodule(name) for name in first}
+    watch(model, batches, layers, lambda name, x, y, stream: found[name].add(kept_rows(y, stream)))
     return {name: codes.figures() for name, codes in found.items()}
 
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from weft.errors import WeftError
 from weft.measures.base import Measure
 from weft.signals import stop_here
-from weft.stats.calibrate import Batch, forward_inputs, frozen, to_device, token_loss
+from weft.stats.calibrate import Batch, frozen, to_device, token_loss
 from weft.stats.collect import kept_rows
-from weft.stats.streams import Streams
+from weft.stats.layerwise import watch
+from weft.stats.streams import Stream, Streams
 from weft.terms.joints import joints
 from weft.terms.layers import linear_layers, weight_of
 
@@ -180,29 +181,16 @@ def _curves(
 ) -> dict[str, Curve]:
     """The curve of every layer; thresholds spread evenly in their logarithms up to the first batch's largest neuron."""
     curves: dict[str, Curve] = {}
-    streams = Streams()
 
-    def hook(name: str) -> Any:
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            h, W = kept_rows(args[0], streams.now).float(), weight_of(module, torch.float32)
-            if name not in curves:
-                top = float((h.abs() * norms[name]).amax()) or 1.0
-                spread = torch.logspace(math.log10(_LOWEST), 0, points - 1, dtype=torch.float64) * top
-                curves[name] = Curve(norms[name], torch.cat([torch.zeros(1, dtype=torch.float64), spread]))
-            curves[name].add(h, W)
+    def see(name: str, x: Tensor, y: Tensor, stream: Stream) -> None:
+        h, W = kept_rows(x, stream).float(), weight_of(layers[name], torch.float32)
+        if name not in curves:
+            top = float((h.abs() * norms[name]).amax()) or 1.0
+            spread = torch.logspace(math.log10(_LOWEST), 0, points - 1, dtype=torch.float64) * top
+            curves[name] = Curve(norms[name], torch.cat([torch.zeros(1, dtype=torch.float64), spread]))
+        curves[name].add(h, W)
 
-        return after
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        for batch in batches:
-            batch = to_device(batch, model)
-            streams.begin(batch)
-            model(**forward_inputs(model, batch))
-            stop_here()
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch(model, batches, layers, see)
     return curves
 
 
