@@ -124,6 +124,28 @@ def test_samples_are_spread_as_the_least_variance_asks():
     near = weights(torch.ones(3).double(), torch.tensor([0.01, 0.0316, 0.125]).double())
     torch.testing.assert_close(near, torch.tensor([3.015, 3.976, 2.742]).double(), atol=1e-3, rtol=0)
     assert select(torch.stack([G, p], 1), "gvm-raft", 1).order.tolist() == [3]
+    hopeless = weights(torch.tensor([1.0, 0, 2]), torch.tensor([0.0, 0.5, 0.25]), alpha=0.0)
+    assert hopeless.tolist() == [0, 0, 4]
+    with pytest.raises(WeftError, match="No stratum has anything to gain"):
+        neyman(torch.zeros(3), 5)
+
+
+@pytest.mark.parametrize("row", [[-1, 0.5], [1, -0.1], [1, 1.1]])
+def test_gradients_and_shares_that_are_none_are_refused(row):
+    with pytest.raises(WeftError, match="a gradient norm from 0 and an accepted share between 0 and 1"):
+        select(torch.tensor([[1, 0.5], row]).double(), "gvm-raft", 1)
+
+
+def test_gvm_raft_reads_two_figures_and_repeats_are_counted_where_both_are_kept(tmp_path):
+    path = tmp_path / "tried.jsonl"
+    rows = [("a", 2, 0.5), ("b", 3, 0.9), ("a", 4, 0.5), ("c", 4, 0.8)]  # the last but one first, then c, b and a
+    keys = ("text", "gradient", "accepted")
+    path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+    for keep, kept, repeats in ((1, "a", 0), (3, "bac", 0), (4, "abac", 1)):
+        out = tmp_path / f"{keep}.jsonl"
+        said = run(path, out, model="/none", method="gvm-raft", keep=str(keep))
+        assert "".join(json.loads(line)["text"] for line in out.read_text().splitlines()) == kept
+        assert (said["records"], said["duplicates"], said["repeats_among_kept"]) == (4, 1, repeats)
 
 
 def test_figures_of_the_records_take_no_model(tmp_path):
@@ -141,7 +163,7 @@ def test_records_stream_by(tmp_path):
         for i in range(count):
             file.write(json.dumps({"text": f"{i}" + "x" * size, "right": i % 5, "tried": 4}) + "\n")
     tracemalloc.start()
-    run(path, tmp_path / "kept.jsonl", model="/none", method="cures", keep="50%")
+    run(path, tmp_path / "kept.jsonl", model="/none", method="cures", keep="50%", report=tmp_path / "page.html")
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < size * count / 5

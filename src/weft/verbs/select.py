@@ -84,7 +84,7 @@ def run(
     Args:
         data: records (.jsonl, .csv, .parquet ...), as `weft finetune --data` reads them.
         out: a .jsonl file that is not there yet.
-        keep: a share (20%, 0.2) or a number of records.
+        keep: a share (20%, 0.2, 1.0) or a number of records (1, 20).
         query: records or texts of the task, for methods that ask for some.
         report: a page (.html) of what was kept and what not.
         window: tokens of a text that are read.
@@ -186,7 +186,7 @@ def _check_output(place: Path) -> None:
 def _count(keep: str, records: int) -> int:
     """How many records a share or a number means."""
     text = str(keep).strip()
-    count = int(text) if text.isdigit() and int(text) > 1 else None
+    count = int(text) if text.isdigit() and int(text) else None
     if count is None:
         share = Budget.read(text, "share")
         if share is None:
