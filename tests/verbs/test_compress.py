@@ -483,6 +483,12 @@ def files(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
+def test_layers_that_are_cut_together_count_as_covered(settings: dict[str, Any], tmp_path: Path) -> None:
+    """They stand in the allocation under the name of their joint."""
+    result = run(out=tmp_path / "out", **{**settings, "method": "modegpt", "budget": 0.8})
+    assert result["covered"] == 1 and result["left"] == [] and result["matrices"] == 14
+
+
 def test_a_directory_holds_all_that_is_needed(settings: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(out=out, **settings)

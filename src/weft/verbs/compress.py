@@ -352,7 +352,8 @@ def _compressed(
         measured = {"before": loss, "after": mean_loss(source, how["batches"])}
         write_text(page, frontier_page(name, done.allocation, done.layers, measured))
     done.allocation.save(place / "allocation.json")
-    return {**_metrics(before, _size(source), done), **coverage(source, list(done.allocation)).facts()}
+    reached = [layer for site in done.allocation for layer in layers_of(site)]
+    return {**_metrics(before, _size(source), done), **coverage(source, reached).facts()}
 
 
 def _size(model: nn.Module) -> dict[str, int]:

@@ -7,6 +7,7 @@ Whether that can be, exactly, is known before anything is written: `coded_layers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from weft.errors import WeftError
 from weft.terms import SumLinear, Term
 from weft.terms.base import FloatCodes, IntegerCodes
 
-__all__ = ["TRANSFORMERS", "Coded", "Export", "Format", "Stored", "coded_layers", "rounds"]
+__all__ = ["TRANSFORMERS", "Coded", "Export", "Format", "Stored", "coded_layers", "nearest", "rounds"]
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,12 @@ def coded_layers(model: nn.Module, floats: bool = False) -> dict[str, Coded]:
 def _codes(term: Term, floats: bool) -> IntegerCodes | FloatCodes | None:
     codes = term.exact_codes()
     return term.exact_floats() if codes is None and floats else codes
+
+
+def nearest(inputs: int, group: int) -> str:
+    """The group that one may ask for instead, in brackets; nothing where there is none."""
+    common = math.gcd(inputs, group)
+    return f" (those of {common} divide them: weft compress --option group={common})" if common > 1 else ""
 
 
 def rounds(scales: Tensor, dtype: torch.dtype) -> str | None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.io.formats.base import Coded, Export, Format, rounds
+from weft.io.formats.base import Coded, Export, Format, nearest, rounds
 from weft.io.formats.packing import pack
 from weft.terms.base import FloatCodes, IntegerCodes
 
@@ -43,7 +43,7 @@ def _unfit(codes: IntegerCodes | FloatCodes, dtype: torch.dtype) -> str | None:
             form = "a shared exponent" if codes.shared else "a scale"
             return f"there is no layout for {codes.element} with {form} for {codes.group} inputs"
     if inn % codes.group:
-        return f"its {inn} inputs are no whole number of groups of {codes.group}"
+        return f"its {inn} inputs are no whole number of groups of {codes.group}{nearest(inn, codes.group)}"
     if isinstance(codes, FloatCodes) and codes.shared:
         return None if dtype == torch.bfloat16 else "shared exponents are for models of bf16 alone (--dtype bfloat16)"
     return rounds(codes.scales, dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from weft import __version__
-from weft.io.formats.base import Coded, Export, Format, rounds
+from weft.io.formats.base import Coded, Export, Format, nearest, rounds
 from weft.io.formats.packing import pack
 from weft.terms.base import IntegerCodes
 
@@ -36,7 +36,7 @@ def _unfit(codes: IntegerCodes, dtype: torch.dtype) -> str | None:
     if inn % 32 or out % 32:
         return f"{out} x {inn} is no multiple of 32 both ways, which GPTQ's kernels ask for"
     if inn % codes.group:
-        return f"its {inn} inputs are no whole number of groups of {codes.group}"
+        return f"its {inn} inputs are no whole number of groups of {codes.group}{nearest(inn, codes.group)}"
     return rounds(codes.scales, dtype)
 
 
