@@ -7,11 +7,11 @@
 
 MODEL is a directory, a Hub id or `pico`. Calibration is on the first half of a text, judging on its second half;
 `python` is weft's own split, the standard library's files without those held out, and these; `python+wikitext` takes
-half of the windows from each. Bits count everything
-that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every budget is a line of
-the file; those that are there already are not measured again, so that an interrupted run goes on, and
-`python docs/generate.py` makes tables of the files in benchmarks/results. Peak memory is the
-process' resident high-water mark from the row's beginning on, or the device's, the model itself included.
+half of the windows from each. Beside the perplexity stands the divergence from the dense model's predictions. Bits
+count everything that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every
+budget is a line of the file; those that are there already are not measured again, so that an interrupted run goes on,
+and `python docs/generate.py` makes tables of the files in benchmarks/results. Peak memory is the process' resident
+high-water mark from the row's beginning on, or the device's, the model itself included.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from weft.embedded.text import default_text
 from weft.errors import WeftError
 from weft.runs.loading import load_model, load_tokenizer
 from weft.runs.report.plots import Series, line_chart
+from weft.terms import Masked
+from weft.terms.layers import linear_layers, shape_of
 from weft.train.windows import calibration_batches
 from weft.verbs.compress import compress
 from weft.verbs.evaluate import evaluate
@@ -43,14 +46,28 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq, widths by layer": ("gptq", {"allocate": "best"}),
     "gptq, clipped, widths by layer": ([("gptq", {"clip": True})], {"allocate": "best"}),
     "gptq, clipped": ([("gptq", {"clip": True})], {"allocate": "equal"}),
+    "yaqa, clipped, widths by layer": ([("yaqa", {"clip": True})], {"allocate": "best"}),
     "awq": ("awq", {"allocate": "equal"}),
     "baq": ("baq", {"allocate": "equal"}),
     "kfac-svd": ("kfac-svd", {}),
     "pifa": ("pifa", {}),
+    "modegpt": ("modegpt", {}),
+    "wanda 2:4": ([("wanda", {"pattern": "2:4"})], {}),
+    "sparsegpt 2:4": ([("sparsegpt", {"pattern": "2:4"})], {}),
     "gptq2 + eora": ([("gptq", {"bits": 2, "group": 128}), "eora"], {"allocate": "equal"}),
     "gptq2 + eora, allocated": ([("gptq", {"bits": 2, "group": 128}), "eora"], {"allocate": "best"}),
     "gptq3 + eora": ([("gptq", {"bits": 3, "group": 128}), "eora"], {"allocate": "equal"}),
     "gptq3 + eora, allocated": ([("gptq", {"bits": 3, "group": 128}), "eora"], {"allocate": "best"}),
+    "gptq2, clipped + eora": ([("gptq", {"bits": 2, "group": 128, "clip": True}), "eora"], {"allocate": "equal"}),
+    "gptq2, clipped + eora, allocated": (
+        [("gptq", {"bits": 2, "group": 128, "clip": True}), "eora"],
+        {"allocate": "best"},
+    ),
+    "gptq3, clipped + eora": ([("gptq", {"bits": 3, "group": 128, "clip": True}), "eora"], {"allocate": "equal"}),
+    "gptq3, clipped + eora, allocated": (
+        [("gptq", {"bits": 3, "group": 128, "clip": True}), "eora"],
+        {"allocate": "best"},
+    ),
     "nf2 + lorc": (["nf2", "lorc"], {"allocate": "equal"}),
     "nf2 + eora": (["nf2", "eora"], {"allocate": "equal"}),
     "nf2 + eora, allocated": (["nf2", "eora"], {"allocate": "best"}),
@@ -60,12 +77,19 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf2 + eora, by auto": ("auto", {"methods": "nf2+eora"}),
     "nf3 + eora, by auto": ("auto", {"methods": "nf3+eora"}),
     "auto": ("auto", {}),
+    "auto, of gptq": (
+        "auto",
+        {"methods": "gptq:clip=true,gptq:group=128:clip=true,kfac-svd,gptq:group=128:clip=true+eora"},
+    ),
     "auto, unclipped": ("auto", {"methods": "gptq,gptq:group=128,kfac-svd,gptq:group=128+eora"}),
     "auto, lems": ("auto", {"allocate": "lems"}),
 }
 """What is measured: methods and how they are called. What is "allocated" takes no more bytes than the row without."""
 
 BUDGETS = [2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25]
+
+
+_TOKENS = 64  # that multiplications are counted with
 
 
 def main() -> None:
@@ -80,17 +104,24 @@ def main() -> None:
     judges = {"python": default_text("evaluation"), **{name: half(path, 1) for name, path in texts.items()}}
     data = calibration(args, tokenizer, texts)
 
-    def judged(model: Any) -> dict[str, float]:
-        return {
+    dense, drawn = loaded(args), {"windows": args.judged, "window": args.window, "seed": 0}
+    windows = {name: list(calibration_batches(tokenizer, [text], **drawn)) for name, text in judges.items()}
+
+    def judged(model: Any) -> dict[str, Any]:
+        perplexity = {
             name: evaluate(model, tokenizer, text, window=args.window, windows=args.judged)["perplexity"]
             for name, text in judges.items()
+        }
+        return {
+            "perplexity": perplexity,
+            "divergence": {name: divergence(dense, model, batches) for name, batches in windows.items()},
         }
 
     head = {"model": Path(args.model).name, "calibrate": args.calibrate, "seed": args.seed, **environment(args)}
     if key({**head, "row": "dense", "budget": 16.0}) not in done:
         write(
             args.json,
-            {**head, "row": "dense", "budget": 16.0, "perplexity": judged(loaded(args))},
+            {**head, "row": "dense", "budget": 16.0, **judged(dense)},
         )
     for name in args.rows:
         with tempfile.TemporaryDirectory() as pieces:
@@ -127,6 +158,32 @@ def calibration(args: argparse.Namespace, tokenizer: Any, texts: dict[str, str])
     return [batch for source in sources for batch in calibration_batches(tokenizer, [source], **drawn)]
 
 
+@torch.no_grad()
+def divergence(dense: Any, model: Any, batches: list[Any]) -> float:
+    """Mean over positions of KL(dense || model), in nats, which moves far less by chance than a loss of the same."""
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"].to(model.device)
+        p, q = (one(input_ids=ids).logits.float().log_softmax(-1) for one in (dense, model))
+        found.append((p.exp() * (p - q)).sum(-1).mean().item())
+    return sum(found) / len(found)
+
+
+@torch.no_grad()
+def operations(dense: Any, model: Any) -> float:
+    """Multiplications of a token in the linear layers, relative to the dense model's; of a mask, what it leaves."""
+    count = whole = 0.0
+    for name in linear_layers(dense):
+        module, (out, inn) = model.get_submodule(name), shape_of(dense.get_submodule(name))
+        x = torch.zeros(_TOKENS, inn, device=model.device, dtype=dense.dtype)
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        kept = [part.values.numel() / (out * inn) for part in module.modules() if isinstance(part, Masked)]
+        count += counter.get_total_flops() / (2 * _TOKENS) * (kept[0] if kept else 1.0)
+        whole += out * inn
+    return count / whole
+
+
 def loaded(args: argparse.Namespace) -> Any:
     """The model in fp32, of which bytes count as the checkpoint has them, on the device."""
     return load_model(args.model, device="cpu").to(args.device)
@@ -158,7 +215,8 @@ def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judge
     choices = done.allocation.choices.values()
     return {
         "bits": done.allocation.bits_per_weight,
-        "perplexity": judged(model),
+        **judged(model),
+        "operations": operations(loaded(args), model),
         "predicted": sum(choice.loss for choice in choices) / 2,
         "methods": {name: sum(c.method == name for c in choices) for name in {c.method for c in choices}},
         "seconds": seconds,

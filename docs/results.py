@@ -83,9 +83,14 @@ def frontier_tables() -> list[str]:
             f"{first['calibrate']}, judged on {first['judged']} windows of what was left out of each text"
             f"{_place(first)}. Dense: {', '.join(whole)}.",
             "",
-            *table(["method", "budget", "bits", *texts, *_COSTS], _frontier(groups)),
+            *table(["method", "budget", "bits", *texts, *_divergences(found, texts), *_COSTS], _frontier(groups)),
         ]
     return lines[1:]
+
+
+def _divergences(found: list[dict[str, Any]], texts: list[str]) -> list[str]:
+    """Heads of the columns of divergences, where a file has any."""
+    return [f"100 KL, {text}" for text in texts] if any("divergence" in line for line in found) else []
 
 
 def _frontier(groups: dict[tuple[str, float], list[dict[str, Any]]]) -> list[list[str]]:
@@ -95,6 +100,8 @@ def _frontier(groups: dict[tuple[str, float], list[dict[str, Any]]]) -> list[lis
         if "bits" not in last:
             continue
         quality = [_with_spread([draw["perplexity"][text] for draw in draws]) for text in last["perplexity"]]
+        for text in last.get("divergence", {}):
+            quality.append(_with_spread([100 * draw["divergence"][text] for draw in draws]))
         ratio = last["peak_memory_bytes"] / last["model_bytes"]
         rest = [f"{last['predicted']:.3f}", _whole(last.get("seconds")), f"{ratio:.1f}"]
         rows.append([name, f"{budget:g}", f"{last['bits']:.2f}", *quality, *rest])

@@ -102,6 +102,7 @@ from weft.methods import (
     wanda,
     weight_compander,
     welore,
+    yaqa,
 )
 from weft.methods.base import Factors, Method, Site, Split
 from weft.records import Table, tables
@@ -131,6 +132,7 @@ _PAGES: tuple[ModuleType, ...] = (
     float_code,
     rtn,
     gptq,
+    yaqa,
     awq,
     adadim,
     baq,

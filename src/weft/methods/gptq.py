@@ -15,7 +15,7 @@ factorised in fp64, the rounding is in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from weft.methods.base import Method, Site, Size, Split, Splitter
 from weft.methods.rtn import GRID, scale_dtype, sizes
 from weft.terms import IntegerCode
 
-__all__ = ["METHOD", "Codes", "quantise"]
+__all__ = ["METHOD", "Codes", "coded", "quantise"]
 
 _BLOCK = 128
 _NUMBERS = 2**24
@@ -110,23 +110,40 @@ def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + step, end)
 
 
+def coded(
+    site: Site, sizes: Sequence[Size], rounded: Callable[[Sequence[int]], Codes], options: Mapping[str, Any]
+) -> Iterator[tuple[Size, Split]]:
+    """The terms of each width, of codes that are rounded for few widths together, one below the other.
+
+    Raises:
+        WeftError: a scale is beyond what is stored of it.
+    """
+    dtype, (out, inn) = scale_dtype(site.dtype), site.shape
+    count = max(1, _NUMBERS // (out * inn))
+    for some in (sizes[i : i + count] for i in range(0, len(sizes), count)):
+        try:
+            found = rounded(some)
+        except OverflowError as error:
+            raise WeftError(f"Layer {site.name} cannot be coded: {error}; leave it out by a pattern.") from error
+        for width, codes, scale, zero in zip(some, *(torch.split(t, out) for t in found), strict=True):
+            zero = None if options["symmetric"] else zero
+            term = IntegerCode.from_codes(codes, scale.to(dtype), zero, width, options["group"], site.dtype)
+            yield width, Split({"base": term})
+
+
 class _GPTQ(Splitter):
     def each(self, site: Site, sizes: Sequence[Size], **options: Any) -> Iterator[tuple[Size, Split]]:
         """The codes of each width: H is factorised once, and few widths' rows are walked over together."""
-        W, dtype, group = site.weight(), scale_dtype(site.dtype), options["group"]
+        W, group = site.weight(), options["group"]
         H, grid = site.moments["input_moment"].to(W.device), {key: options[key] for key in ("symmetric", "clip")}
         how = columns(H, damping=options["damping"], by_input=options["act_order"])
-        count = max(1, _NUMBERS // W.numel())
-        for some in (sizes[i : i + count] for i in range(0, len(sizes), count)):
-            bits = torch.tensor(some, device=W.device).repeat_interleave(len(W))
-            try:
-                found = quantise(W.repeat(len(some), 1), how, bits, group or W.shape[1], scale_dtype=dtype, **grid)
-            except OverflowError as error:
-                raise WeftError(f"Layer {site.name} cannot be coded: {error}; leave it out by a pattern.") from error
-            for width, codes, scale, zero in zip(some, *(torch.split(t, len(W)) for t in found), strict=True):
-                zero = None if grid["symmetric"] else zero
-                term = IntegerCode.from_codes(codes, scale.to(dtype), zero, width, group, site.dtype)
-                yield width, Split({"base": term})
+
+        def rounded(widths: Sequence[int]) -> Codes:
+            bits = torch.tensor(widths, device=W.device).repeat_interleave(len(W))
+            rows = W.repeat(len(widths), 1)
+            return quantise(rows, how, bits, group or W.shape[1], scale_dtype=scale_dtype(site.dtype), **grid)
+
+        return coded(site, sizes, rounded, options)
 
 
 METHOD = Method(
