@@ -206,6 +206,17 @@ def planted_control_theory() -> None:
     assert [after[key] / before[key] for key in before] == pytest.approx([3, 2], rel=1e-5)
 
 
+def planted_talking_heads() -> None:
+    model = tiny_decoder(blocks=3)
+    first, last = (model.model.layers[i].self_attn for i in (0, 2))
+    before = value("talking-heads", model)["model.layers.0.self_attn.o_proj"]
+    written = torch.linalg.svd(first.o_proj.weight[:, :8] @ first.v_proj.weight[:8])[0][:, 0].detach()
+    last.v_proj.weight.data[8:] = torch.outer(torch.ones(8), written)  # its second pair of heads reads nothing else
+    after = value("talking-heads", model)["model.layers.0.self_attn.o_proj"]
+    assert after["channel"] == pytest.approx(32**0.5, rel=1e-4) and after["channel"] > 2 * before["channel"]
+    assert after["outlier"] > before["outlier"] and after["composition"] > before["composition"]
+
+
 def planted_high_dim_dynamics() -> None:
     x = gaussian(100, 5) @ torch.linalg.qr(gaussian(20, 20))[0][:5]
     assert value("high-dim-dynamics", moments(x))["frozen_share"] == pytest.approx(15 / 20)
@@ -235,6 +246,7 @@ PLANTED: dict[str, Callable[[], None]] = {
     "superposition": planted_superposition,
     "atoms": planted_atoms,
     "control-theory": planted_control_theory,
+    "talking-heads": planted_talking_heads,
     "high-dim-dynamics": planted_high_dim_dynamics,
     "hash-encoders": planted_hash_encoders,
 }

@@ -12,6 +12,7 @@ from weft.errors import WeftError
 from weft.measures import MEASURES
 from weft.measures.control_theory import gains
 from weft.measures.hash_encoders import Codes
+from weft.measures.talking_heads import scores
 from weft.testing_grafts import tiny_decoder
 from weft.verbs.measuring import chosen
 
@@ -127,3 +128,61 @@ def test_options_reach_the_measures_that_have_them() -> None:
     assert farms.defaults["block"] == 50 and law.defaults == MEASURES["power-law"].defaults
     with pytest.raises(WeftError, match="option of these measures.*blok"):
         chosen(["farms"], pair=False, data=False, options={"blok": 50})
+
+
+def whole_heads(model: torch.nn.Module, layer: int) -> list[Tensor]:
+    """O V (d, d) of each head, the norm before it written out: what the measure never makes."""
+    block = model.model.layers[layer]
+    attention, norm = block.self_attn, block.input_layernorm
+    d, width = 32, 8
+    V = attention.v_proj.weight.double() @ torch.diag(norm.weight.double())
+    if isinstance(norm, torch.nn.LayerNorm):
+        V = V @ (torch.eye(d, dtype=torch.float64) - 1 / d)
+    O = attention.o_proj.weight.double()
+    return [O[:, width * h :][:, :width] @ V[width * (h // 2) :][:width] for h in range(4)]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@torch.no_grad()
+def test_heads_talk_as_their_whole_matrices_do(centred: bool) -> None:
+    model = tiny_decoder(blocks=3)
+    for block in model.model.layers:
+        if centred:
+            block.input_layernorm = torch.nn.LayerNorm(32)
+        block.input_layernorm.weight.copy_(1 + 0.5 * gaussian(32).sin())
+    found = value("talking-heads", model)
+    assert list(found) == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+    for i, row in enumerate(found.values()):
+        whole, single = [], []
+        for writer in whole_heads(model, i):
+            U = torch.linalg.svd(writer)[0][:, :8]
+            for reader in (head for later in range(i + 1, 3) for head in whole_heads(model, later)):
+                whole.append(float((reader @ writer).norm() / reader.norm() / writer.norm()) * 32**0.5)
+                single.append((reader @ U).norm(dim=0) / reader.norm() * 32**0.5)
+        components = torch.cat(single)
+        wanted = [max(whole), float(components.max())]
+        wanted.append(float((components.max() - components.mean()) / components.std()))
+        assert [row["composition"], row["channel"], row["outlier"]] == pytest.approx(wanted, rel=1e-4)
+
+
+@torch.no_grad()
+def test_what_heads_say_does_not_change_with_their_inner_basis_or_scale() -> None:
+    model = tiny_decoder(blocks=2)
+    before = value("talking-heads", model)["model.layers.0.self_attn.o_proj"]
+    attention, M = model.model.layers[0].self_attn, gaussian(8, 8).float() + 3 * torch.eye(8)
+    attention.v_proj.weight[:8] = M @ attention.v_proj.weight[:8]
+    for head in (0, 1):  # which share the values
+        part = slice(8 * head, 8 * head + 8)
+        attention.o_proj.weight[:, part] = 5 * attention.o_proj.weight[:, part] @ torch.linalg.inv(M)
+    after = value("talking-heads", model)["model.layers.0.self_attn.o_proj"]
+    assert list(after.values()) == pytest.approx(list(before.values()), rel=1e-3)
+
+
+def test_random_heads_say_nothing_to_each_other() -> None:
+    U, R = torch.linalg.qr(gaussian(3, 256, 16))[0], gaussian(3, 16, 256, seed=1)
+    assert float(scores(U, R).mean()) == pytest.approx(1, rel=0.05)
+
+
+def test_one_attention_alone_talks_to_nobody() -> None:
+    with pytest.raises(WeftError, match="has no two attentions whose heads weft knows"):
+        value("talking-heads", tiny_decoder(blocks=1))

@@ -20,6 +20,7 @@ from weft.measures import (
     power_law,
     ppl_sparsity,
     superposition,
+    talking_heads,
     w_pca,
     weight_matching,
 )
@@ -30,7 +31,7 @@ __all__ = ["MEASURES", "Measure"]
 
 _PAGES = (
     *(farms, power_law, w_pca, hidden_covariance, gradient_quality, ppl_sparsity, lora_limits),
-    *(superposition, atoms, control_theory, high_dim_dynamics, hash_encoders),
+    *(superposition, atoms, control_theory, talking_heads, high_dim_dynamics, hash_encoders),
     *(matrix_nuclear_norm, intrinsic_dimension, drift, intruder_dimensions, weight_matching),
 )
 
