@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from results import LABELLED, RESULTS, _best_rates, _results
+from tuning_results import COMMAND
 
 
 def negative_results_page() -> str:
@@ -16,6 +17,7 @@ def negative_results_page() -> str:
     sections = {
         "Compression": (_compression(), "compression_table.py"),
         "Recovery": (_recovery(), "recovery.py"),
+        "Codes that are trained": (_tuning(), COMMAND),
         "Pre-training": (_pretraining(), "pretrain_table.py"),
         "Optimizer steps": (_steps(), "optim_step.py"),
         "Losses": (_losses(), "cross_entropy.py"),
@@ -99,6 +101,28 @@ def _recovery() -> Iterator[str]:
                 f"**Training everything recovers no more than training the factors**, after {method}: perplexity "
                 f"{everything['perplexity']:.2f} against {some['perplexity']:.2f}, for "
                 f"{everything['state_bytes'] / 1e6:.0f} MB of trained state against {some['state_bytes'] / 1e6:.0f}."
+            )
+
+
+def _tuning() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("code_tuning*.json")):
+        found = _results(path.name)
+        rows = {row["name"]: row["perplexity"] for row in found["rows"]}
+        where = f"{found['arguments']['model']}, {found['arguments']['bits']} bits"
+        own = {name: row["python"] for name, row in rows.items() if name.startswith("pv-tuning")}
+        through = {name: row["python"] for name, row in rows.items() if "straight-through" in name}
+        scales, best = rows["scales alone"]["python"], min(through.values())
+        if min(own.values()) > scales - 0.1:
+            yield (
+                "**PV-Tuning's own steps gain nothing over trained scales**, and straight-through targets little: "
+                f"perplexity {min(own.values()):.2f} and {best:.2f} against {scales:.2f} ({where})."
+            )
+        learned, tuned = rows["signround"]["python"], min(scales, best, *own.values())
+        if learned < tuned:
+            yield (
+                f"**A better rounding wins more than training the codes of a worse one**: signround has {learned:.2f} "
+                f"as it is, GPTQ's codes {rows['gptq']['python']:.2f}, and {tuned:.2f} after the best of their "
+                f"trainings ({where})."
             )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
+COMMAND = "code_tuning.py --text wikitext=FILE --steps 60 --window 128 --code-rates 0.03"
+
 Table = Callable[[list[str], list[list[str]]], list[str]]
 
 
@@ -33,10 +35,9 @@ def _words(arguments: dict[str, Any]) -> str:
 
 
 def _columns(arguments: dict[str, Any]) -> list[str]:
-    return ["", "bits a weight", *(f"perplexity, {name}" for name in arguments["texts"]), "bytes", "seconds"]
+    return ["", "bits a weight", *(f"perplexity, {name}" for name in arguments["texts"]), "bytes"]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
     figures = [f"{value:.2f}" if value < 1000 else f"{value:.3g}" for value in row["perplexity"].values()]
-    return [row["name"], f"{row['bits']:.3f}", *figures, f"{row['bytes']:,}", seconds]
+    return [row["name"], f"{row['bits']:.3f}", *figures, f"{row['bytes']:,}"]

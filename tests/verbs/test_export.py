@@ -325,7 +325,8 @@ def test_on_the_command_line(tiny_directory: Path, tmp_path: Path) -> None:
     assert (tmp_path / "served/tokenizer.json").is_file()
     refused = CliRunner().invoke(app, [*arguments, "--format", "gptq"])
     assert refused.exit_code == 2 and "not empty" in refused.output
-    assert run(str(tiny_directory), tmp_path / "plain", device="cpu")["dense"] == 0
+    plain = run(str(tiny_directory), tmp_path / "plain", device="cpu")
+    assert plain["dense"] == 0 and "covered" not in plain, "nothing of a plain model is left as it is for a reason"
     shutil.rmtree(tmp_path / "plain")
     with pytest.raises(WeftError, match="is stored in float16, not in float32"):
         run(str(tmp_path / "int8"), tmp_path / "plain", format="gptq", dtype="float32", device="cpu")

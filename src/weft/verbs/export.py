@@ -245,7 +245,8 @@ def _write(
         "dense": len(plan.dense),
         "adapter": len(plan.beside),
     }
-    metrics |= coverage_of(model, {*plan.layers, *plan.dense, *plan.beside}).facts()
+    own = {*plan.layers, *plan.dense, *plan.beside}
+    metrics |= coverage_of(model, own).facts() if own else {}  # a plain model is written as it is
     _write_adapter(model, plan, path, out)
     config = None if format.adapter is not None else _write_model(model, plan, path, tokenizer)
     for name, value in format.files(config or {}).items():
