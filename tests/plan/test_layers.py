@@ -189,6 +189,9 @@ def test_bad_input_is_one_sentence(directory):
         ({"memory": "8GB", "methods": "lroa"}, "lora"),
         ({"memory": "8GB", "methods": "nf4+int8"}, "names two of a kind: nf4 and int8"),
         ({"memory": "8GB", "batch": 0}, "--batch is 0"),
+        ({"memory": "8GB", "rank": 0}, "--rank is 0: give at least 1"),
+        ({"memory": "8GB", "methods": ",,"}, "--methods ',,' names nothing"),
+        ({"memory": "8GB", "window": 10**6}, "the model's context 2048: give a smaller --window"),
         ({"memory": "8GB", "size": "9m"}, "one of the two"),
         ({"memory": "8GB", "device": "cuda:99"}, "There is no device 'cuda:99'"),
     ):
@@ -251,7 +254,7 @@ def test_names_of_jobs():
     assert Job.parse("nf4+lora+muon", "finetune") == Job("nf4+lora+muon", "nf4", "lora", "muon")
     assert Job.parse("galore", "finetune") == Job("galore", None, "full", "galore")
     assert {job.name for job in jobs("serve")} == set(DEFAULTS["serve"])
-    assert len(jobs("finetune", "all")) > 30
+    assert len(jobs("finetune", "all")) > 30 and [job.name for job in jobs("finetune", "lora,lora")] == ["lora"]
 
 
 def test_tables_made_amid_tensors_without_values_have_theirs():

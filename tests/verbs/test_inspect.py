@@ -358,3 +358,14 @@ def test_a_matrix_is_in_memory_at_a_time() -> None:
             inspect(model)
         peaks.append(live.peak - known)
     assert 8 * 64 * 96 < peaks[0] < peaks[1] < 1.2 * peaks[0]
+
+
+def test_options_reach_what_is_measured_on_disk(tiny_directory: Path) -> None:
+    alphas = [
+        [matrix["alpha"] for matrix in run(str(tiny_directory), measures="farms", **options)["matrices"]]
+        for options in ({}, {"block": 4})
+    ]
+    assert len(alphas[0]) == len(alphas[1]) and alphas[0] != alphas[1]
+    for name, value in (("block", 0), ("ratio", -1.0)):
+        with pytest.raises(WeftError, match=f"The option {name} of 'farms' is {value}: give a number above 0"):
+            run(str(tiny_directory), measures="farms", **{name: value})

@@ -35,7 +35,8 @@ def chosen(
     Raises WeftError for an unknown name, with the nearest, for a measure that lacks what it looks at, and for an option
     that none of them has.
     """
-    found = [MEASURES.find(name, "measure") for name in wanted]
+    # a record may be a known one with other options, which no table holds
+    found = [one if isinstance(one, Measure) else MEASURES.find(one, "measure") for one in wanted]
     for measure in found:
         if measure.pair and not pair:
             raise WeftError(f"The measure {measure.name!r} compares two models: say which other one, by --against.")
@@ -55,8 +56,11 @@ def _checked(measures: list[Measure], options: Mapping[str, Any]) -> list[Measur
 
 
 def _with(measure: Measure, options: Mapping[str, Any]) -> Measure:
-    own = {name: value for name, value in options.items() if name in measure.defaults}
-    return replace(measure, defaults=measure.options(own))
+    own = measure.options({name: value for name, value in options.items() if name in measure.defaults})
+    for name, value in own.items():
+        if isinstance(value, int | float) and value <= 0:
+            raise WeftError(f"The option {name} of {measure.name!r} is {value}: give a number above 0.")
+    return replace(measure, defaults=own)
 
 
 @dataclass

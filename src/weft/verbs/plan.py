@@ -32,7 +32,7 @@ from weft.train.modes import HALF, checkpointing, wide
 from weft.train.optimizers import chosen_options, find_optimizer
 from weft.train.optimizers import make_optimizer as named_optimizer
 from weft.verbs.adapt import adapt, make_optimizer
-from weft.verbs.evaluate import check_causal
+from weft.verbs.evaluate import check_causal, check_context
 from weft.verbs.fresh import Structure, restructure
 from weft.verbs.plan_compress import Compressing
 from weft.verbs.plan_jobs import Job, jobs
@@ -104,12 +104,13 @@ def run(
     there = Budget.read(memory, "bytes")
     if there is None:
         raise WeftError(f"--memory {memory!r} is no size: give one such as 8GB or 24GiB.")
-    for name, value, lowest in (("batch", batch, 1), ("window", window, 2)):
-        if value < lowest:
+    for name, value, lowest in (("batch", batch, 1), ("window", window, 2), ("rank", rank, 1)):
+        if value is not None and value < lowest:
             raise WeftError(f"--{name} is {value}: give at least {lowest}.")
     target = resolve_device(device)
     source = source_of(model, size, window, trust_remote_code=trust_remote_code)
     check_causal(source.config)
+    check_context(source.config, window)
     asked = Asked(
         task=task, memory=int(there), batch=batch, window=window, rank=rank, lean=lean,
         checkpointing=checkpointing, time=time, device=target,

@@ -81,9 +81,11 @@ def jobs(task: str, methods: str | Sequence[str] = ()) -> list[Job]:
     if task not in DEFAULTS:
         raise unknown("task to plan", task, DEFAULTS)
     names = [n.strip() for n in (methods.split(",") if isinstance(methods, str) else methods) if n.strip()]
+    if methods and not names:
+        raise WeftError(f"--methods {methods!r} names nothing: give such as {','.join(DEFAULTS[task][:2])}, or all.")
     if names == ["all"]:
         names = _every(task)
-    return [Job.parse(name, task) for name in names or DEFAULTS[task]]
+    return [Job.parse(name, task) for name in dict.fromkeys(names or DEFAULTS[task])]
 
 
 def _every(task: str) -> list[str]:
