@@ -256,6 +256,8 @@ def test_bad_input_is_one_sentence(data, tiny_directory, tmp_path):
         ({"method": "data-pruning", "data": tmp_path / "none.jsonl"}, "no file of records"),
         ({"method": "data-pruning", "out": tmp_path / "k.txt"}, "must end in .jsonl"),
         ({"method": "data-pruning", "folds": 3}, "no option 'folds'"),
+        ({"method": "data-pruning", "window": 0}, "--window is 0: give at least 1"),
+        ({"method": "data-pruning", "batch": -1}, "--batch is -1: give at least 1"),
     ):
         with pytest.raises(WeftError, match=words):
             run(**{"data": data, "out": tmp_path / "k.jsonl", "model": str(tiny_directory), **change})

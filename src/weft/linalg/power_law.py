@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weft.errors import WeftError
+
 __all__ = ["tail_exponent"]
 
 _BINS = 100
@@ -27,7 +29,7 @@ def tail_exponent(values: Tensor, start: str = "peak") -> float:
     x = values.double().flatten().sort().values
     x = x[x > 0]
     if start not in ("middle", "peak", "any"):
-        raise ValueError(f"a tail starts at the 'middle', the 'peak' or 'any' value, not at {start!r}")
+        raise WeftError(f"A tail starts at the 'middle', the 'peak' or 'any' value, not at {start!r}")
     if x.numel() < _LEAST or x[0] == x[-1]:
         return float("nan")
     logs = x.log()

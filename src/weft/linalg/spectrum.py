@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weft.errors import WeftError
+
 __all__ = ["effective_rank", "energy_curve", "nuclear_norm", "rank_for_energy", "stable_rank"]
 
 
@@ -40,7 +42,7 @@ def rank_for_energy(s: Tensor, share: float) -> int:
         ValueError: share outside [0, 1].
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"an energy share lies between 0 and 1, got {share}")
+        raise WeftError(f"An energy share lies between 0 and 1, got {share}")
     curve = energy_curve(s)
     if curve.numel() == 0 or curve[-1] == 0 or share == 0:
         return 0

@@ -96,6 +96,9 @@ def run(
     """
     arguments = {k: str(v) for k, v in locals().items() if k not in ("device", "report", "options", "method", "keep")}
     check_seed(seed)
+    for name, value in (("window", window), ("batch", batch)):
+        if value < 1:
+            raise WeftError(f"--{name} is {value}: give at least 1.")
     chosen, place = SELECTIONS.find(method), Path(out).expanduser()
     chosen.options(options)
     _check_output(place)
