@@ -228,3 +228,18 @@ def test_a_size_that_no_candidate_has() -> None:
     model = llama(1)
     with pytest.raises(WeftError, match=r"gives .* the size 3, but auto offers \('kfac"):
         weft.compress(model, "auto", allocate=dict.fromkeys(linear_layers(model), 3), batches=task())
+
+
+@pytest.mark.parametrize("name", ["auto", "wanda", "dsformer", "modegpt", "eora"])
+def test_what_a_survey_finds_holds_no_matrix_by_its_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terms are trainable: a loss that remembered how it was made would keep every dense matrix of the block."""
+    found, put = list[torch.Tensor](), Store.put
+
+    def watched(store: Store, key: str, piece: Any) -> None:
+        found.extend(t for which, t in piece.tensors.items() if which.endswith(":losses"))
+        put(store, key, piece)
+
+    monkeypatch.setattr(Store, "put", watched)
+    chain = ["nf2", "eora"] if name == "eora" else [name]
+    weft.compress(llama(1), chain, budget="6 bits" if name == "auto" else 0.8, allocate="best", batches=task())
+    assert found and all(t.grad_fn is None for t in found)

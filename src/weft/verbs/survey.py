@@ -331,6 +331,7 @@ def _lost(site: Site, unit: Mapping[str, Moments], plan: Plan) -> Callable[[Size
         X, G = (unit[of.name][need] for need in UNIT)
         return WeightedLoss(X, G, generator(plan.seed, "losses", of.name))
 
+    @torch.no_grad()  # terms are trainable: a loss with its graph would keep every dense matrix until the block ends
     def of_joint(size: Size, split: Split) -> Tensor:
         if size is None:
             return torch.zeros((), dtype=torch.float64)
@@ -338,6 +339,7 @@ def _lost(site: Site, unit: Mapping[str, Moments], plan: Plan) -> Callable[[Size
         role, change = split.effect
         return loss(role)(change)
 
+    @torch.no_grad()
     def of_layer(size: Size, split: Split) -> Tensor:
         W = site.weight() if site.original is None else site.original.float()
         now = site.weight() if plan.method.kind == "compensate" or size is None else torch.zeros_like(W)
