@@ -1,6 +1,6 @@
 """Writes what comes from the code and from committed results: docs/methods.md, docs/cli.md, docs/results.md,
-docs/deviations.md, docs/exports.md, docs/architectures.md, docs/negative-results.md, docs/reference.md,
-docs/real-model.md, and the table in README.md.
+docs/deviations.md, docs/exports.md, docs/architectures.md, docs/low-rank.md, docs/negative-results.md,
+docs/reference.md, docs/real-model.md, and the table in README.md.
 
     python docs/generate.py              # write them
     python docs/generate.py results.md   # write this one
@@ -23,6 +23,7 @@ import typer
 from architectures import architectures_page
 from deviations import deviations_page
 from exports import exports_page
+from low_rank import low_rank_page
 from negative_results import negative_results_page
 from real_model import real_model_page
 from reference import reference_page
@@ -141,6 +142,7 @@ PAGES = {
     "deviations.md": deviations_page,
     "exports.md": exports_page,
     "architectures.md": architectures_page,
+    "low-rank.md": low_rank_page,
     "negative-results.md": negative_results_page,
     "reference.md": reference_page,
     "real-model.md": real_model_page,
