@@ -11,7 +11,7 @@ half of the windows from each. Beside the perplexity stands the divergence from 
 count everything that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every
 budget is a line of the file; those that are there already are not measured again, so that an interrupted run goes on,
 and `python docs/generate.py` makes tables of the files in benchmarks/results. Peak memory is the process' resident
-high-water mark from the row's beginning on, or the device's, the model itself included.
+high-water mark from the row's beginning on, or the device's, the model and a dense one to compare with included.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq, widths by layer": ("gptq", {"allocate": "best"}),
     "gptq, clipped, widths by layer": ([("gptq", {"clip": True})], {"allocate": "best"}),
     "gptq, clipped": ([("gptq", {"clip": True})], {"allocate": "equal"}),
+    "yaqa, clipped": ([("yaqa", {"clip": True})], {"allocate": "equal"}),
+    "yaqa, clipped, G damped by 0.01": ([("yaqa", {"clip": True, "output_damping": 0.01})], {"allocate": "equal"}),
     "yaqa, clipped, widths by layer": ([("yaqa", {"clip": True})], {"allocate": "best"}),
     "awq": ("awq", {"allocate": "equal"}),
     "baq": ("baq", {"allocate": "equal"}),
@@ -88,7 +90,6 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 BUDGETS = [2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.25]
 
-
 _TOKENS = 64  # that multiplications are counted with
 
 
@@ -115,14 +116,13 @@ def main() -> None:
         return {
             "perplexity": perplexity,
             "divergence": {name: divergence(dense, model, batches) for name, batches in windows.items()},
+            "operations": operations(dense, model),
+            "model_bytes": sum(p.nbytes for p in dense.parameters()),
         }
 
     head = {"model": Path(args.model).name, "calibrate": args.calibrate, "seed": args.seed, **environment(args)}
     if key({**head, "row": "dense", "budget": 16.0}) not in done:
-        write(
-            args.json,
-            {**head, "row": "dense", "budget": 16.0, **judged(dense)},
-        )
+        write(args.json, {**head, "row": "dense", "budget": 16.0, **judged(dense)})
     for name in args.rows:
         with tempfile.TemporaryDirectory() as pieces:
             for budget in args.budgets:
@@ -216,12 +216,10 @@ def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judge
     return {
         "bits": done.allocation.bits_per_weight,
         **judged(model),
-        "operations": operations(loaded(args), model),
         "predicted": sum(choice.loss for choice in choices) / 2,
         "methods": {name: sum(c.method == name for c in choices) for name in {c.method for c in choices}},
         "seconds": seconds,
         "peak_memory_bytes": peak,
-        "model_bytes": sum(p.nbytes for p in loaded(args).parameters()),
     }
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "columns", "settle"]
+__all__ = ["Columns", "columns", "feedback", "settle"]
 
 
 class Columns(NamedTuple):
@@ -49,6 +49,11 @@ def columns(H: Tensor, *, damping: float = 0.01, by_input: bool = False) -> Colu
     return Columns(order.tolist(), torch.linalg.cholesky(inverse, upper=True), dead, by_input)
 
 
+def feedback(U: Tensor) -> Tensor:
+    """The share of each column's error that those after it take up (in, in), one on the diagonal; U as in `Columns`."""
+    return U / U.diagonal().unsqueeze(1)
+
+
 def settle(rest: Tensor, U: Tensor, blocks: Iterable[tuple[int, int]], settled: Callable[[int], Tensor]) -> None:
     """Walk over `rest` (in, out), whose row j is then what column j was when its turn came.
 
@@ -60,7 +65,7 @@ def settle(rest: Tensor, U: Tensor, blocks: Iterable[tuple[int, int]], settled: 
         settled: j -> w'_j (out,); it reads `rest`, up to date from j to the end of the block, and after the block when
             j begins one.
     """
-    shares = U / U.diagonal().unsqueeze(1)  # of w_j - w'_j, to the columns after it
+    shares = feedback(U)
     for start, stop in blocks:
         errors: list[Tensor] = []
         for j in range(start, stop):

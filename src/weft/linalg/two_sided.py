@@ -18,18 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Grids", "Settled", "feedback", "settle"]
+from weft.linalg.grids import Grids
+
+__all__ = ["Settled", "settle"]
 
 _TILE = 32
 """Rows and columns of a tile: errors within it are spread number by number, beyond it by products."""
-
-
-class Grids(NamedTuple):
-    """Numbers c * scale, c whole from `least` to `most`: of groups of numbers, one of each a group."""
-
-    scale: Tensor
-    least: Tensor
-    most: Tensor
 
 
 class Settled(NamedTuple):
@@ -39,19 +33,12 @@ class Settled(NamedTuple):
     grids: Grids  # (k, out, groups) each
 
 
-def feedback(root: Tensor) -> Tensor:
-    """The share of each one's error that those after it take up, one on the diagonal: of U (n, n) upper triangular,
-    U^T U the inverse of a moment, see `weft.linalg.column_errors.columns`.
-    """
-    return root / root.diagonal().unsqueeze(1)
-
-
 def settle(W: Tensor, A: Tensor, B: Tensor, group: int, grids: Callable[[Tensor], Grids]) -> Settled:
     """The nearest numbers on grids that are chosen when their groups are reached.
 
     Args:
         W: (k, out, in), k matrices that are settled side by side.
-        A: (out, out), the `feedback` of G; B: (in, in), that of X; both in the dtype of W.
+        A: (out, out), the feedback of G (`weft.linalg.column_errors`); B: (in, in), that of X; in the dtype of W.
         group: inputs of a row that share a grid.
         grids: numbers (k, groups, rows, group), as they are when their turn comes -> grids (k, groups, rows); groups
             that are too short are filled with zeros.
@@ -96,7 +83,7 @@ class _Walk:
         self.rest = W.new_zeros(len(W), self.rows.places, self.columns.places)
         self.rest[:, self.rows.at.unsqueeze(1), self.columns.at] = W
         self.sums, self.codes = torch.zeros_like(self.rest), torch.zeros_like(self.rest)
-        self.found = W.new_zeros(3, len(W), self.height, self.width // self.per_group, self.tile)
+        self.found = W.new_zeros(len(Grids._fields), len(W), self.height, self.width // self.per_group, self.tile)
 
     def choose_grids(self, tiles: list[tuple[int, int]]) -> None:
         """Those of the groups that begin with one of these tiles."""
@@ -136,7 +123,7 @@ class _Walk:
 
     def answer(self) -> Settled:
         """The codes and grids of what was given."""
-        rows = self.found.permute(0, 1, 2, 4, 3).flatten(2, 3)  # (3, k, out, groups)
+        rows = self.found.permute(0, 1, 2, 4, 3).flatten(2, 3)  # (fields, k, out, groups)
         return Settled(self.codes[:, self.rows.at.unsqueeze(1), self.columns.at], Grids(*rows[:, :, self.rows.at]))
 
     def _range(self, at: int) -> slice:
@@ -154,13 +141,12 @@ def _settled(rest: Tensor, sums: Tensor, A: Tensor, B: Tensor, grids: Grids) -> 
     t = rest.shape[1]
     rest, sums, B = rest.flip(2).mT.contiguous(), sums.flip(2).contiguous(), B.flip(1, 2).contiguous()
     codes, errors = torch.empty_like(sums), torch.empty_like(sums)
-    divisor = torch.where(grids.scale > 0, grids.scale, 1.0)
     for step in range(2 * t - 1):
         rows, off = slice(max(0, step - t + 1), min(t, step + 1)), t - 1 - step
         columns = slice(rows.start + off, rows.stop + off)
-        target = rest.diagonal(-off, 1, 2) - sums.diagonal(off, 1, 2)
-        code = (target / divisor[:, rows]).round_().clamp_(grids.least[:, rows], grids.most[:, rows])
-        error = target - code * grids.scale[:, rows]
+        target, grid = rest.diagonal(-off, 1, 2) - sums.diagonal(off, 1, 2), grids.at(rows)
+        code = grid.nearest(target)
+        error = target - code * grid.scale
         codes.diagonal(off, 1, 2).copy_(code)
         errors.diagonal(off, 1, 2).copy_(error)
         sums[:, rows].addcmul_(error.unsqueeze(2), B[:, columns])

@@ -24,6 +24,7 @@ from torch import Tensor
 from weft.errors import WeftError
 from weft.kernels.integer_grid import Grid, checked, fit
 from weft.linalg.column_errors import Columns, columns, settle
+from weft.linalg.grids import Grids
 from weft.methods.base import Method, Site, Size, Split, Splitter
 from weft.methods.rtn import GRID, scale_dtype, sizes
 from weft.terms import IntegerCode
@@ -65,39 +66,19 @@ def quantise(
     rule: dict[str, Any] = {"symmetric": symmetric, "clip": clip, "scale_dtype": scale_dtype}
     # the grids of the weights as they are, where groups are not reached in their order
     members = torch.split(how.back(rest), group, 1) if how.by_input else ()
-    grids, codes = [_Rows.of(fit(numbers, widths, **rule)) for numbers in members], list[Tensor]()
+    grids, codes = [Grids.of(*fit(numbers, widths, **rule)) for numbers in members], list[Tensor]()
 
     def settled(j: int) -> Tensor:
         if not how.by_input and j % group == 0:
-            grids.append(_Rows.of(fit(rest[j : j + group].mT, widths, **rule)))
+            grids.append(Grids.of(*fit(rest[j : j + group].mT, widths, **rule)))
         rows = grids[how.order[j] // group]
         codes.append(rows.nearest(rest[j]))
         return codes[-1] * rows.scale
 
     settle(rest, how.root.to(rest.dtype), _blocks(len(rest), group), settled)
-    scale, zero = (torch.stack([rows[i] for rows in grids], 1) for i in range(2))
+    scale, zero = (torch.stack(each, 1) for each in zip(*((rows.scale, rows.zero) for rows in grids), strict=True))
     checked(Grid(scale, zero, bits), scale_dtype)
     return Codes(how.back(torch.stack(codes)) + zero.repeat_interleave(group, 1)[:, : W.shape[1]], scale, zero)
-
-
-class _Rows(NamedTuple):
-    """The grids of one group of each row, and what rounding to them takes, (out,) each."""
-
-    scale: Tensor
-    zero: Tensor
-    divisor: Tensor  # the scale, or 1 where that is 0
-    least: Tensor  # codes, counted from the zero point
-    most: Tensor
-
-    @classmethod
-    def of(cls, grid: Grid) -> _Rows:
-        """Those of grids (out, 1)."""
-        scale, zero, most = (t.squeeze(1) for t in (grid.scale, grid.zero, 2**grid.bits - 1 - grid.zero))
-        return cls(scale, zero, torch.where(scale > 0, scale, 1.0), -zero, most)
-
-    def nearest(self, numbers: Tensor) -> Tensor:
-        """The nearest codes of these (out,), counted from the zero point."""
-        return (numbers / self.divisor).round_().clamp_(self.least, self.most)
 
 
 def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:

@@ -7,8 +7,8 @@ arXiv 1812.02402; its code yuhuixu1993/Trained-Rank-Pruning, `cifar-TRP.py`, rea
 Truncating a trained matrix hurts since training never asked for low rank; here it asks, again and again. The memory of
 training is that of dense weights. T acts on what the truncation before has left: after ten of them T^10 is kept. T is
 0.99, as in the version of the code that was read, whose nuclear term is switched off. It counts weights and knows no
-inputs: on a language model whose activations lie in a few directions (SmolLM2) one truncation at 0.99 is ruin, so judge
-it (--eval-text) and give a larger `energy`.
+inputs: the first truncation may ruin a language model (it does SmolLM2), so judge it (--eval-text) and give a larger
+`energy`.
 Deviations: all matrices of a model's blocks in place of convolutions. tau is a share of the mean kept singular value,
 taken with the truncation, where the paper adds lambda U_k V_k to the next gradient: with Adam that would leave the
 singular basis, and 3e-4 at SGD's rate of 0.1 is nothing at Adam's. m is a tenth of the run, at most 200 (the

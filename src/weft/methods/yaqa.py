@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from weft.kernels.integer_grid import Grid, checked, fit
-from weft.linalg.column_errors import columns
-from weft.linalg.two_sided import Grids, feedback, settle
+from weft.linalg.column_errors import columns, feedback
+from weft.linalg.grids import Grids
+from weft.linalg.two_sided import settle
 from weft.methods.base import Method, Site, Size, Split, Splitter
 from weft.methods.gptq import Codes, coded
 from weft.methods.rtn import GRID, scale_dtype, sizes
@@ -32,35 +33,24 @@ from weft.methods.rtn import GRID, scale_dtype, sizes
 __all__ = ["METHOD", "quantise"]
 
 
-def quantise(
-    W: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bits: Tensor,
-    group: int,
-    *,
-    symmetric: bool = False,
-    clip: bool = False,
-    scale_dtype: torch.dtype | None = None,
-) -> Codes:
+def quantise(W: Tensor, A: Tensor, B: Tensor, bits: Tensor, group: int, **rule: Any) -> Codes:
     """The codes of W (out, in) with each of some widths, one below the other: (widths out, in).
 
     Args:
-        A: (out, out), B: (in, in), the feedbacks of G and X (`weft.linalg.two_sided`).
+        A: (out, out), B: (in, in), the feedbacks of G and X (`weft.linalg.column_errors`).
         bits: the widths, int64 (widths,).
+        rule: `symmetric`, `clip` and `scale_dtype` of `weft.kernels.integer_grid.fit`.
 
     Raises:
         OverflowError: a scale is beyond the largest number of `scale_dtype`.
     """
 
     def grids(numbers: Tensor) -> Grids:
-        widths = bits.view(-1, 1, 1, 1).expand(*numbers.shape[:3], 1)
-        scale, zero, _ = fit(numbers, widths, symmetric=symmetric, clip=clip, scale_dtype=scale_dtype)
-        return Grids(*(t.squeeze(3) for t in (scale, -zero, 2**widths - 1 - zero)))
+        return Grids.of(*fit(numbers, bits.view(-1, 1, 1, 1).expand(*numbers.shape[:3], 1), **rule))
 
     codes, found = settle(W.expand(len(bits), -1, -1), A.to(W.dtype), B.to(W.dtype), group, grids)
-    codes, scale, zero = (t.flatten(0, 1) for t in (codes, found.scale, -found.least))
-    checked(Grid(scale, zero, bits), scale_dtype)
+    codes, scale, zero = (t.flatten(0, 1) for t in (codes, found.scale, found.zero))
+    checked(Grid(scale, zero, bits), rule.get("scale_dtype"))
     return Codes(codes + zero.repeat_interleave(group, 1)[:, : W.shape[1]], scale, zero)
 
 
