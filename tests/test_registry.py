@@ -185,13 +185,14 @@ def test_a_name_that_is_nothing_is_answered_with_the_nearest() -> None:
 
 
 def test_every_option_refuses_a_value_of_another_sort() -> None:
-    """A word for a number would reach the arithmetic of a method, and be a traceback there."""
+    """A word for a number, or a number below zero for one above, would be a traceback in a method's arithmetic."""
     tried = 0
     for record in (record for table in tables() for record in table.values()):
         assert record.options(record.defaults) == {**record.defaults}, "its own defaults are refused"
         for key, default in record.defaults.items():
             number = isinstance(default, int | float) and not isinstance(default, bool)
             strange = ["abc", True, float("nan"), [1]] if number else ["yes"] if isinstance(default, bool) else []
+            strange += [-1] if number and default > 0 else []
             strange += [0.5] if isinstance(default, int) and number else [5] if isinstance(default, str) else []
             for value in strange:
                 tried += 1

@@ -51,7 +51,7 @@ class Record:
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults overridden by what the user gave. Raises WeftError for an option that the record has not, and
-        for a value of another sort than its default.
+        for a value of another sort than its default, or below zero where that is above.
         """
         strange = sorted(set(given) - set(self.defaults))
         if strange:
@@ -83,6 +83,8 @@ def _wanted(value: Any, default: Any) -> str | None:
         return None if value in (True, False) else "true or false"
     if isinstance(default, int | float) and (isinstance(value, bool | str | list | tuple | dict) or value != value):
         return f"a number, such as {default}"
+    if isinstance(default, int | float) and value < 0 < default:
+        return f"a number from 0 on, such as {default}"
     if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
         return f"a whole number, such as {default}"
     return f"a word, such as {default!r}" if isinstance(default, str) and not isinstance(value, str) else None

@@ -205,3 +205,9 @@ def test_bad_input_is_refused_in_a_sentence():
         quantize(tiny_llama(), "rtn", bits=9)
     with pytest.raises(WeftError, match="the smallest sizes take"):
         compress(tiny_llama(), METHODS["rtn"], budget="1 bit")
+
+
+def test_a_moment_that_leaves_directions_out_needs_damping():
+    with pytest.raises(WeftError, match="A moment of 3 x 3 cannot be inverted with a damping of 0: give a larger one"):
+        columns(torch.ones(3, 3, dtype=torch.float64), damping=0)
+    assert columns(torch.ones(3, 3, dtype=torch.float64), damping=0.01).root.isfinite().all()

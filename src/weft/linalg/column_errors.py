@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weft.errors import WeftError
+
 __all__ = ["Columns", "columns", "feedback", "settle"]
 
 
@@ -38,15 +40,26 @@ class Columns(NamedTuple):
 
 
 def columns(H: Tensor, *, damping: float = 0.01, by_input: bool = False) -> Columns:
-    """How columns with inputs of second moment H (in, in) are settled; `by_input` begins with the largest inputs."""
+    """How columns with inputs of second moment H (in, in) are settled; `by_input` begins with the largest inputs.
+
+    Raises:
+        WeftError: H leaves directions out, and the damping does not fill them.
+    """
     dead = H.diagonal() == 0
     H = H + torch.diag(dead.to(H.dtype))
     H = H + torch.eye(len(H), dtype=H.dtype, device=H.device) * (damping * H.diagonal().mean())
     order = torch.arange(len(H), device=H.device)
     if by_input:
         order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
-    return Columns(order.tolist(), torch.linalg.cholesky(inverse, upper=True), dead, by_input)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
+        root = torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise WeftError(
+            f"A moment of {len(H)} x {len(H)} cannot be inverted with a damping of {damping:g}: give a larger one, "
+            "such as 0.01, or more calibration text."
+        ) from error
+    return Columns(order.tolist(), root, dead, by_input)
 
 
 def feedback(U: Tensor) -> Tensor:
