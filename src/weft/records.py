@@ -84,7 +84,7 @@ def _wanted(value: Any, default: Any) -> str | None:
     if isinstance(default, int | float) and (isinstance(value, bool | str | list | tuple | dict) or value != value):
         return f"a number, such as {default}"
     if isinstance(default, int | float) and value < 0 < default:
-        return f"a number from 0 on, such as {default}"
+        return f"a number such as {default}, and none below zero"
     if isinstance(default, int) and isinstance(value, float) and not value.is_integer():
         return f"a whole number, such as {default}"
     return f"a word, such as {default!r}" if isinstance(default, str) and not isinstance(value, str) else None

@@ -192,7 +192,7 @@ def test_the_draws_of_sst_fit_in_the_run():
     ("method", "rank", "options", "sentence"),
     [
         ("maestro", None, {"threshold": 1.0}, "threshold is 1.0: give a share"),
-        ("maestro", None, {"lasso": -1.0}, "lasso is -1.0"),
+        ("maestro", None, {"lasso": -1.0}, "lasso of 'maestro' is -1.0"),
         ("maestro", 4, {}, "--rank has no meaning for --method maestro"),
         ("sst", 65, {}, "Rank 65 is not possible for sst"),
     ],

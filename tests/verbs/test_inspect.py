@@ -366,6 +366,6 @@ def test_options_reach_what_is_measured_on_disk(tiny_directory: Path) -> None:
         for options in ({}, {"block": 4})
     ]
     assert len(alphas[0]) == len(alphas[1]) and alphas[0] != alphas[1]
-    for name, value in (("block", 0), ("ratio", -1.0)):
+    for name, value in (("block", 0), ("ratio", 0.0)):
         with pytest.raises(WeftError, match=f"The option {name} of 'farms' is {value}: give a number above 0"):
             run(str(tiny_directory), measures="farms", **{name: value})
