@@ -1,11 +1,14 @@
 """Does a measure predict anything? Spearman's correlation of each figure with what happens.
 
-    python benchmarks/measures.py MODEL --text FILE [--layers 24] [--tune FILE] [--json FILE]
+    python benchmarks/measures.py MODEL --text FILE [--layers 24] [--tune FILE] [--data TASK --other FILE] [--json FILE]
 
 layers      a layer alone is cut, by svd to a quarter of its bytes and by rtn to 2 bits, and the loss is measured
             again: the rise is what a figure of that layer should rank. Layers are drawn at random.
 forgetting  (--tune) LoRA of several ranks and rates is trained on another text; the rise of the loss on the first is
             what a figure of the change, a mean over the layers, should rank.
+usefulness  (--data, --other) sets of records are drawn, each with shares of its own: of a task's records, of the same
+            with a label of another record, and of another task's. LoRA is trained on each set, and the fall of the
+            loss of the task's labels on a test is what a figure of the set should rank. Records have `text`, `label`.
 
 The first half of the text is what measures see, the second what losses are measured on. Intervals are of 95 per cent,
 by 2,000 bootstrap draws of the layers (or runs). A figure whose interval holds 0 predicts nothing that can be told
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import json
 import math
 import platform
@@ -29,6 +33,8 @@ from typing import Any
 import torch
 import transformers
 from scipy.stats import spearmanr
+from selection import judged as labelled
+from selection import prompt
 from torch import Tensor, nn
 
 import weft
@@ -43,14 +49,18 @@ from weft.terms.dense import sum_dense
 from weft.terms.layers import linear_layers
 from weft.train.sources import read_texts
 from weft.train.windows import calibration_batches
+from weft.verbs.embedding import embedded
 from weft.verbs.finetune import finetune
 from weft.verbs.inspect import Report, inspect
+from weft.verbs.select import select
 from weft.verbs.survey import Plan, offered, site_of
 
 DRAWS = 2000
 CUTS = {"svd": 0.25, "rtn": 2}  # a share of the bytes, a width
 SPECTRUM = ("parameters", "stable_rank", "effective_rank", "rank_99", "nuclear_norm")
 TUNINGS = tuple((rank, rate) for rank in (1, 4, 16) for rate in (3e-4, 3e-3, 1e-2))
+SETS, RECORDS, QUERIES, TESTED = 20, 48, 48, 100
+"""Of usefulness: sets, records in each, and of the task's records those that show what is wanted, and the test."""
 
 
 def ranked(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
@@ -143,6 +153,49 @@ def forgetting(model: Any, tokenizer: Any, texts: Sequence[str], judged: list[An
     return rows
 
 
+def usefulness(model: Any, tokenizer: Any, task: list[Any], others: list[Any], steps: int) -> list[dict[str, Any]]:
+    """Figures of sets of records, and how far training on each lowers the loss of the task's labels."""
+    draws = torch.Generator().manual_seed(0)
+    drawn = [task[i] for i in torch.randperm(len(task), generator=draws).tolist()]
+    queries, test, pool = drawn[:QUERIES], drawn[QUERIES : QUERIES + TESTED], drawn[QUERIES + TESTED :]
+    kinds = [pool, [{**one, "label": other["label"]} for one, other in itertools.pairwise(pool)], others]
+    Q = torch.cat([*embedded(model, tokenizer, [answered(one) for one in queries], 64, 16)])
+    whole, rows = labelled(model, tokenizer, test)["loss"], []
+    for _ in range(SETS):
+        shares = -torch.rand(3, generator=draws).log()  # of a set, uniform over all that sum to one
+        ends = (shares.cumsum(0) / shares.sum() * RECORDS).round().int().tolist()
+        counts = [b - a for a, b in zip((0, *ends), ends, strict=False)]
+        texts = [
+            answered(kind[i])
+            for kind, count in zip(kinds, counts, strict=True)
+            for i in torch.randint(len(kind), (count,), generator=draws).tolist()
+        ]
+        row = dict(zip(("right", "wrong", "other"), counts, strict=True)) | of_texts(model, tokenizer, texts, Q)
+        trained = copy.deepcopy(model)
+        finetune(trained, tokenizer, texts, "lora", rank=8, steps=steps, lr=3e-3, window=64, batch=8, log_every=10**6)
+        rows.append({**row, "useful": whole - labelled(trained.eval(), tokenizer, test)["loss"]})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def answered(record: Mapping[str, str]) -> str:
+    """A record as a text to train on."""
+    return f"{prompt(dict(record))} {record['label']}"
+
+
+def of_texts(model: Any, tokenizer: Any, texts: Sequence[str], Q: Tensor) -> dict[str, float]:
+    """Figures of a set of texts, in windows of one length: of every measure of texts or gradients, its loss, and the
+    mean likeness to the queries, the score of rds-plus.
+    """
+    batches = calibration_batches(tokenizer, ["\n\n".join(texts)], windows=8, window=64, batch=1)
+    of = [m for m in MEASURES.values() if m.of in ("gradient", "hidden")]
+    E = torch.cat([*embedded(model, tokenizer, texts, 64, 16)])
+    near = select(E, "rds-plus", len(E), query=Q).scores.mean()
+    return {**inspect(model, "*layers*", measures=of, batches=batches).figures, "rds_plus": float(near)} | {
+        "loss": mean_loss(model, batches)
+    }
+
+
 def means(report: Report) -> dict[str, float]:
     """The mean of each figure over the matrices."""
     keys = report.matrices[0].figures
@@ -172,9 +225,16 @@ def main() -> None:
         changes = [key for m in MEASURES.values() if m.pair for key in (m.reads or m.reads_model)]
         changes = [key for key in dict.fromkeys(changes) if key in everything["forgetting"][0] and key != "floor"]
         found["forgotten"] = correlations(everything["forgetting"], "forgotten", changes)
-    settings = {k: v for k, v in vars(args).items() if k not in ("json", "model", "text", "tune")}
+    if args.data:
+        task, others = (
+            [json.loads(line) for line in path.read_text().splitlines()] for path in (args.data, args.other)
+        )
+        everything["usefulness"] = usefulness(model, tokenizer, task, others, args.steps)
+        figures = [key for key in everything["usefulness"][0] if key not in ("right", "wrong", "other", "useful")]
+        found["useful"] = correlations(everything["usefulness"], "useful", figures)
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "model", "text", "tune", "data", "other")}
     settings |= {"model": Path(args.model).name, "text": Path(args.text).name, "cuts": CUTS, "draws": DRAWS}
-    settings |= {"tune": args.tune and Path(args.tune).name}
+    settings |= {key: getattr(args, key) and Path(getattr(args, key)).name for key in ("tune", "data", "other")}
     settings |= {"device": "cpu", "processor": platform.processor() or platform.machine()}
     settings |= {"torch": torch.__version__, "transformers": transformers.__version__, "weft": weft.__version__}
     settings |= {"date": datetime.date.today().isoformat()}
@@ -195,6 +255,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--tune")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--other", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
