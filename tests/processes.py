@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch.multiprocessing
 from torch.distributed import TCPStore
+from torch.multiprocessing.spawn import ProcessExitedException
 
 __all__ = ["Started", "command", "context", "launched", "script", "start", "together"]
 
@@ -35,9 +37,22 @@ def context() -> Any:
 
 
 def together(worker: Callable[..., None], *arguments: Any, world: int = 2) -> None:
-    """worker(rank, *arguments) in `world` processes at once; an exception in one of them ends all, and is raised."""
+    """worker(rank, *arguments) in `world` processes at once; an exception in one of them ends all, and is raised. Where
+    one died of a signal, what it said last is raised with it.
+    """
     context()
-    torch.multiprocessing.start_processes(worker, arguments, world, start_method=METHOD)
+    with tempfile.TemporaryDirectory() as folder:
+        told = (folder, worker, arguments)
+        try:
+            torch.multiprocessing.start_processes(_listened, told, world, start_method=METHOD)
+        except ProcessExitedException as error:
+            said = "; ".join(f"{path.stem}: {path.read_text()[-600:]}" for path in sorted(Path(folder).iterdir()))
+            raise AssertionError(f"{error}; stderr of {said}") from error
+
+
+def _listened(rank: int, folder: str, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    _to_file(2, os.path.join(folder, f"process {rank}.txt"))
+    worker(rank, *arguments)
 
 
 def launched(worker: Callable[..., None], *arguments: Any, world: int = 2) -> None:
@@ -123,9 +138,14 @@ def weft(words: Sequence[str]) -> None:
 
 
 def _redirected(out: str, err: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    for number, file in ((1, out), (2, err)):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(opened, number)
-        os.close(opened)
+    _to_file(1, out)
+    _to_file(2, err)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     target(*arguments)
+
+
+def _to_file(number: int, file: str) -> None:
+    """What this process writes to the descriptor goes there."""
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(opened, number)
+    os.close(opened)
