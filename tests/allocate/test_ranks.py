@@ -150,7 +150,7 @@ def test_below_reach_is_said_with_what_would_do(name: str) -> None:
     layers = {"a": layer(10, 10, 0, 0.8), "b": layer(10, 10, 1, 0.8)}
     sentence = (
         "The budget keeps 0.1000 of the matrices' bytes (0.800 bits a weight), but the smallest sizes take 0.2000 "
-        "(1.600 bits); give at least that, or a smaller --round or rank."
+        "(1.600 bits); give at least that (of ranks, a smaller --round or rank takes less)."
     )
     with pytest.raises(WeftError) as error:
         ALLOCATIONS[name].allocate(layers, 20, **extra(name, layers))

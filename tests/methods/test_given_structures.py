@@ -151,9 +151,11 @@ class Blocks(nn.Module):
         return x
 
 
-def test_pela_follows_its_lines():
+@pytest.mark.parametrize("relative", [True, False])
+def test_pela_follows_its_lines(relative):
     """Task loss, features of the blocks, and the largest entry of the error, by autograd of the plain formula."""
-    model, structure = Blocks(), Structure.of("pela", None, {"ratio": 2.0, "alpha": 0.7, "beta": 0.3, "eps": 1e-3})
+    options = {"ratio": 2.0, "alpha": 0.7, "relative": relative, "beta": 0.3, "eps": 1e-3}
+    model, structure = Blocks(), Structure.of("pela", None, options)
     original = structure.original(model)
     W1, W2 = (layer.layer.weight.detach().clone() for layer in model.layers)
     restructure(model, structure)
@@ -180,7 +182,8 @@ def test_pela_follows_its_lines():
         f2 = torch.tanh(f1) @ A2.T @ B2.T
         t1 = x @ W1.T
         t2 = torch.tanh(t1) @ W2.T
-        features = 0.5 * ((f1 - t1).square().mean() + (f2 - t2).square().mean())
+        sizes = [t.square().mean() if relative else 1.0 for t in (t1, t2)]
+        features = 0.5 * ((f1 - t1).square().mean() / sizes[0] + (f2 - t2).square().mean() / sizes[1])
         errors = [((B @ A - W).abs().max() - 1e-3) ** 2 for B, A, W in ((B1, A1, W1), (B2, A2, W2))]
         wanted = (torch.tanh(f2) - y).square().mean() + 0.7 * features + 0.3 * (errors[0] + errors[1]) / 2
         assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
@@ -216,7 +219,7 @@ def test_the_largest_error_is_a_target_that_moves_one_row_and_one_column():
 
 def test_features_without_a_training_pass_ask_for_nothing():
     model = Blocks()
-    rule = FeatureDistillation(Blocks(), 1.0)
+    rule = FeatureDistillation(Blocks(), 1.0, relative=True)
     rule.start(model, steps=3)
     model.eval()(torch.zeros(2, 12, dtype=torch.float64))
     assert rule.penalty(model) is None

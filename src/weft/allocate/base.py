@@ -226,6 +226,6 @@ def below_reach(layers: Mapping[str, LayerInfo], least: Mapping[str, Choice], bu
     floor = spent(least)
     return WeftError(
         f"The budget keeps {budget / total:.4f} of the matrices' bytes ({8 * budget / weights:.3f} bits a weight), but "
-        f"the smallest sizes take {floor / total:.4f} ({8 * floor / weights:.3f} bits); give at least that, or a "
-        "smaller --round or rank."
+        f"the smallest sizes take {floor / total:.4f} ({8 * floor / weights:.3f} bits); give at least that (of ranks, "
+        "a smaller --round or rank takes less)."
     )

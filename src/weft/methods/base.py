@@ -382,8 +382,7 @@ class Method(Record):
         if not chosen:
             raise WeftError(
                 f"The method {self.name!r} finds nothing to train in this model; compress it first (weft compress), or "
-                "choose "
-                "'lora' or 'full'."
+                f"choose 'lora' or 'full'. {self.name} is for: {self.summary}"
             )
         model.requires_grad_(False)
         for parameter in chosen:

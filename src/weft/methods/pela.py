@@ -60,5 +60,5 @@ METHOD = Method(
     rules=(FeatureDistillation, Perturbation),
     trained=low_rank_terms,
     begins=("given",),
-    defaults={"ratio": 2.0, "alpha": 1.0, "beta": 1.0, "eps": 1e-3},
+    defaults={"ratio": 2.0, "alpha": 1.0, "relative": True, "beta": 1.0, "eps": 1e-3},
 )

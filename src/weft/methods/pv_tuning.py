@@ -46,7 +46,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 METHOD = Method(
     name="pv-tuning",
     kind="train",
-    summary="Codes and scales of a quantised model trained, a few codes a step, by enough to matter.",
+    summary="Integer codes, as of rtn or gptq, and their scales trained, a few codes a step, by enough to matter.",
     paper="Malinovskii et al., 2024, arXiv 2405.14852",
     split=split,
     finish=finish,

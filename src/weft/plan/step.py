@@ -6,6 +6,7 @@ It is the very step that training takes (its lean forward, its terms, its optimi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from weft.memory import lean
 from weft.memory.live import Live
 from weft.plan.layers import Held, Stepped, few, held, stepped
 from weft.plan.supposed import Supposed, unmasked
-from weft.train.modes import checkpointing
+from weft.train.modes import checkpointing, in_half
 from weft.train.recipe import Recipe
 
 __all__ = ["planned", "step_bytes"]
@@ -53,7 +54,8 @@ def planned(
             model.tie_weights()
         ids = torch.zeros(recipe.batch, recipe.window, dtype=torch.long, device=device)
         inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-        first, second = (_held(model, inputs, layers) for _ in range(2))
+        narrow = torch.autocast(ids.device.type, torch.bfloat16, enabled=in_half(model, recipe))
+        first, second = (_held(model, narrow, inputs, layers) for _ in range(2))
         step = _stepped(model, make, layers) if own is None else Stepped(own, 0)
     kept = first.gradients - second.gradients  # by layers, from the first step on
     weights = second.weights + ids.nbytes
@@ -64,8 +66,8 @@ def planned(
 def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> dict[str, Any]:
     """The bytes of the second of two steps: weights (with buffers, and what layers keep from the first step on),
     gradients, moments (the optimizer's state), activations (what the forward pass leaves for the backward pass), peak
-    (all that is alive at the same time), and workspace, the rest: below zero where the others are never all alive at
-    once.
+    (all that is alive at the same time), and workspace, what of the peak the others leave: none where they are never
+    all alive at once, and their sum is above the peak.
 
     A subspace optimizer's own workspace within its step is not counted, its state is. Memory that kernels use for
     themselves, and an allocator's waste, are not seen.
@@ -92,7 +94,8 @@ def step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Te
 
 
 def _named(weights: int, gradients: int, moments: int, activations: int, peak: int) -> dict[str, int]:
-    parts = (weights, gradients, moments, activations, peak - weights - gradients - moments - activations, peak)
+    workspace = max(0, peak - weights - gradients - moments - activations)
+    parts = (weights, gradients, moments, activations, workspace, peak)
     names = ("weights", "gradients", "moments", "activations", "workspace", "peak")
     return {f"{name}_bytes": part for name, part in zip(names, parts, strict=True)}
 
@@ -104,18 +107,19 @@ def _own_plan(optimizer: torch.optim.Optimizer) -> int | None:
 
 
 class _LossAlone(nn.Module):
-    """A model of whose output nothing but the loss is kept."""
+    """A model of whose output nothing but the loss is kept, its forward pass within a context."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, within: AbstractContextManager[Any]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.within = model, within
 
     def forward(self, **inputs: Any) -> Any:
-        return SimpleNamespace(loss=self.model(**inputs).loss)
+        with self.within:
+            return SimpleNamespace(loss=self.model(**inputs).loss)
 
 
-def _held(model: nn.Module, inputs: Mapping[str, Any], layers: int | None) -> Held:
-    found = held(_LossAlone(model), inputs, layers)
+def _held(model: nn.Module, within: Any, inputs: Mapping[str, Any], layers: int | None) -> Held:
+    found = held(_LossAlone(model, within), inputs, layers)
     if found is None:
         raise WeftError(
             "The memory of this model cannot be planned, for its blocks do not follow one another; measure a step with "

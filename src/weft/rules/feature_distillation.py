@@ -25,12 +25,13 @@ class FeatureDistillation(Rule):
     Args:
         original: the model as it was, frozen; it runs beside the trained one, without gradients.
         alpha: the weight; 0 leaves the original out of the steps.
+        relative: count each block's error relative to the mean square of the original's output there.
     """
 
     uncounted = "the model that it goes on with"
 
-    def __init__(self, original: nn.Module | None, alpha: float) -> None:
-        self.original, self.alpha = _given(original), alpha
+    def __init__(self, original: nn.Module | None, alpha: float, relative: bool) -> None:
+        self.original, self.alpha, self.relative = _given(original), alpha, relative
         self.handles: list[RemovableHandle] = []
         self.mine: dict[str, Tensor] = {}
         self.theirs: dict[str, Tensor] = {}
@@ -49,10 +50,14 @@ class FeatureDistillation(Rule):
         """Of the forward pass just done, once."""
         if not self.mine or not self.theirs:
             return None
-        errors = [(self.mine[name].float() - theirs.float()).square().mean() for name, theirs in self.theirs.items()]
+        errors = [self._error(self.mine[name].float(), theirs.float()) for name, theirs in self.theirs.items()]
         self.mine.clear()
         self.theirs.clear()
         return self.alpha * torch.stack(errors).mean()
+
+    def _error(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        error = (mine - theirs).square().mean()
+        return error / theirs.square().mean() if self.relative else error
 
     def after_step(self, model: nn.Module, step: int) -> None:
         if step == self.steps:

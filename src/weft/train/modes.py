@@ -10,9 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["HALF", "checkpointing", "wide"]
+from weft.train.recipe import Recipe
+
+__all__ = ["HALF", "checkpointing", "in_half", "wide"]
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+def in_half(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether products are computed in bf16: as the recipe says, or else on a GPU, and amid half-precision weights."""
+    if recipe.autocast is not None:
+        return recipe.autocast
+    return any(p.is_cuda or p.dtype in HALF for p in model.parameters())
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from weft.train.checkpoints import Changes, last_checkpoint
 from weft.train.identity import check_identity, weights_digest
 from weft.train.interrupt import Interrupt
 from weft.train.metrics import MetricsLog
-from weft.train.modes import HALF, checkpointing, wide
+from weft.train.modes import checkpointing, in_half, wide
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
 from weft.train.sharding import SHARDED_FILE, is_sharded, regather, reshard
@@ -126,7 +126,6 @@ def train(
 def arguments(recipe: Recipe, directory: Path, model: nn.Module, judged: bool = False) -> TrainingArguments:
     """The recipe in the Trainer's words; `judged` where there are rows to judge by."""
     on_gpu = next(model.parameters()).is_cuda
-    mixed = on_gpu or any(p.dtype in HALF for p in model.parameters())  # fp32 factors amid half-precision weights
     args = TrainingArguments(
         output_dir=str(directory),
         max_steps=recipe.steps,
@@ -141,7 +140,7 @@ def arguments(recipe: Recipe, directory: Path, model: nn.Module, judged: bool = 
         save_total_limit=recipe.save_total_limit,
         logging_steps=min(recipe.log_every, recipe.steps),
         logging_nan_inf_filter=False,
-        bf16=mixed if recipe.autocast is None else recipe.autocast,
+        bf16=in_half(model, recipe),
         use_cpu=not on_gpu,
         seed=recipe.seed,
         report_to=recipe.report_to,
