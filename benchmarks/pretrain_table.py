@@ -8,13 +8,17 @@ Learning rates lie on the lattice centre * step^k; from the published centre the
 better, so the chosen rate beats both its neighbours (at most --tries runs an optimizer; a rate at the edge is marked).
 Then GaLore with the warm-started subspace runs against the exact SVD at one rate, with several seeds: the difference is
 to be smaller than the spread over seeds. Data: Python's own sources unless --text is given; loss on held-out ones.
-Writes benchmarks/results/pretrain_table_<device>_<size>_<steps>[_structures].json.
+Writes benchmarks/results/pretrain_table_<device>_<size>_<steps>[_structures|_precision].json.
 
 Structures in the place of matrices, each over seeds at its tuned rate, and beside it plain low rank at the rank that
 takes the same bytes (weights, gradients, moments):
 
     python benchmarks/pretrain_table.py --structures --tries 3             # an hour; it goes on where it was stopped
     python benchmarks/pretrain_table.py --structures --tries 1 --steps 500 --rates FILE    # at the rates of that table
+
+The same of weights and moments in fewer bits, all at one rate:
+
+    python benchmarks/pretrain_table.py --precision --batch 4
 """
 
 from __future__ import annotations
@@ -36,10 +40,13 @@ from typing import Any
 
 import torch
 from search import tuned
+from torch import nn
 
 from weft.embedded.text import calibration_files, default_text
 from weft.errors import WeftError
 from weft.runs.loading import load_tokenizer
+from weft.terms import TrainedFloat
+from weft.train.callback import RULES_FILE
 from weft.train.recipe import Recipe
 from weft.train.sizes import SIZES
 from weft.train.sources import read_texts, source_files
@@ -101,6 +108,31 @@ def structures(rank: int) -> dict[str, tuple[float, dict[str, Any]]]:
     }
 
 
+def precisions() -> dict[str, tuple[float, dict[str, Any]]]:
+    """The same of weights and moments in fewer bits: AdamW throughout."""
+    half: dict[str, Any] = {"dtype": torch.bfloat16}
+    return {
+        "fp32": (1e-3, {"optimizer": "adamw"}),
+        "fp32, moments in a dynamic code of 8 bits": (1e-3, {"optimizer": "adamw_8bit"}),
+        "fp32, moments in float8": (1e-3, {"optimizer": "adamw_fp8"}),
+        "bf16, rounded to the nearest": (1e-3, {"optimizer": "adamw_fp8", **half}),
+        "bf16, rounded at random": (1e-3, {"optimizer": "adamw_fp8", "rounding": "stochastic", **half}),
+        "float8 (dqt), the rest fp32": (1e-3, {"optimizer": "adamw_fp8", "structure": ("dqt", None, {})}),
+        "float8 (dqt), the rest bf16, rounded at random": (
+            1e-3,
+            {"optimizer": "adamw_fp8", "rounding": "stochastic", "structure": ("dqt", None, {}), **half},
+        ),
+    }
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Weights, and the gradients of what is trained."""
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    codes = [m for m in model.modules() if isinstance(m, TrainedFloat)]
+    held += sum(m.in_features * m.out_features * m.carrier.element_size() for m in codes)
+    return held + sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
 def runner(args: argparse.Namespace, table: dict[str, Row]) -> Run:
     """One training run of the table; a diverged one has an infinite loss."""
     tokenizer = load_tokenizer(args.tokenizer)
@@ -111,14 +143,14 @@ def runner(args: argparse.Namespace, table: dict[str, Row]) -> Run:
     def run(name: str, lr: float, seed: int) -> dict[str, Any]:
         options = dict(table[name][1])
         structure = Structure.of(*options.pop("structure")) if "structure" in options else None
-        model, _ = build(args.size, tokenizer, args.window, seed, structure=structure)
-        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        held += sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        dtype = options.pop("dtype", torch.float32)
+        model, _ = build(args.size, tokenizer, args.window, seed, structure=structure, dtype=dtype)
+        held = held_bytes(model)
         recipe = Recipe(
             steps=args.steps, lr=lr, window=args.window, batch=args.batch, warmup=args.steps // 10, clip=0.0,
             save_every=args.steps, log_every=args.steps, seed=seed,
         )  # fmt: skip
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 found = pretrain(
@@ -129,11 +161,12 @@ def runner(args: argparse.Namespace, table: dict[str, Row]) -> Run:
                 if "not finite" not in str(error):
                     raise
                 found = {"perplexity": math.inf, "optimizer_bytes": 0, "parameters": 0}
+            rules = sum(file.stat().st_size for file in Path(scratch).glob(f"*-{args.steps}/{RULES_FILE}"))
         loss = math.log(found["perplexity"])
         result = {"lr": lr, "loss": loss if loss == loss else math.inf}
         result |= {key: found[key] for key in ("optimizer_bytes", "parameters")}
-        result["bytes"] = held + found["optimizer_bytes"]  # weights, gradients, moments
-        result["seconds"] = time.perf_counter() - began
+        result["bytes"] = held + found["optimizer_bytes"] + rules  # weights, gradients, moments
+        result["seconds"], result["processor_seconds"] = time.perf_counter() - began, time.process_time() - worked
         print(
             f"  {name:<24} lr {lr:<9.3g} seed {seed}  loss {result['loss']:.4f}  {result['seconds']:.1f} s", flush=True
         )
@@ -194,6 +227,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tries", type=int, default=5, help="most learning rates an optimizer")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--structures", action="store_true", help="the rows of what stands in the place of matrices")
+    parser.add_argument("--precision", action="store_true", help="the rows of weights and moments in fewer bits")
     parser.add_argument("--rates", type=Path, help="a table of fewer steps, at whose rates the search begins")
     parser.add_argument("--only", nargs="*", default=[], help="names of rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -208,9 +242,10 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     rank = args.rank or SIZES[args.size][0] // 4
-    path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}{'_structures' * args.structures}.json"
+    kind = "_structures" if args.structures else "_precision" if args.precision else ""
+    path = args.output / f"pretrain_table_{args.device}_{args.size}_{args.steps}{kind}.json"
     args.output.mkdir(exist_ok=True)
-    record = structures_table(args, rank, path) if args.structures else optimizers_table(args, rank)
+    record = seeds_table(args, rank, path) if kind else optimizers_table(args, rank)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{record['seconds']:.0f} s; written to {path}")
 
@@ -231,19 +266,20 @@ def optimizers_table(args: argparse.Namespace, rank: int) -> dict[str, Any]:
     return {**found, "seconds": time.perf_counter() - began}
 
 
-def structures_table(args: argparse.Namespace, rank: int, path: Path) -> dict[str, Any]:
+def seeds_table(args: argparse.Namespace, rank: int, path: Path) -> dict[str, Any]:
     """Every row tuned, over seeds, and plain low rank at its bytes; kept after each row, so that a run goes on."""
     found = {**environment(args), "rank": rank, "rows": {}, "seconds": 0.0}
     if path.exists() and (before := json.loads(path.read_text()))["arguments"] == found["arguments"]:
         found = before
-    table = structures(rank)
+    table = structures(rank) if args.structures else precisions()
     rates = {} if args.rates is None else {n: r["lr"] for n, r in json.loads(args.rates.read_text())["rows"].items()}
     run, rows = runner(args, table), found["rows"]
     for name in chosen(args, table):
         if name in rows:
             continue
         began = time.perf_counter()
-        row = tuned(rates.get(name, table[name][0]), args.grid, args.tries, lambda lr, name=name: run(name, lr, 0))
+        tries = 1 if args.precision else args.tries
+        row = tuned(rates.get(name, table[name][0]), args.grid, tries, lambda lr, name=name: run(name, lr, 0))
         rows[name] = over_seeds(name, row, args.seeds, run)
         if PLAIN in rows and name != PLAIN:
             rows[name]["plain"] = equal_bytes(row, args, table, run, rows[PLAIN]["lr"])

@@ -76,15 +76,22 @@ def _sizes_of(name: str) -> tuple[float, ...]:
 _SIZES = {name: _sizes_of(name) for name in FORMATS}
 
 
-def float_codes(numbers: Tensor, name: str) -> Tensor:
-    """The nearest codes of fp32 numbers, uint8, of the same shape."""
+def float_codes(numbers: Tensor, name: str, generator: torch.Generator | None = None) -> Tensor:
+    """The nearest codes of fp32 numbers, uint8, of the same shape; with a generator on their device, of the two beside
+    a number one that is drawn, so that its mean is the number.
+    """
     format = FORMATS[name]
     size = numbers.abs().clamp(max=format.largest)
     # the step between neighbours, by the exponent that frexp gives exactly: size = f 2^n with f in [0.5, 1)
     power = (torch.frexp(size).exponent - 1).clamp(min=1 - format.bias) - format.mantissa
     step = torch.ldexp(torch.ones_like(size), power)
-    nearest = ((size / step).round() * step).clamp(max=format.largest)
-    codes = torch.searchsorted(_sizes(name, device=numbers.device), nearest.contiguous(), out_int32=True)
+    steps = size / step
+    if generator is None:
+        steps = steps.round()
+    else:
+        steps = (steps + torch.rand(size.shape, generator=generator, device=size.device)).floor()
+    found = (steps * step).clamp(max=format.largest)
+    codes = torch.searchsorted(_sizes(name, device=numbers.device), found.contiguous(), out_int32=True)
     return (codes + (torch.signbit(numbers) * 2 ** (format.bits - 1)).int()).to(torch.uint8)
 
 

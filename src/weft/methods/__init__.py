@@ -30,6 +30,7 @@ from weft.methods import (
     corda,
     deft,
     dora,
+    dqt,
     dsformer,
     dylora,
     effort,
@@ -154,6 +155,7 @@ _PAGES: tuple[ModuleType, ...] = (
     maestro,
     weight_compander,
     bitnet,
+    dqt,
     ifairy,
     # made for trained ones
     trp,

@@ -56,6 +56,7 @@ from weft.terms.stepped_code import SteppedCode
 from weft.terms.submatrix import Submatrix
 from weft.terms.sum_linear import SumLinear
 from weft.terms.ternary import Ternary, TernaryLatent
+from weft.terms.trained_float import TrainedFloat
 from weft.terms.transposed_code import TransposedCode
 from weft.terms.tuned_code import TunedCode
 from weft.terms.wrapper import Wrapper
@@ -115,6 +116,7 @@ __all__ = [
     "Term",
     "Ternary",
     "TernaryLatent",
+    "TrainedFloat",
     "TransposedCode",
     "TunedCode",
     "Wrapper",
@@ -132,6 +134,7 @@ TERMS: dict[str, type[Term]] = {
         IntegerCode,
         FloatCode,
         ScaledCode,
+        TrainedFloat,
         TransposedCode,
         ColumnCode,
         Codebook,
