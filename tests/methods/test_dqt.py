@@ -159,6 +159,7 @@ def test_what_comes_out_is_an_fp8_model():
     finish(model, Structure.of("dqt"))
     (code,) = model.layer.terms.values()
     assert type(code) is FloatCode and torch.equal(code.dense(), W)
+    assert code.exact_floats().element == "e4m3" and not code.exact_floats().shared, "as fp8's, which formats hold"
 
 
 def test_what_cannot_be_is_said():

@@ -2,13 +2,16 @@
 al., 2023, arXiv 2310.10700; its code guoyang9/PELA, `low_rank.py`, read).
 
     r = floor(out in / (c (out + in))),   B = U_r sqrt(s), A = sqrt(s) V_r
-    loss + alpha mean_l MSE(F_l, F_l of the dense model) + beta mean (max |B A - W| - eps)^2
+    loss + alpha mean_l |F_l - T_l|^2 / |T_l|^2 + beta mean (max |B A - W| - eps)^2
 
-F_l is what block l puts out, of both models on the same rows; the dense one is frozen, without gradients. Every matrix
-gets the same share of numbers, one in c. What comes out is an ordinary small model: `weft finetune` goes on with it.
-The dense model is held beside the trained one, and its forward pass comes on top of each step.
-Deviations: alpha 1, beta 1, eps 1e-3 are values of three differing scripts, for vision models; its skip list is that of
-all pre-training here (embeddings, norms, head).
+F_l is what block l puts out, T_l what it does in the dense model, on the same rows; that one is frozen, without
+gradients. Every matrix gets the same share of numbers, one in c. What comes out is an ordinary small model: `weft
+finetune` goes on with it. The dense model is held beside the trained one, and its forward pass comes on top of each
+step.
+Deviations: features count relative to the dense model's; published is the mean square of the error (relative=false),
+of vision models, where no few channels are most of it as in a language model (of SmolLM2 at half of the numbers it is
+thousands, beside a loss of a few nats). alpha 1, beta 1, eps 1e-3 are values of three differing scripts, for vision
+models; its skip list is that of all pre-training here (embeddings, norms, head).
 """
 
 from __future__ import annotations

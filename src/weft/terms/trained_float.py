@@ -70,12 +70,12 @@ class TrainedFloat(FloatCode):
         return None  # asked once, before there is a probe
 
     def finished(self) -> FloatCode:
-        """The same numbers, at rest."""
+        """The same numbers at rest, with the scales of rows that `fp8` has and formats can hold."""
         code = FloatCode(
-            self.in_features, self.out_features, element=self.element, group=None, scale="e8m0",
+            self.in_features, self.out_features, element=self.element, group=None, scale="float32",
             device=self.codes.device, dtype=self.carrier.dtype,
         )  # fmt: skip
-        code.codes, code.scales = self.codes, self.scales
+        code.codes, code.scales = self.codes, self.scale_matrix().view(torch.uint8)
         return code
 
     def spec(self) -> Spec:
