@@ -17,21 +17,37 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 def structure_tables(table: Any) -> list[str]:
     """Held-out loss of every structure, and what its step takes; `table` makes a Markdown table."""
-    return [*_quality(table), "", *_longer(table), "", *_larger(table), "", *_steps(table), "", *_planned(table)]
+    parts = (_quality, _longer, _larger, _precision, _steps, _planned)
+    return [line for part in parts for line in (*part(table), "")][:-1]
 
 
 def _longer(table: Any) -> list[str]:
     found = _results("pretrain_table_cpu_9m_500_structures.json")
     given, rows = found["arguments"], found["rows"]
-    worse = max(rows["low rank, AdamW"]["tried"], key=lambda tried: tried["loss"])
+    alone = [name for name, row in rows.items() if len(row["tried"]) == 1]
     words = (
-        f"Some of them after {given['steps']} steps, one seed, at the rates above, which need not be the best of so "
-        f"many steps: plain low rank is at {worse['loss']:.3f} with {worse['lr']:g}, and its row has the lower rate."
+        f"The same after {given['steps']} steps, each at the best of rates of the same lattice around that of the "
+        f"table above ({given['tries']} tried; {', '.join(alone)}: at that rate alone, where all of them are no better "
+        "than dense AdamW in the table above)."
+    )
+    return [words, "", *_compared(table, found)]
+
+
+def _precision(table: Any) -> list[str]:
+    found = _results("pretrain_table_cpu_9m_100_precision.json")
+    given, rows = found["arguments"], found["rows"]
+    words = (
+        f"Weights and moments in fewer bits (`python benchmarks/pretrain_table.py --precision --batch 4`): size "
+        f"{given['size']}, {given['steps']} steps of {given['batch']} x {given['window']} tokens under AdamW at "
+        f"{next(iter(rows.values()))['lr']:g}, {given['seeds']} seeds with the 95 % interval of the loss. Gradients "
+        "have the dtype of the products: bf16 of bf16 weights, of `dqt`'s bytes that of all else. The time is one "
+        "thread's of a whole run of one seed, with its evaluation."
     )
     cells = [
-        [name, f"{row['lr']:.2g}", f"{row['loss']:.3f}", f"{row['bytes'] / 1e6:.1f} MB"] for name, row in rows.items()
+        [name, _interval(row["losses"]), f"{row['bytes'] / 1e6:.1f} MB", f"{row['processor_seconds']:.0f} s"]
+        for name, row in rows.items()
     ]
-    return [words, "", *table(["structure", "rate", "loss", "bytes"], cells)]
+    return [words, "", *table(["weights", "loss", "weights, gradients, moments", "processor time"], cells)]
 
 
 def _larger(table: Any) -> list[str]:
@@ -69,6 +85,11 @@ def _quality(table: Any) -> list[str]:
         "the rank that takes the same bytes (at most where the factors have as many numbers as the matrix), at its own "
         "best rate. So few steps show how fast a model comes off the plateau of word frequencies, no more."
     )
+    return [words, "", *_compared(table, found)]
+
+
+def _compared(table: Any, found: dict[str, Any]) -> list[str]:
+    """Losses over seeds, and those of plain low rank at the same bytes."""
     rows = [
         [
             name,
@@ -82,9 +103,10 @@ def _quality(table: Any) -> list[str]:
     ]
     columns = ["structure", "rate", "loss", "bytes", "plain low rank, its rank", "its loss"]
     plain = found["rows"]["low rank, AdamW"]["losses"]
-    beaten = [name for name, row in found["rows"].items() if _below(row["losses"], plain)]
-    said = f"Below plain low rank of rank {found['rank']} in every one of the seeds: {', '.join(beaten) or 'none'}."
-    return [words, "", *table(columns, rows), "", said]
+    below = {name: _below(row["losses"], plain) for name, row in found["rows"].items() if name != "low rank, AdamW"}
+    lists = [", ".join(name for name, beats in below.items() if beats is wanted) or "none" for wanted in (True, False)]
+    said = f"Below plain low rank of rank {found['rank']} in every one of the seeds: {lists[0]}. Not so: {lists[1]}."
+    return [*table(columns, rows), "", said]
 
 
 def _below(losses: list[float], others: list[float]) -> bool:

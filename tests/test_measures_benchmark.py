@@ -27,7 +27,9 @@ def module_of(file: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def measures() -> ModuleType:
-    return module_of(ROOT / "benchmarks" / "measures.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))  # as a script finds what lies beside it
+        return module_of(ROOT / "benchmarks" / "measures.py")
 
 
 def test_correlations_are_of_ranks_and_say_when_there_are_too_few(

@@ -57,8 +57,11 @@ def logits(model: Any) -> Tensor:
 
 
 def packed(path: Path) -> Tensor:
-    """The gate (out, in) of a directory of compressed-tensors in integers."""
+    """The gate (out, in) of a directory of compressed-tensors in integers, or in float8 with a scale a row."""
     tensors = {key.removeprefix(f"{LAYER}."): t for key, t in load_file(path / "model.safetensors").items()}
+    if "weight_packed" not in tensors:
+        assert tensors["weight"].dtype == torch.float8_e4m3fn
+        return tensors["weight"].float() * tensors["weight_scale"].float()
     (out, inn), scales = tensors["weight_shape"].tolist(), tensors["weight_scale"]
     said = json.loads((path / "config.json").read_text())["quantization_config"]
     bits = said["config_groups"]["group_0"]["weights"]["num_bits"]

@@ -38,14 +38,15 @@ class TrainedFloat(FloatCode):
     def __init__(self, in_features: int, out_features: int, *, element: str = "e4m3", **place: Any) -> None:
         if element not in _DTYPES:
             raise WeftError(f"Numbers that are trained in 8 bits are {' or '.join(_DTYPES)}, not {element!r}.")
-        super().__init__(in_features, out_features, element=element, group=None, scale="e8m0", **place)
+        super().__init__(in_features, out_features, element=element, group=None, scale="float32", **place)
 
     @classmethod
     def of(cls, W: Tensor, element: str, headroom: int) -> TrainedFloat:
         """The nearest of a matrix (out, in), whose numbers may grow to 2^headroom times the largest of them."""
         term = cls(W.shape[1], W.shape[0], element=element, device=W.device, dtype=W.dtype)
         exponent = torch.frexp(W.detach().float().abs().amax()).exponent - 1 + headroom - FORMATS[element].top
-        term.scales.copy_((exponent + 127).clamp(0, 254))
+        scale = torch.ldexp(torch.ones((), device=W.device), exponent)
+        term.scales.copy_(scale.expand(len(W), 1).contiguous().view(torch.uint8))
         term.store(W)
         return term
 
@@ -70,12 +71,12 @@ class TrainedFloat(FloatCode):
         return None  # asked once, before there is a probe
 
     def finished(self) -> FloatCode:
-        """The same numbers at rest, with the scales of rows that `fp8` has and formats can hold."""
+        """The same numbers at rest, as `fp8` has them and formats can hold them."""
         code = FloatCode(
             self.in_features, self.out_features, element=self.element, group=None, scale="float32",
             device=self.codes.device, dtype=self.carrier.dtype,
         )  # fmt: skip
-        code.codes, code.scales = self.codes, self.scale_matrix().view(torch.uint8)
+        code.codes, code.scales = self.codes, self.scales
         return code
 
     def spec(self) -> Spec:
