@@ -55,7 +55,7 @@ from weft.verbs.inspect import Report, inspect
 from weft.verbs.select import select
 from weft.verbs.survey import Plan, offered, site_of
 
-DRAWS = 2000
+DRAWS, LEAST = 2000, 8  # a bootstrap of fewer pairs finds any order certain that they happen to have
 CUTS = {"svd": 0.25, "rtn": 2}  # a share of the bytes, a width
 SPECTRUM = ("parameters", "stable_rank", "effective_rank", "rank_99", "nuclear_norm")
 TUNINGS = tuple((rank, rate) for rank in (1, 4, 16) for rate in (3e-4, 3e-3, 1e-2))
@@ -64,9 +64,9 @@ SETS, RECORDS, QUERIES, TESTED = 20, 48, 48, 100
 
 
 def ranked(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Spearman's correlation with its interval, over the pairs that are numbers."""
+    """Spearman's correlation with its interval, over the pairs that are numbers; none of fewer than `LEAST`."""
     pairs = torch.tensor([(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]).double()
-    if len(pairs) < 4 or len(set(pairs[:, 0].tolist())) < 2:
+    if len(pairs) < LEAST or len(set(pairs[:, 0].tolist())) < 2:
         return {"n": len(pairs), "rho": math.nan, "low": math.nan, "high": math.nan}
     draws, own = torch.Generator().manual_seed(0), float(spearmanr(*pairs.mT).statistic)
     found = []

@@ -147,19 +147,22 @@ def _cell(perplexity: float | str | None) -> str:
 
 def gptq_table() -> list[str]:
     """weft's GPTQ beside the published loop written out, at the same settings."""
-    found = _results("gptq_ref_cpu.json")
-    settings, (dense, *rows) = found["settings"], found["rows"]
-    words = (
-        f"Held-out perplexity of `{settings['model']}` (dense {dense['perplexity']:.3f}), all linear layers in groups "
-        f"of {settings['group']}, calibrated on {settings['windows']} windows of {settings['window']} tokens; "
-        f"{settings['threads']} thread, which others used as well, so that seconds are a rough guide. Memory is the "
-        "most that the process held, libraries and the dense model included."
-    )
-    cells = [
-        [row["what"], str(row["bits"]), f"{row['perplexity']:.3f}", f"{row['seconds']:.0f}", str(row["peak_mb"])]
-        for row in rows
-    ]
-    return [words, "", *table(["", "bits", "perplexity", "seconds", "peak MB"], cells)]
+    lines: list[str] = []
+    for name in ("ref", "smollm2"):
+        found = _results(f"gptq_{name}_cpu.json")
+        settings, (dense, *rows) = found["settings"], found["rows"]
+        words = (
+            f"Held-out perplexity of `{settings['model']}` (dense {dense['perplexity']:.3f}), all linear layers in "
+            f"groups of {settings['group']}, calibrated on {settings['windows']} windows of {settings['window']} "
+            f"tokens; {settings['threads']} thread, which others used as well, so that seconds are a rough guide. "
+            "Memory is the most that the process held, libraries and the dense model included."
+        )
+        cells = [
+            [row["what"], str(row["bits"]), f"{row['perplexity']:.3f}", f"{row['seconds']:.0f}", str(row["peak_mb"])]
+            for row in rows
+        ]
+        lines += [words, "", *table(["", "bits", "perplexity", "seconds", "peak MB"], cells), ""]
+    return lines[:-1]
 
 
 def recovery_table() -> list[str]:

@@ -43,6 +43,7 @@ def test_correlations_are_of_ranks_and_say_when_there_are_too_few(
     assert noise["low"] < 0 < noise["high"]
     assert math.isnan(measures.ranked([1.0, 2.0, math.nan], [1.0, 2.0, 3.0])["rho"])
     assert math.isnan(measures.ranked([1.0] * 9, x[:9])["rho"]), "a figure that is always the same"
+    assert math.isnan(measures.ranked(x[:7], x[:7])["low"]), "of so few a bootstrap is always certain"
 
 
 def test_cuts_keep_what_they_say(measures: ModuleType) -> None:
