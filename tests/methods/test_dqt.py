@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from weft.kernels.float_format import float_codes, float_values
 from weft.rules.rounded_steps import RoundedSteps
 from weft.seeds import mix
 from weft.terms import FloatCode, SumLinear, TrainedFloat
+from weft.train.optimizers import make_optimizer
 from weft.verbs.fresh import Structure, finish, restructure
 
 OUT, IN = 12, 10
@@ -99,6 +101,18 @@ def test_steps_below_half_a_number_move_weights_on_average():
         model(torch.ones(1, IN)).sum().backward()  # the same gradient always: W falls by lr a step
         rule.before_step(model, step)
     assert float((term.dense() - before).mean()) == pytest.approx(-200 * 2e-4, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_fp8", "adamw_8bit"])
+def test_weight_decay_reaches_the_numbers_whatever_optimizer_has_the_rest(name):
+    _, term, rule, _ = begun()
+    rest = nn.Sequential(nn.Linear(4, 4))
+    rule.bind(make_optimizer(name, rest, 1.0, 0.25, 0, {}))
+    rule.inner = replace(rule.inner, betas=(0.0, 0.999), eps=1e30)  # no step but the decay's
+    before = term.dense()
+    rule.pulls = [torch.zeros(OUT, IN)]
+    rule.before_step(One(drawn()), 1)
+    assert float(term.dense().norm() / before.norm()) == pytest.approx(0.75, rel=0.02)
 
 
 def test_a_weight_takes_a_byte_and_its_moments_two():

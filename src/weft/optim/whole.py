@@ -87,7 +87,9 @@ def adagrad_norm(model: Model, lr: float = 1e-2, *, eps: float = 1e-10, **option
 
 def _whole(model: Model, lr: float, inner: Inner, options: dict[str, Any]) -> LowRank:
     decay = options.pop("weight_decay", 0.0)
-    return LowRank(_groups(model, decay), lr, projection=Whole(), inner=inner, **options)
+    made = LowRank(_groups(model, decay), lr, projection=Whole(), inner=inner, **options)
+    made.defaults["weight_decay"] = decay  # as torch's own tell it, where no matrix is among the parameters
+    return made
 
 
 def _groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
