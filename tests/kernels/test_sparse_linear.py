@@ -42,6 +42,16 @@ def test_products_and_gradients_are_those_of_the_matrix(tokens, density):
     torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (33, 65), (256, 100)])
+def test_a_transpose_lies_in_memory_of_its_own(shape, dtype):
+    rows = draw(shape[0], 2 * shape[1], dtype=dtype)
+    for part in (rows[:, : shape[1]], rows[:, ::2], rows[:1, : shape[1]].expand(shape), draw(*shape[::-1]).mT):
+        found = module._transposed(part)
+        assert found.is_contiguous() and found.data_ptr() != part.data_ptr()
+        torch.testing.assert_close(found, part.mT, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("wanted", [("x",), ("values",), ("x", "values")])
 def test_only_what_is_trained_gets_a_gradient(wanted):
     values, positions = sparse()

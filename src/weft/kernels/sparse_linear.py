@@ -75,22 +75,20 @@ class _Support:
         columns, order = (flat % inn * out + flat // inn).sort()
         return order.int(), (columns % out).int(), _ends(columns // out, inn)
 
-    def times(self, values: Tensor, xt: Tensor) -> Tensor:
-        """S x^T for x^T (in, tokens): (out, tokens)."""
-        return _bags(values, self.columns, self.ends, xt)
-
-    def transposed_times(self, values: Tensor, gt: Tensor) -> Tensor:
-        """S^T g^T for g^T (out, tokens): (in, tokens)."""
-        order, rows, ends = self.transposed
-        return _bags(values[order], rows, ends, gt)
-
 
 def _ends(places: Tensor, count: int) -> Tensor:
     """Where each of `count` runs of equal numbers ends among ascending places, and the first begins: (count + 1,)."""
     return torch.searchsorted(places, torch.arange(count + 1, device=places.device), out_int32=True)
 
 
+def _transposed(rows: Tensor) -> Tensor:
+    """A matrix's transpose, in memory of its own."""
+    n, wide = rows.numel(), rows.shape[0]  # channels_last is the one way to torch's vectorised transposition
+    return torch.channel_shuffle(rows.contiguous().as_strided((1, n, 1, 1), (n, 1, n, n)), wide).view(-1, wide)
+
+
 def _bags(values: Tensor, places: Tensor, ends: Tensor, rows: Tensor) -> Tensor:
+    """(bags, tokens): in every bag the sum of values times the rows (n, tokens) at its places."""
     return F.embedding_bag(places, rows, ends, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
@@ -124,8 +122,8 @@ def add_entries(y: Tensor, rows: Tensor, values: Tensor, positions: Tensor) -> T
         return y.addmm_(rows, scatter_dense(values, positions, out, inn).mT)
     support = _support_of(positions, out, inn)
     for start in range(0, len(rows), TOKENS):
-        xt = rows[start : start + TOKENS].mT.contiguous()
-        y[start : start + TOKENS] += support.times(values, xt).mT.contiguous()
+        part = slice(start, start + TOKENS)
+        y[part] += _transposed(_bags(values, support.columns, support.ends, _transposed(rows[part])))
     return y
 
 
@@ -142,13 +140,15 @@ def pull_entries(
         return None if rows is None else (grad.mT @ rows).flatten()[positions.long()]
     support = _support_of(positions, grad.shape[1], inn)
     found = None if rows is None else torch.zeros_like(values)
+    order, places, ends = support.transposed
+    by_column = values[order]
     for start in range(0, len(grad), TOKENS):
         part = slice(start, start + TOKENS)
-        gt = grad[part].mT.contiguous()
+        gt = _transposed(grad[part])
         if grad_x is not None:
-            grad_x[part] += support.transposed_times(values, gt).mT.contiguous()
+            grad_x[part] += _transposed(_bags(by_column, places, ends, gt))
         if rows is not None and found is not None:
-            found += _product_at(gt, rows[part].mT.contiguous(), support.columns, support.ends)
+            found += _product_at(gt, _transposed(rows[part]), support.columns, support.ends)
     return found
 
 
