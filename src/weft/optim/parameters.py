@@ -36,8 +36,9 @@ def split_parameters(
     matrices = [(name, p) for name, p in trainable if p not in whole]
     if not matrices and not stacks:
         raise WeftError(
-            "The model has no trainable matrix inside an nn.ModuleList or nn.Sequential, so nothing is projected; "
-            'give groups instead: [{"params": matrices, "rank": 128}, {"params": others}].'
+            "The model's blocks (nn.ModuleList, nn.Sequential) have no trainable matrix, so that an optimizer of "
+            "matrices has nothing to step; take one for every weight, such as adamw, or a method that trains matrices; "
+            'in Python, give the groups: [{"params": matrices, "rank": 128}, {"params": others}].'
         )
     return matrices, [(name, p) for name, p in trainable if p in whole]
 
