@@ -105,6 +105,7 @@ def structures(rank: int) -> dict[str, tuple[float, dict[str, Any]]]:
         "TRP, from scratch": (1e-3, under("trp")),
         "weight compander": (1e-3, under("weight-compander")),
         "BitNet b1.58": (1e-3, under("bitnet-1.58")),
+        "iFairy": (1e-3, under("ifairy")),
     }
 
 
