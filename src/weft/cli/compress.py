@@ -75,7 +75,7 @@ def command(
         bool | None,
         typer.Option(
             "--by-block/--at-once",
-            help="Hold one block's statistics at a time, or all of them; as many as take 1.5 times the model.",
+            help="Hold one block's statistics at a time, or all of them; by default as many as take the model's bytes.",
             show_default=False,
         ),
     ] = None,

@@ -16,7 +16,7 @@ from weft.terms.layers import shape_of
 
 __all__ = ["SHARE", "Collected", "WithWeights", "groups_that_fit", "moment_bytes"]
 
-SHARE = 1.5
+SHARE = 1.0
 """Times the model's bytes that statistics may take at once, unless the caller says otherwise."""
 
 

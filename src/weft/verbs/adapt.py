@@ -108,7 +108,7 @@ def adapt(
         name: an identifier; several adapters with different names add up.
         stats: statistics by layer, as `weft.calibrate` gives them, for methods that need some.
         batches: data to calibrate on instead, e.g. [{"input_ids", "attention_mask", "labels"}, ...]. Statistics that
-            would take more than 1.5 times the model's memory are collected for some blocks after others, with a pass
+            would take more memory than the model are collected for some blocks after others, with a pass
             over the batches for each group.
         seed: of every random number; a layer's draw depends on the seed and its name alone.
         ranks: layer -> rank, e.g. an allocation; overrides `rank` (which then only sets the scale), and layers that it

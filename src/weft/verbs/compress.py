@@ -145,7 +145,7 @@ def compress(
         correction: share, 0 to 1, of the drift of a layer's inputs that the sequential form corrects (None: the
             method's own).
         by_block: collect one block's statistics at a time, with a pass over the batches for each (None: as many blocks
-            at a time as take 1.5 times the model's bytes).
+            at a time as take the model's bytes).
         seed: of methods that draw; a layer's draw depends on it and on the layer's name alone.
         progress: a directory for finished blocks, from which an interrupted call goes on; or what keeps them.
         track: (items, description) -> the same items, for a progress bar.
