@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.kernels.straight_through import straight_through
 from weft.tables import table
 
 __all__ = ["Grid", "checked", "fit", "grouped", "learned", "of_range", "to_codes", "ungrouped"]
@@ -129,7 +130,7 @@ def learned(
 
 def _through(x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     """f(x), with the gradient of x."""
-    return x + (f(x) - x).detach()
+    return straight_through(f(x.detach()), x)
 
 
 def _clipped(

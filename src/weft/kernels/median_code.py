@@ -14,6 +14,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from weft.kernels.straight_through import straight_through
 from weft.tables import table
 
 __all__ = ["BITS", "code_levels", "fake_quantise", "level_table", "normalised", "to_codes"]
@@ -58,4 +59,4 @@ def fake_quantise(w: Tensor, levels: Sequence[float]) -> Tensor:
     """
     u, mean, deviation = normalised(w)
     quantised = level_table(tuple(levels), device=u.device, dtype=u.dtype)[to_codes(u.detach(), levels)]
-    return (quantised + (u - u.detach())) * deviation + mean  # exactly the level, with the gradient of u
+    return straight_through(quantised, u) * deviation + mean

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from weft.errors import WeftError
+from weft.kernels.straight_through import straight_through
 from weft.kernels.transient_linear import Summand
 from weft.linalg.svd import low_rank_factors
 from weft.terms.base import Spec, Term
@@ -95,7 +96,7 @@ class AidedCode(Term):
     def _steps(self) -> Tensor:
         """s as it will be stored, with the gradient of the learned one; above zero."""
         stored = self.step.detach().to(getattr(torch, self.scale_dtype)).to(self.step.dtype)
-        return stored.clamp(min=torch.finfo(torch.float16).tiny) + (self.step - self.step.detach())
+        return straight_through(stored.clamp(min=torch.finfo(torch.float16).tiny), self.step)
 
 
 def _wide(V: Tensor, dtype: torch.dtype) -> torch.dtype:

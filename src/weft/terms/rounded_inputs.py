@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from weft.errors import WeftError
+from weft.kernels.straight_through import straight_through
 from weft.terms.base import Spec, Term
 from weft.terms.hooks import at_hand
 
@@ -81,11 +82,11 @@ class RoundedInputs(Term):
         return (y / s).to(y.dtype)
 
     def _rounded(self, u: Tensor, last: int) -> Tensor:
-        q = u.detach().round().clamp(-last - 1, last)
+        q = u.detach().round().clamp_(-last - 1, last)
         if self.training and getattr(self.term, "blend", None) is not None:
             with at_hand(self.term):
                 q = torch.lerp(u.detach(), q, self.term.get_buffer("blend").to(u.dtype))
-        return q + (u - u.detach())  # exactly q, with the gradient of u
+        return straight_through(q, u)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         raise WeftError(

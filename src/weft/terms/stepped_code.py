@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from weft.errors import WeftError
+from weft.kernels.straight_through import straight_through
 from weft.terms.base import Spec, Term
 from weft.terms.hooks import at_hand
 from weft.terms.integer_code import IntegerCode
@@ -103,7 +104,7 @@ class SteppedCode(Term):
     def _stepped(self) -> Tensor:
         """Whole codes (out, k), with the gradient of V where it is not clipped."""
         clipped = self.V.clamp(0, 2**self.inner.bits - 1)
-        return clipped + (clipped.round() - clipped).detach()
+        return straight_through(clipped.detach().round(), clipped)
 
     def _fixed(self) -> Tensor:
         return self.inner.integer_codes()[:, self.places].to(self.V.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from weft.errors import unknown
 from weft.kernels.bits import numbers_of, product
+from weft.kernels.straight_through import straight_through
 from weft.kernels.transient_linear import Summand
 from weft.kernels.trits import SCALES, packed_trits, scale_of, to_trits, trits_of, trits_size
 from weft.terms.base import IntegerCodes, Spec, Term
@@ -60,17 +60,21 @@ class TernaryLatent(Term):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         V = self.V.to(_wide(self.V, dtype or self.V.dtype))
-        T = _blended(V.detach(), self._blend(), self.scale_by)
-        return (T + (V - V.detach())).to(dtype or self.V.dtype)  # exactly T, with the gradient of V
+        T = _blended(V.detach(), self._scale(), self._blend())
+        return straight_through(T, V).to(dtype or self.V.dtype)
 
     def summand(self) -> Summand:
-        return Summand(partial(_add, by=self.scale_by), _pull, 1.0, (self.V, self._blend()), cast=False)
+        return Summand(_add, _pull, 1.0, (self.V, self._scale(), self._blend()), cast=False)
 
     def finished(self) -> Ternary:
         return Ternary.from_matrix(self.V.detach(), self.scale_by)
 
     def spec(self) -> Spec:
         return super().spec() | {"scale": self.scale_by}
+
+    def _scale(self) -> Tensor:
+        """g (), found once a pass: a median takes as long as a product."""
+        return scale_of(self.V.detach().to(_wide(self.V, torch.float32)), self.scale_by)
 
     def _blend(self) -> Tensor:
         return self.blend if self.training else torch.ones_like(self.blend)
@@ -128,14 +132,14 @@ def _wide(V: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(V.dtype, torch.float32), dtype)
 
 
-def _blended(V: Tensor, blend: Tensor, by: str) -> Tensor:
-    g = scale_of(V, by)
+def _blended(V: Tensor, g: Tensor, blend: Tensor) -> Tensor:
+    g = g.to(V.dtype)
     return torch.lerp(V, to_trits(V, g) * g, blend.to(V.dtype))  # exact at both ends
 
 
-def _add(W: Tensor, scale: float, V: Tensor, blend: Tensor, *, by: str) -> None:
-    W.add_(_blended(V.to(_wide(V, W.dtype)), blend, by), alpha=scale)
+def _add(W: Tensor, scale: float, V: Tensor, g: Tensor, blend: Tensor) -> None:
+    W.add_(_blended(V.to(_wide(V, W.dtype)), g, blend), alpha=scale)
 
 
-def _pull(G: Tensor, scale: float, V: Tensor, blend: Tensor) -> tuple[Tensor, None]:
-    return G if scale == 1.0 else G * scale, None
+def _pull(G: Tensor, scale: float, V: Tensor, g: Tensor, blend: Tensor) -> tuple[Tensor, None, None]:
+    return G if scale == 1.0 else G * scale, None, None
