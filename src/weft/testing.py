@@ -158,6 +158,17 @@ def check_checkpointing(term: Term) -> None:
     _close_all(_gradients(term, again, x, g), _gradients(term, term, x, g), "checkpointing differs", atol=0, rtol=0)
 
 
+def check_inference(term: Term) -> None:
+    """`torch.inference_mode` gives what `torch.no_grad` gives, for an input made within it as for one from before."""
+    term = copy.deepcopy(term).eval()
+    before = _draw(5, term.in_features, dtype=torch.float32)
+    with torch.no_grad():
+        expected = term(before)
+    with torch.inference_mode():
+        for x in (before, before.clone()):
+            _close(term(x), expected, "inference mode gives something else", atol=1e-5)
+
+
 def check_compile(term: Term) -> None:
     """`torch.compile` takes forward and backward whole, without a graph break."""
     term = copy.deepcopy(term)
@@ -218,6 +229,7 @@ TERM_CHECKS: dict[str, Callable[[Term], None]] = {
     "moves": check_moves,
     "autocast": check_autocast,
     "checkpointing": check_checkpointing,
+    "inference": check_inference,
     "compile": check_compile,
     "counts": check_counts,
     "answers": check_answers,

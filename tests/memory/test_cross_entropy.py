@@ -103,6 +103,22 @@ def test_bf16_weight_gradient_does_not_drift_with_the_number_of_chunks():
     assert error(1) < 1.2 * error(TOKENS) < 0.02
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 2.0**15, 2.0**16])
+def test_half_precision_gradients_survive_a_loss_scale(frozen, scale):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 32, generator=g).half().requires_grad_()
+    weight = (0.02 * torch.randn(4000, 32, generator=g)).half().requires_grad_(not frozen)
+    targets = torch.randint(0, 400, (512,), generator=g)
+    wanted = [hidden] if frozen else [hidden, weight]
+    found = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, chunk=100) * scale, wanted)
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (hidden, weight)]
+    loss = F.cross_entropy(exact[0] @ exact[1].T, targets) * scale
+    for left, right in zip(found, torch.autograd.grad(loss, exact[: len(wanted)]), strict=True):
+        smallest = 2.0**-24  # of fp16: what is below it is lost whoever computes it
+        assert (left.double() - right).norm() < 0.005 * right.norm() + smallest * right.numel() ** 0.5
+
+
 def test_frozen_head_has_no_gradient_and_no_buffer(monkeypatch):
     hidden, weight, _, targets = problem()
     weight.requires_grad_(False)

@@ -149,6 +149,17 @@ def test_evaluation_and_calls_without_labels_return_logits(models):
     assert torch.equal(as_tuple[1], expected.logits)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_mode_gives_the_same_logits_and_loss(models, training):
+    model = lean(models.put_on(models.make_model("llama"))).train(training)
+    batch = models.make_batch()
+    with torch.no_grad():
+        expected = model(**batch).loss, model.eval()(input_ids=batch["input_ids"]).logits
+    with torch.inference_mode():
+        found = model.train(training)(**batch).loss, model.eval()(input_ids=batch["input_ids"]).logits
+    torch.testing.assert_close(found, expected)
+
+
 def test_head_is_whole_again_after_an_error(models):
     model = lean(models.put_on(models.make_model("llama")))
     with pytest.raises(IndexError):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.methods.one_layer import One, close
 from tests.methods.test_structures import IN, OUT, STEPS, PlainAdam, batches, drawn, run, start
@@ -225,6 +226,32 @@ def test_features_without_a_training_pass_ask_for_nothing():
     assert rule.penalty(model) is None
     with pytest.raises(WeftError, match="follows the model that it goes on with: give original="):
         Structure.of("pela").rules(restructure(Blocks(), "pela"), 0)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_padding_is_no_feature(relative):
+    rule = FeatureDistillation(Blocks(), 1.0, relative=relative)
+    mine, theirs = torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for count in (2, 4):
+        rule.mask = None
+        expected = rule._error(mine[:, :count], theirs[:, :count])
+        rule.mask = (torch.arange(5) < count).long().expand(2, 5)
+        torch.testing.assert_close(rule._error(mine, theirs), expected)
+
+
+def test_the_mask_of_a_batch_reaches_the_rule():
+    model, original = (LlamaForCausalLM(LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    )) for _ in range(2))  # fmt: skip
+    ids = torch.arange(12).view(2, 6)
+    penalties = []
+    for width in (4, 6):
+        rule = FeatureDistillation(original, 1.0, relative=True)
+        rule.start(model, steps=3)
+        model.train()(input_ids=ids[:, :width], attention_mask=(torch.arange(width) < 4).long().expand(2, width))
+        penalties.append(rule.penalty(model).item())
+        rule._close()
+    assert penalties[0] == pytest.approx(penalties[1], rel=1e-4)
 
 
 # --- N:M gradient flow ------------------------------------------------------------------------------------------------

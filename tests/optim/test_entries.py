@@ -200,6 +200,20 @@ def test_masters_keep_what_bf16_rounds_away_and_survive_a_change() -> None:
     assert opt.state[w]["master"].tolist() == pytest.approx([0.99, 0.995], abs=1e-4)
 
 
+def test_masters_follow_what_others_write_into_the_weight() -> None:
+    w = nn.Parameter(torch.full((8,), 2.0, dtype=torch.bfloat16))
+    opt = EntryAdamW([w], lr=1e-3, master=True)
+    opt.choose(w, torch.tensor([1, 5]))
+    for change in (False, True):
+        if change:
+            with torch.no_grad():
+                w[1] = 0.0
+        w.grad = torch.ones(8, dtype=torch.bfloat16)
+        opt.step()
+    assert w[1].item() == pytest.approx(-1e-3, rel=0.1)
+    assert opt.state[w]["master"].tolist() == pytest.approx([-1e-3, 1.998], abs=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("axis", AXES)
 def test_resume_is_exact(dtype: torch.dtype, axis: int | None) -> None:

@@ -505,6 +505,53 @@ def test_stochastic_rounding_keeps_small_updates() -> None:
     assert ends["master"] == pytest.approx(0.99, abs=4e-3)
 
 
+@pytest.mark.parametrize("laid", ["channels_last", "transposed"])
+def test_weights_that_lie_in_another_order_are_stepped(laid: str) -> None:
+    whole = torch.randn(8, 4, 3, 3, generator=rng(0))
+    ends = []
+    for inner in (AdamW(), None):
+        p = nn.Parameter(whole.to(memory_format=torch.channels_last) if laid == "channels_last" else whole.clone().mT)
+        optimizer: Any = torch.optim.AdamW([p], 0.1, eps=1e-8, weight_decay=0.1)
+        if inner is not None:
+            optimizer = wo.LowRank([p], 0.1, projection=Whole(), inner=AdamW(eps=1e-8), weight_decay=0.1)
+        for t in range(5):
+            p.grad = torch.randn(p.shape, generator=rng(t))
+            optimizer.step()
+        assert not p.is_contiguous()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, atol=2e-6, rtol=1e-5)
+
+
+def test_weights_that_are_no_rows_in_memory_are_refused() -> None:
+    with pytest.raises(WeftError, match=r"lies in memory .*contiguous"):
+        wo.LowRank([nn.Parameter(torch.zeros(6, 4, 5).transpose(0, 1))], 0.1, projection=Whole(), inner=AdamW())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "master"])
+def test_a_weight_changed_between_steps_goes_on_from_there(rounding: Any) -> None:
+    p = nn.Parameter(torch.full((8, 8), 2.0, dtype=torch.bfloat16))
+    optimizer = wo.LowRank([p], 1e-3, projection=Whole(), inner=AdamW(), rounding=rounding)
+    for change in (None, slice(0, 4)):
+        if change is not None:
+            with torch.no_grad():
+                p[change] = 0.0
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert p[:4].abs().max() < 0.01 and (p[4:] - 2).abs().max() < 0.02
+
+
+def test_equal_weights_are_rounded_by_draws_of_their_own(monkeypatch: Any) -> None:
+    for layers in (False, True):
+        params = [nn.Parameter(torch.ones(16, 16, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = wo.LowRank(params, 1e-3, projection=Whole(), inner=AdamW(), rounding="stochastic")
+        if layers:
+            wo.PerLayer(optimizer)
+        torch.stack([p.float().sum() for p in params]).sum().backward()
+        optimizer.step()
+        moved = [p.detach() != 1 for p in params]
+        assert all(0 < m.float().mean() < 1 for m in moved) and not torch.equal(*moved)
+
+
 def test_state_bytes_count_the_published_elements() -> None:
     model = Tiny(width=16)
     optimizer = wo.galore(model, rank=4)
@@ -526,7 +573,7 @@ def test_state_bytes_count_the_published_elements() -> None:
         (lambda: wo.galore([{"params": [nn.Parameter(torch.zeros(8, 6))], "rank": 9}]), "rank of at most 6"),
         (lambda: wo.galore([{"params": [nn.Parameter(torch.zeros(8))], "rank": 2}]), "matrices only"),
         (lambda: wo.galore([{"params": [nn.Parameter(torch.zeros(8, 6))]}]), "nothing would be projected"),
-        (lambda: wo.galore(nn.Linear(4, 4)), "give groups instead"),
+        (lambda: wo.galore(nn.Linear(4, 4)), "take one for every weight, such as adamw"),
         (lambda: wo.galore(Tiny().requires_grad_(False)), "nothing to train"),
         (lambda: wo.galore(Tiny(), projection="svdd"), "nearest are: svd"),
         (lambda: wo.LowRank([nn.Parameter(torch.zeros(8, 6))], projection=Gaussian(2), moments="rotate"), "rotate"),

@@ -36,6 +36,13 @@ def matrix(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float6
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_gradients_in_half_precision(dtype: torch.dtype) -> None:
+    G = matrix(512, 512, 0).to(dtype)
+    found, exact = normalise(G), normalise(G.double())
+    assert (found.double() - exact).norm() < 1e-5 * exact.norm()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**16))
 def test_equals_the_literal_iteration_and_has_the_prescribed_sizes(rows: int, columns: int, L: int, seed: int) -> None:

@@ -365,6 +365,10 @@ def test_a_backward_pass_is_of_few_tokens() -> None:
     labels[2] = -100
     calibrate(model, [{"input_ids": whole, "labels": labels}], ["output_grad_moment"], layers=layers)
     assert seen[4:] == [4]
+    mask = torch.ones_like(whole)
+    mask[2, 1:] = 0
+    calibrate(model, [{"input_ids": whole, "attention_mask": mask}], ["output_grad_moment"], layers=layers)
+    assert seen[5:] == [4]
     again = calibrate(model, [{"input_ids": row[None]} for row in whole], ["output_grad_moment"], layers=layers)
     for name, moments in found.items():
         torch.testing.assert_close(moments["output_grad_moment"], again[name]["output_grad_moment"])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Source", "fetch", "recompute", "source_of"]
+__all__ = ["Source", "changes", "fetch", "recompute", "source_of"]
 
 _SOURCE = "_weft_source"
 
@@ -52,11 +52,16 @@ class Source(NamedTuple):
     version: int
 
 
+def changes(x: Tensor) -> int:
+    """How often a tensor was changed in place; 0 of one made in `torch.inference_mode`, which does not count them."""
+    return 0 if x.is_inference() else x._version
+
+
 def source_of(x: Tensor) -> Source:
     """What to save in place of `x`: its inputs if it is an untouched output of `recompute`, else itself."""
     source: Source | None = getattr(x, _SOURCE, None)
     # changed in place since: its inputs no longer make it
-    return source if source is not None and source.version == x._version else Source(None, (x,), x._version)
+    return source if source is not None and source.version == changes(x) else Source(None, (x,), changes(x))
 
 
 def fetch(recipe: Recipe | None, tensors: Sequence[Tensor]) -> Tensor:
@@ -77,7 +82,7 @@ def recompute(
     recipe = Recipe(function, inputs[0].device.type)
     trained = tuple(p for p in parameters if p.requires_grad)
     output: Tensor = _Recompute.apply(recipe, len(inputs), *inputs, *trained)  # type: ignore[no-untyped-call]
-    setattr(output, _SOURCE, Source(recipe, tuple(t.detach() for t in inputs), output._version))
+    setattr(output, _SOURCE, Source(recipe, tuple(t.detach() for t in inputs), changes(output)))
     return output
 
 

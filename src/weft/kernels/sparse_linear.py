@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernels.autocast import compute_dtype, without_autocast
-from weft.kernels.recompute import Source, fetch, source_of
+from weft.kernels.recompute import Source, changes, fetch, source_of
 from weft.kernels.shapes import beside
 
 __all__ = ["DENSITY", "add_entries", "entries_alone", "pull_entries", "scatter_dense", "sparse_linear"]
@@ -62,7 +62,7 @@ class _Support:
     """Positions as compressed rows, and as those of the transpose, which are sorted when they are first asked for."""
 
     def __init__(self, positions: Tensor, out_features: int, in_features: int) -> None:
-        self.version, self.shape = positions._version, (out_features, in_features)
+        self.version, self.shape = changes(positions), (out_features, in_features)
         flat = positions.long()
         self.columns = (flat % in_features).int()
         self.ends = _ends(flat // in_features, out_features)
@@ -109,7 +109,7 @@ def _(gt: Tensor, xt: Tensor, columns: Tensor, ends: Tensor) -> Tensor:
 def _support_of(positions: Tensor, out_features: int, in_features: int) -> _Support:
     """The support of positions, made once while they do not change."""
     found: _Support | None = getattr(positions, _SUPPORT, None)
-    if found is None or found.version != positions._version or found.shape != (out_features, in_features):
+    if found is None or found.version != changes(positions) or found.shape != (out_features, in_features):
         found = _Support(positions, out_features, in_features)
         setattr(positions, _SUPPORT, found)
     return found

@@ -182,13 +182,15 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         needs = ctx.needs_input_grad[3:]
         total = None
+        # fp16 would lose what is small until the scale of the loss is known, which comes in backward
+        late = _meets_fp16(hidden, *parameters)
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         # a sum over many chunks in half precision drifts: fp32 or wider
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         for start in range(0, max(len(hidden), 1), chunk):
             rows = hidden[start : start + chunk].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
-                loss = summed(rows, slice(start, start + chunk)) / divisor
+                loss = summed(rows, slice(start, start + chunk)) / (1 if late else divisor)
             total = loss.detach() if total is None else total + loss.detach()
             wanted = [t for t, need in zip((rows, *parameters), needs, strict=True) if need]
             grads = list(torch.autograd.grad(loss, wanted)) if wanted else []
@@ -196,12 +198,31 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_hidden[start : start + chunk] = grads.pop(0)
             for accumulated, grad in zip(sums, grads, strict=True):
                 accumulated += grad
-        ctx.save_for_backward(grad_hidden, *(s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)))
+        kept = sums if late else [s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
+        ctx.save_for_backward(divisor if late else None, grad_hidden, *kept)
+        ctx.dtypes, ctx.chunk = [t.dtype for t in (hidden, *parameters)], chunk
         assert total is not None
-        return total
+        return total / divisor if late else total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        # the upstream gradient is one number
-        return None, None, None, *(None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)
+        divisor, *sums = ctx.saved_tensors
+        factor = (grad if divisor is None else grad / divisor).reshape(1)  # the upstream gradient is one number
+        pairs = zip(sums, ctx.dtypes, strict=True)
+        return None, None, None, *(None if s is None else _times(s, factor, dtype, ctx.chunk) for s, dtype in pairs)
+
+
+def _meets_fp16(*tensors: Tensor) -> bool:
+    """Whether the loss of these is computed in fp16, in part at least."""
+    device = tensors[0].device.type
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return cast or any(t.dtype == torch.float16 for t in tensors)
+
+
+def _times(sums: Tensor, factor: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
+    """factor (1,) times a tensor, in the wider dtype of both, a chunk of rows at a time, then in `dtype`."""
+    answer = torch.empty_like(sums, dtype=dtype)
+    for part, some in zip(torch.split(answer, chunk), torch.split(sums, chunk), strict=True):
+        part.copy_(some * factor)
+    return answer

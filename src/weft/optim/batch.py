@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -58,9 +59,25 @@ class Member:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The local rows of the parameter, its gradient or its update as (rows, cols), sharing memory."""
-        flat = local(tensor)
+        flat = _in_order(local(tensor), local(self.parameter))
         flat = flat.reshape(flat.shape[0], math.prod(flat.shape[1:])) if flat.ndim else flat.reshape(1, 1)
         return flat.mT if self.transposed else flat
+
+
+def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
+    """The dimensions after the first in the order in which those of `like` lie in memory, channels_last or another."""
+    if tensor.ndim < 3:
+        return tensor
+    steps = like.stride()
+    return tensor.permute(0, *sorted(range(1, tensor.ndim), key=lambda d: (-steps[d], d)))
+
+
+def _rows_share_memory(parameter: Tensor) -> bool:
+    """Whether a view of the parameter is its matrix, so that what is written there is written to it."""
+    ordered = _in_order(parameter, parameter)
+    inner = list(zip(ordered.shape[1:], ordered.stride()[1:], strict=True))
+    inner = [(size, step) for size, step in inner if size != 1]
+    return not parameter.numel() or all(step == size * after for (_, step), (size, after) in pairwise(inner))
 
 
 def member_of(parameter: Tensor, name: str, index: int, recipe: Recipe) -> Member:
@@ -78,6 +95,8 @@ def member_of(parameter: Tensor, name: str, index: int, recipe: Recipe) -> Membe
         if recipe.side == "left":
             raise WeftError(f'{name} is sharded on dimension 0, so it cannot be projected on it; use side="right".')
         transposed = False
+    if not _rows_share_memory(local(parameter)):
+        raise WeftError(f"{name} lies in memory in an order that is no matrix of {out} rows; call .contiguous() on it.")
     dtype = recipe.state_dtype or parameter.dtype
     matrix = Matrix(rest, out, dtype) if transposed else Matrix(out, rest, dtype)
     if projected and not isinstance(recipe.projection, Blocks):
@@ -223,7 +242,7 @@ class Batch:
         if decay and not first:
             torch._foreach_mul_(targets, keep)
         if targets is not weights:
-            torch._foreach_copy_(weights, self._rounded(wide, seed, rows).unbind(0))
+            torch._foreach_copy_(weights, self._rounded(wide, self.members[ids[0]], seed, rows).unbind(0))
 
     def add_products(self, ids: Sequence[int], N: Tensor, P: Tensor, factor: float, lr: float, decay: float) -> None:
         """W <- W - lr factor N P^T with decoupled weight decay, where each product is added as it is made."""
@@ -248,10 +267,10 @@ class Batch:
             torch._foreach_mul_(weights, 1 - lr * decay)
         return weights
 
-    def _rounded(self, wide: Tensor, seed: int, rows: slice) -> Tensor:
+    def _rounded(self, wide: Tensor, first: Member, seed: int, rows: slice) -> Tensor:
         if self.recipe.rounding == "master":
             return wide
         rank = 0 if self.rows.group is None else torch.distributed.get_rank(self.rows.group)
-        numbers = (seed, self.group, self.members[0].index, rank, rows.start or 0)
+        numbers = (seed, self.group, first.index, rank, rows.start or 0)
         generator = torch.Generator(wide.device).manual_seed(mix(*numbers))
-        return stochastic_round(wide, self.members[0].parameter.dtype, generator)
+        return stochastic_round(wide, first.parameter.dtype, generator)

@@ -386,8 +386,8 @@ def _update(recipe: Recipe, rows: Rows, X: Tensor, frame: Frame, state: State, t
 
 
 def _copy_masters(batch: Batch, ids: Sequence[int], state: State) -> None:
-    """A master copy begins as the weight itself."""
+    """A master copy begins as the weight itself, and follows what others than the optimizer write into it."""
     for j, count in enumerate(state["count"].tolist()):
-        if count == 0:
-            member = batch.members[ids[j]]
-            state["master"][j].copy_(member.view(member.parameter))
+        member, master = batch.members[ids[j]], state["master"][j]
+        weight = member.view(member.parameter)
+        master.copy_(weight if count == 0 else torch.where(master.to(weight.dtype) == weight, master, weight.float()))

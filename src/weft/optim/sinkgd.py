@@ -53,6 +53,7 @@ class MultiNorm(Inner):
         return {}
 
     def update(self, R: Tensor, state: State, t: Scalar, rows: Rows) -> tuple[Tensor, Scalar]:
+        R = R.to(torch.promote_types(R.dtype, torch.float32))  # the sum of many squares is beyond fp16
         peak = R.abs().amax(dim=(-2, -1), keepdim=True)
         if rows.group is not None:
             torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX, group=rows.group)

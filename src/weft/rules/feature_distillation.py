@@ -33,6 +33,7 @@ class FeatureDistillation(Rule):
     def __init__(self, original: nn.Module | None, alpha: float, relative: bool) -> None:
         self.original, self.alpha, self.relative = _given(original), alpha, relative
         self.handles: list[RemovableHandle] = []
+        self.mask: Tensor | None = None  # of the tokens that are no padding
         self.mine: dict[str, Tensor] = {}
         self.theirs: dict[str, Tensor] = {}
 
@@ -56,6 +57,8 @@ class FeatureDistillation(Rule):
         return self.alpha * torch.stack(errors).mean()
 
     def _error(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        if self.mask is not None and self.mask.shape == mine.shape[:-1]:
+            mine, theirs = mine[self.mask.bool()], theirs[self.mask.bool()]
         error = (mine - theirs).square().mean()
         return error / theirs.square().mean() if self.relative else error
 
@@ -67,6 +70,7 @@ class FeatureDistillation(Rule):
     def _run_original(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         self.mine.clear()
         self.theirs.clear()
+        self.mask = named.get("attention_mask")
         if module.training:
             self.inner(*args, **{**named, "use_cache": False})
 

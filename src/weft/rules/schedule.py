@@ -20,7 +20,7 @@ def length(steps: int | None, what: str) -> int:
     if steps is None:
         raise WeftError(
             f"{what} follows the length of the run, which is not known here: start the rules with it, "
-            "Rules(weft.rules(model)).start(model, steps=...), or give the method its schedule in steps."
+            "Rules(weft.verbs.adapt.rules(model)).start(model, steps=...), or give the method its schedule in steps."
         )
     return steps
 

@@ -157,10 +157,11 @@ def _parts(batch: Batch) -> list[Batch]:
     their first dimension or a sequence has nothing to predict.
     """
     first = next(iter(batch.values()))
-    labels, rows = batch.get("labels"), max(1, TOKENS_AT_ONCE // first[0].numel())
+    rows = max(1, TOKENS_AT_ONCE // first[0].numel())
     if any(tensor.dim() == 0 or len(tensor) != len(first) for tensor in batch.values()):
         return [batch]
-    if labels is not None and labels.dim() > 1 and not bool((labels[:, 1:] != -100).any(1).all()):
+    counted = batch["labels"] != -100 if "labels" in batch else batch.get("attention_mask")
+    if counted is not None and counted.dim() > 1 and not bool((counted[:, 1:] != 0).any(1).all()):
         return [batch]
     return [{key: t[i : i + rows] for key, t in batch.items()} for i in range(0, len(first), rows)]
 
