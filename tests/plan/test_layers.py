@@ -20,8 +20,10 @@ from weft.memory import lean
 from weft.plan import BLOCKS, Held, Supposed, held, stepped, unmasked
 from weft.train.optimizers import make_optimizer
 from weft.verbs.adapt import adapt
+from weft.verbs.compress import run as compress
 from weft.verbs.plan import run
 from weft.verbs.plan_jobs import DEFAULTS, Job, jobs
+from weft.verbs.quantize import run as quantize
 from weft.verbs.sources import source_of
 
 LAYERS = 4
@@ -157,6 +159,28 @@ def test_the_exact_call(directory):
     assert 0 < rows["lora"]["seconds"] < rows["nf4+lora"]["seconds"]
     table = CliRunner().invoke(app, f"plan {directory} --memory 8GB --methods lora --window 32 --no-time".split())
     assert table.exit_code == 0 and "largest batch" in table.stdout and "seconds" not in table.stdout
+
+
+@pytest.mark.parametrize("made", ["nf4", "svd"])
+def test_what_weft_made_is_planned(made, tmp_path):
+    """Of pico's six blocks a plan makes a few, and the specs of the others stand for nothing in it."""
+    if made == "nf4":
+        quantize("pico", tmp_path / "made", bits=4)
+    else:
+        compress("pico", tmp_path / "made", method="svd", budget=0.5, allocate="uniform")
+    for task, methods in (("finetune", "lora"), ("serve", "dense")):
+        found = run(str(tmp_path / "made"), memory="8GB", task=task, methods=methods, window=32, device="cpu")
+        (row,) = found["methods"]
+        assert row["fits"] and "refused" not in row, row
+
+
+@pytest.mark.parametrize("method", ["welore", "lst", "ntk-attention"])
+def test_a_method_is_planned_by_itself(method):
+    (row,) = run("pico", memory="8GB", task="finetune", methods=method, window=32, device="cpu")["methods"]
+    if method == "welore":
+        assert "finds nothing to train in this model; compress it first" in str(row)
+    else:
+        assert row["fits"] and row["optimizer"] > 0
 
 
 @pytest.mark.parametrize("task", ["pretrain", "serve"])

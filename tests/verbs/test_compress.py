@@ -30,7 +30,7 @@ from weft.runs.pieces import Piece, Store
 from weft.stats import calibrate as collection
 from weft.stats.calibrate import calibrate
 from weft.terms import LowRank, SumLinear
-from weft.terms.layers import linear_layers, weight_of
+from weft.terms.layers import linear_layers, shape_of, weight_of
 from weft.verbs import compress as verb
 from weft.verbs import moments, placing, spending
 from weft.verbs import survey as surveying
@@ -385,6 +385,15 @@ def test_ranks_of_another_model_are_refused(no_work: None, tmp_path: Path) -> No
         compress(model, "svd", allocate=wrong)
 
 
+def test_sizes_of_another_method_are_refused(no_work: None, tmp_path: Path) -> None:
+    model = build("llama")
+    shapes: dict[str, Any] = {name: Shape(*shape_of(layer)) for name, layer in linear_layers(model).items()}
+    file = tmp_path / "bits.json"
+    Allocation({name: Choice(3, 24, method="nf") for name in shapes}, shapes).save(file)
+    with pytest.raises(WeftError, match="a size of nf, not of svd: give --method nf"):
+        compress(model, "svd", allocate=file)  # 3 bits are no rank 3
+
+
 def test_a_weight_with_nan_is_named() -> None:
     model = build("llama")
     with torch.no_grad():
@@ -534,7 +543,10 @@ def test_the_same_call_writes_the_same_bytes(settings: dict[str, Any], tmp_path:
 
 def test_an_allocation_file_is_used_again(settings: dict[str, Any], tmp_path: Path) -> None:
     run(out=tmp_path / "a", **settings)
-    run(out=tmp_path / "b", allocate=str(tmp_path / "a" / "allocation.json"), **settings)
+    file = str(tmp_path / "a" / "allocation.json")
+    with pytest.raises(WeftError, match="Sizes are given, which leave nothing of the budget of .* to choose"):
+        run(out=tmp_path / "b", allocate=file, **settings)
+    run(out=tmp_path / "b", allocate=file, **{**settings, "budget": None})
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 

@@ -291,7 +291,7 @@ def test_the_adapter_is_merged_on_request(tiny_directory, data, tmp_path):
     with pytest.raises(WeftError, match=f"{bent_layer}: a layer that rounds its inputs is no matrix"):
         run(str(tmp_path / "bent"), tmp_path / "no", merge=True, **given)
     with pytest.raises(WeftError, match="--merge folds an adapter into its model, and full trains none"):
-        run(str(tiny_directory), tmp_path / "no", **given | {"method": "full", "merge": True})
+        run(str(tiny_directory), tmp_path / "no", **given | {"method": "full", "rank": None, "merge": True})
 
 
 def test_an_adapter_whose_base_is_gone_says_so(tiny_directory, data, tmp_path):
@@ -312,6 +312,8 @@ def test_an_adapter_whose_base_is_gone_says_so(tiny_directory, data, tmp_path):
         ({"optimizer": "galor"}, "no optimizer called 'galor'; the nearest are: galore"),
         ({"optimizer": "mezo"}, "mezo cannot be used here. It asks for a loss and no gradient"),
         ({"rank": 0}, "--rank is 0"),
+        ({"method": "full", "rank": 8}, "--rank is an adapter's, or an --optimizer's, and full has none"),
+        ({"eval_windows": 2}, "--eval-windows is for a text that judges: give --eval-text"),
         ({"steps": 0}, "--steps is 0"),
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"window": 256}, "The window is 256 tokens and the model's context 128"),
@@ -468,8 +470,28 @@ def test_what_goes_by_data_held_out_asks_for_some(tiny_directory, tokenizer):
     for setting in ({"load_best": True}, {"early_stopping": 2}):
         with pytest.raises(WeftError, match=r"goes by the loss on data held out: give --eval-data"):
             finetune(model_of(tiny_directory), tokenizer, TEXT, "full", **JUDGED, **setting)
-    with pytest.raises(WeftError, match="--save-every is 3, which is no multiple of --eval-every, 2"):
+    with pytest.raises(WeftError, match="--save-every 3 does not save where --eval-every 2 judges"):
         Recipe(load_best=True, save_every=3, eval_every=2)
+    with pytest.raises(WeftError, match="--save-every 4 does not save where --eval-every 2 judges"):
+        Recipe(load_best=True, save_every=4, eval_every=2)  # the best may lie between two checkpoints
+
+
+def test_an_interrupted_run_ends_as_early_as_a_whole_one(tiny_directory, tokenizer, tmp_path):
+    settings = {**JUDGED, "lr": 0.3, "schedule": "constant", "steps": 20, "eval_every": 1, "save_every": 1}
+    settings |= {"early_stopping": 4, "eval_data": [OTHER]}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == cut
+
+    cut = -1
+    whole = finetune(model_of(tiny_directory), tokenizer, TEXT, "full", directory=tmp_path / "whole", **settings)
+    assert 4 < whole["steps"] < 20
+    cut = whole["steps"] - 1  # in the middle of what does not improve
+    how = {"directory": tmp_path / "cut", "callbacks": [Stop()]}
+    assert finetune(model_of(tiny_directory), tokenizer, TEXT, "full", **how, **settings)["steps"] == cut
+    again = finetune(model_of(tiny_directory), tokenizer, TEXT, "full", directory=tmp_path / "cut", **settings)
+    assert again["steps"] == whole["steps"]
 
 
 def test_callbacks_of_ones_own_are_called_and_epochs_count_every_process(tiny_directory, tokenizer, monkeypatch):

@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 
 from weft.cli import app
 from weft.errors import WeftError
-from weft.runs.loading import load_tokenizer
+from weft.runs.loading import load_model, load_tokenizer
 from weft.terms import LowRank, Masked, SumLinear
 from weft.verbs.beginning import emptied
+from weft.verbs.evaluate import evaluate
 from weft.verbs.fresh import restructure
 from weft.verbs.merge import run as merge
 from weft.verbs.pretrain import run
+from weft.verbs.quantize import run as quantize
 
 METHODS = {
     "trp": {"energy": 0.8, "every": 2},
@@ -133,6 +135,8 @@ def test_a_weft_model_goes_on_as_it_is(go, tmp_path):
         ({"method": "trp", "every": 6}, r"truncations \(every\) is 6 steps and the run has 6"),
         ({"method": "spdf", "optimizer": "galore", "optimizer_options": {"rank": 4}}, "no trainable matrix"),
         ({"method": "spdf", "refactorise": 2}, "works on trained LowRank terms"),
+        ({"optimizer_options": {"lr": 0.5}}, "'adamw' has no option 'lr'"),
+        ({"optimizer_options": {"steps": 1}}, "'adamw' has no option 'steps'"),
         ({"window": 65}, "The window is 65 tokens and the model's context 64"),
         ({"method": "pela", "plan": True}, "--plan counts one model and its pass, and pela holds the model"),
         ({"model": "nowhere/at/all"}, "There is no directory"),
@@ -186,6 +190,45 @@ def test_a_given_model_is_written_in_the_dtype_of_its_file(go, model, tmp_path):
     load_tokenizer("pico").save_pretrained(tmp_path / "half")
     go(model=str(tmp_path / "half"), steps=1)
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_model_in_codes_is_refused(go, model, tmp_path):
+    """No step would change them, and the embedding alone would be trained."""
+    quantize(str(model), tmp_path / "codes", bits=4)
+    with pytest.raises(WeftError, match=r"14 matrices of this model are in codes that no step changes \(model.layers"):
+        go(model=str(tmp_path / "codes"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(None, torch.bfloat16), ("auto", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_auto_is_the_dtype_of_the_file(go, model, tmp_path, dtype, kept):
+    LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_tokenizer("pico").save_pretrained(tmp_path / "half")
+    for given, expected in ((tmp_path / "half", kept), (model, torch.float32)):
+        go(f"from-{given.name}", model=str(given), steps=1, dtype=dtype)
+        written = load_file(tmp_path / f"from-{given.name}" / "model.safetensors")
+        assert {t.dtype for t in written.values()} == {expected}
+
+
+def test_the_perplexity_is_that_of_what_is_written(go, model, text, tmp_path):
+    """Small steps are lost in part where fp32 is written in bf16."""
+    LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    load_tokenizer("pico").save_pretrained(tmp_path / "half")
+    done = go(model=str(tmp_path / "half"), lr=1e-4, eval_text=str(text), eval_windows=2)
+    written = evaluate(load_model(tmp_path / "out"), load_tokenizer("pico"), text.read_text(), 32, windows=2)
+    assert done["perplexity"] == pytest.approx(written["perplexity"], rel=1e-5)
+
+
+def test_a_record_of_a_run_is_taken_again(model, text, tmp_path):
+    line = ["pretrain", "--from", str(model), "--text", str(text), "--steps", "2", "--window", "32", "--batch", "2"]
+    line += ["--optimizer", "galore", "--optimizer-option", "rank=4", "--optimizer-option", "refresh=2"]
+    assert CliRunner().invoke(app, [*line, "-o", str(tmp_path / "one")]).exit_code == 0
+    again = ["pretrain", "--config", str(tmp_path / "one" / "run.json"), "-o", str(tmp_path / "two")]
+    found = CliRunner().invoke(app, again)
+    assert found.exit_code == 0, found.output
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_given_model_is_judged_by_a_text_that_is_given(go):

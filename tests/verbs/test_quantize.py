@@ -55,7 +55,8 @@ def test_every_scheme_replaces_every_layer(scheme):
     for name, layer in layers.items():
         W = weight_of(original.get_submodule(name))
         assert (weight_of(layer) - W).norm() < (0.7 if scheme == "nf2" else 0.3) * W.norm()
-    quantize(model, scheme)  # a second time there is nothing dense left
+    with pytest.raises(WeftError, match="in codes or factors already; quantise the model that it was made of"):
+        quantize(model, scheme)
     assert not list(p for n, p in model.named_parameters() if "proj" in n)
 
 

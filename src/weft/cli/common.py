@@ -75,17 +75,25 @@ def _defaults(ctx: typer.Context, path: Path) -> dict[str, Any]:
     """Name -> value of the command's parameters; what is none of them is an option of the method."""
     given = {key.replace("-", "_"): value for key, value in _mapping(ctx, path).items() if value is not None}
     parameters = {p.name: p for p in ctx.command.params if p.name}
+    for key in [key for key in given if key not in parameters and key.endswith("_options")]:
+        one = key.removesuffix("s")  # the flag gives one pair at a time
+        if one in parameters and isinstance(given[key], dict):
+            given[one] = [_pair(name, value) for name, value in given.pop(key).items()]
     strange = {key: given.pop(key) for key in sorted(given.keys() - parameters.keys())}
     if strange and "option" not in parameters:
         key = next(iter(strange))
         raise WeftError(f"{path}: weft {ctx.info_name} takes no {key!r}; the nearest are: {_near(key, parameters)}.")
-    options = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in strange.items()]
+    options = [_pair(key, value) for key, value in strange.items()]
     if options:
         given["option"] = [*given.get("option", []), *options]
     for key, value in given.items():
         several = getattr(parameters[key], "multiple", False) or getattr(parameters[key], "nargs", 1) == -1
         given[key] = value if isinstance(value, list) or not several else [value]
     return given
+
+
+def _pair(key: str, value: Any) -> str:
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _mapping(ctx: typer.Context, path: Path) -> Mapping[str, Any]:

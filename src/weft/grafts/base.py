@@ -176,7 +176,7 @@ def put(
     modules = dict(graft.build(model, check_seed(seed), **chosen))
     if graft.start is not None and batches is not None:
         graft.start(model, modules, list(batches))
-    grafted = Grafted(graft.name, chosen, seed, {place: module.to(dtype) for place, module in modules.items()})
+    grafted = Grafted(graft.name, chosen, seed, {place: _in(module, dtype) for place, module in modules.items()})
     grafted.trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     grafted.opened = _open(model)
     _place(model, grafted)
@@ -287,6 +287,12 @@ def _warn_of_other_weights(model: nn.Module, base: Base, directory: str | os.Pat
             "loaded, but what it learned may not fit.",
             stacklevel=3,
         )
+
+
+def _in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in a dtype; one that is there already is not touched, since a plan's tensors cannot be exchanged."""
+    there = all(t.dtype == dtype for t in [*module.parameters(), *module.buffers()] if t.is_floating_point())
+    return module if there else module.to(dtype)
 
 
 def _check_alone(model: nn.Module, graft: Graft) -> None:

@@ -165,7 +165,7 @@ def build(
         side = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         side.set_input_embeddings(nn.Identity())
         made = Ladder(model.config.hidden_size, side, kept, temperature, dropout)
-    return {PLACE: made.to(model.device)}
+    return {PLACE: made if side.device == model.device else made.to(model.device)}
 
 
 def connect(model: Any, modules: Mapping[str, nn.Module]) -> bool | None:

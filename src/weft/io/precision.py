@@ -103,11 +103,12 @@ def _is_number(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def as_stored(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+def as_stored(model: nn.Module, dtype: torch.dtype | None = None, *, widened: bool = False) -> Iterator[None]:
     """Within the block, every tensor in the dtype that it is to be written in; afterwards as before.
 
     Args:
         dtype: for all floating-point tensors; None for that of the checkpoint, where the model was widened.
+        widened: the numbers that will be written, in the dtypes that the tensors have: for measuring them.
     """
     held = [*model.named_parameters(), *model.named_buffers()] if dtype or model in _STORED else []
     wanted = {
@@ -117,7 +118,10 @@ def as_stored(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[No
     kept = getattr(getattr(model, "config", None), "dtype", None)
     try:
         for tensor, data in changed:
-            tensor.data = data.to(wanted[id(tensor)])
+            stored = data.to(wanted[id(tensor)])
+            stored = stored.to(data.dtype) if widened else stored
+            if not widened or not torch.equal(stored, data):  # what was not trained takes no second copy
+                tensor.data = stored
         yield
     finally:
         for tensor, data in changed:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.errors import WeftError
 from weft.rules.base import Rule
 from weft.rules.schedule import in_time
+from weft.terms import TrainedFloat
 
 __all__ = ["ResetMoments", "zero_moments"]
 
@@ -47,6 +49,11 @@ class ResetMoments(Rule):
 
     def begin(self, model: nn.Module) -> None:
         in_time(self.every, self.steps, "The interval between two resets of moments")
+        if any(isinstance(term, TrainedFloat) for _, term in self.all_terms()):
+            raise WeftError(
+                "A reset reaches the optimizer's moments alone, and numbers of 8 bits in training have theirs beside "
+                "it: leave --reset-moments out, or choose another --method."
+            )
         self.mine = {id(parameter) for parameter in self.trained()} if self.terms_only else set()
 
     @torch.no_grad()

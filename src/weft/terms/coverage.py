@@ -15,7 +15,7 @@ from weft.terms.experts import open_experts, within_experts
 from weft.terms.layers import HEAD, OUTSIDE, is_linear, judged, output_head, shape_of
 from weft.terms.sum_linear import SumLinear
 
-__all__ = ["Coverage", "coverage", "coverage_of", "require_coverage"]
+__all__ = ["Coverage", "coverage", "coverage_of", "require_coverage", "untrained"]
 
 _NOT_NAMED = "it is not among the layers that were named"
 
@@ -134,3 +134,9 @@ def _others(model: nn.Module, known: set[str]) -> Iterable[tuple[str, int, str]]
             else:
                 stack = "a stack of matrices" if parameter.dim() == 3 else "it"
                 yield f"{path}.{name}" if path else name, parameter.numel(), f"{kind} holds {stack} as one tensor"
+
+
+def untrained(model: nn.Module) -> list[str]:
+    """The names of layers that are codes alone, without a parameter that a step could change."""
+    sums = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SumLinear)]
+    return [name for name, layer in sums if not any(True for term in layer._terms() for _ in term.parameters())]

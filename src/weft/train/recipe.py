@@ -82,10 +82,10 @@ class Recipe:
             raise WeftError(f"--warmup is {self.warmup}: give a number of steps from 0 to --steps, {self.steps}.")
         if self.schedule not in SCHEDULES:
             raise unknown("learning-rate schedule", self.schedule, SCHEDULES)
-        if self.load_best and self.saving_steps % self.judging_steps:
+        if self.load_best and self.saving_steps != self.judging_steps:
             raise WeftError(
-                f"--load-best saves where it evaluates: --save-every is {self.saving_steps}, which is no multiple of "
-                f"--eval-every, {self.judging_steps}."
+                f"--load-best takes the best checkpoint, and --save-every {self.saving_steps} does not save where "
+                f"--eval-every {self.judging_steps} judges: give both the same, or --eval-every alone."
             )
         if self.report_to not in REPORTS:
             raise unknown("tool to report to", self.report_to, REPORTS)

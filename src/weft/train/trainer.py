@@ -91,7 +91,7 @@ def train(
     """
     metrics = MetricsLog(directory / METRICS_FILE, more, measure, recipe.eval_every)
     rule = Rules(rules)
-    stopping = [EarlyStoppingCallback(recipe.early_stopping)] if recipe.early_stopping else []
+    stopping = [Patience(recipe.early_stopping)] if recipe.early_stopping else []
     with (
         listening(),
         finishing(),
@@ -233,6 +233,21 @@ class Trainer(transformers.Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.changes.load(Path(resume_from_checkpoint))
+
+
+_COUNTER = "early_stopping_patience_counter"
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that goes on counting where the checkpoint was."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        kept: Any = state.stateful_callbacks  # in a checkpoint: class -> its state
+        if state.global_step and isinstance(kept, Mapping) and type(self).__name__ in kept:
+            self.early_stopping_patience_counter = kept[type(self).__name__]["attributes"][_COUNTER]
 
 
 class Seeds(TrainerCallback):

@@ -16,13 +16,14 @@ from weft.io.adapter_places import is_adapter
 from weft.methods import METHODS
 from weft.optim.mup import scale_init_
 from weft.runs.loading import load_config, load_model
+from weft.terms.coverage import untrained
 from weft.train.sizes import configuration, fresh_model
 from weft.train.sources import read_texts
 from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.evaluate import check_causal, check_context
 from weft.verbs.fresh import Structure, restructure
 
-__all__ = ["build", "check_beginning", "check_held_out", "emptied", "given_model", "held_out"]
+__all__ = ["build", "check_beginning", "check_held_out", "check_trainable", "emptied", "given_model", "held_out"]
 
 
 def build(
@@ -97,12 +98,23 @@ def _check_method(structure: Structure, given: str | None, size: str | None) -> 
         raise WeftError(f"--method {name} goes on with a trained model: give --from MODEL{other}.")
 
 
-def given_model(name: str, window: int, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+def given_model(name: str, window: int, device: torch.device, dtype: str | None) -> PreTrainedModel:
     """The model that training shall go on with, every parameter trainable. Raises WeftError where it is none for it."""
     config = load_config(name)
     check_causal(config)
     check_context(config, window)
     return load_model(name, device=device, dtype=dtype)
+
+
+def check_trainable(model: nn.Module, structure: Structure | None) -> None:
+    """Raises WeftError where every weight is to be trained, and matrices are in codes that no step changes."""
+    fixed = untrained(model) if structure is None else []
+    if fixed:
+        raise WeftError(
+            f"--from goes on with every weight, and {len(fixed)} matrices of this model are in codes that no step "
+            f"changes ({fixed[0]} ...); train an adapter (weft finetune --method lora), or make plain weights of it "
+            "first: weft merge."
+        )
 
 
 def held_out(text: str | Path | Sequence[str | Path] | None, model: str | None) -> list[str] | None:

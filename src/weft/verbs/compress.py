@@ -171,6 +171,10 @@ def compress(
     infos = [offered(model, plan) for plan in plans]
     at = chooser(infos)
     given = given_sizes(allocate, infos[at], plans[at], len(plans) > 1)
+    if given is not None and budget is not None:
+        raise WeftError(
+            f"Sizes are given, which leave nothing of the budget of {budget} to choose: give one of the two."
+        )
     how = "given" if given else str(allocate or plans[at].method.allocate)
     plans[at] = replace(plans[at], fixed=given) if given else replace(plans[at], reads=reads(how))
     check(plans, infos, data, stats, at)

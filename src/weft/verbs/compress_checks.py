@@ -192,6 +192,8 @@ def given_sizes(
             f"{source} and the model differ in the layer {strange[0]}; make an allocation for this model, "
             "or name its layers by a pattern."
         )
+    if isinstance(allocate, Allocation) and not plan.mixed and not chained:
+        _check_methods(source, allocate, plan.method)
     # of a chain, the file lists the sizes of all its methods
     given = {n: size[plan.stage] if chained and isinstance(size, list) else size for n, size in allocate.items()}
     if plan.mixed:
@@ -200,6 +202,22 @@ def given_sizes(
     for name, size in given.items():
         _check_size(source, name, size, infos[name], plan)
     return given
+
+
+def _check_methods(source: str, allocation: Allocation, method: Method) -> None:
+    """Raises WeftError for sizes of a method whose numbers mean something else: bits are no ranks."""
+    of = {name: c.method for name, c in allocation.choices.items() if c.size is not None and c.method}
+    other = next((name for name, theirs in of.items() if theirs != method.name and not _ranks(method, theirs)), None)
+    if other is not None:
+        raise WeftError(
+            f"{source} gives {other} a size of {of[other]}, not of {method.name}: give --method {of[other]}."
+        )
+
+
+def _ranks(method: Method, other: str) -> bool:
+    """Whether the sizes of both methods are ranks."""
+    known = METHODS.known(other)
+    return known is not None and all(isinstance(one.split, LowRankSplit) for one in (method, known))
 
 
 def _of_candidate(size: Any, method: str) -> Any:

@@ -24,6 +24,7 @@ from weft.grafts.base import graft_of
 from weft.grafts.base import write as write_graft
 from weft.io.adapters import write_adapter
 from weft.io.plain import check_matrices
+from weft.io.precision import as_stored
 from weft.io.quantizer import sum_specs
 from weft.io.save import adapter_card, save_model
 from weft.methods import Method
@@ -140,7 +141,9 @@ def finetune(
     done = summary(model, rows, recipe, log)
     done |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(device), "packed": rows.packed}
     done |= {"optimizer_options": choice} if optimizer else {}
-    return Result({**done, **{f"{name}_before": value for name, value in before.items()}, **measure()})
+    with as_stored(model, widened=True):  # what will be written is judged
+        after = measure()
+    return Result({**done, **{f"{name}_before": value for name, value in before.items()}, **after})
 
 
 def as_documents(data: str | Sequence[str | Document]) -> list[Document]:
@@ -255,7 +258,7 @@ def run(
     """
     arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
     recipe, options = split_settings(settings)
-    check_method(method, rank, options)
+    check_method(method, rank, options, optimizer)
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
     check_judging(recipe, eval_data is not None)
@@ -276,6 +279,8 @@ def run(
     target = training_device(device)
     record = begin("finetune", arguments | asdict(recipe), seed=recipe.seed, device=target)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if evaluation is None and eval_windows is not None:
+        raise WeftError("--eval-windows is for a text that judges: give --eval-text.")
     if evaluation is not None:  # says whether the text is too short
         evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
     known = None if teacher is None else load_teacher(teacher, tokenizer, target, trust_remote_code=trust_remote_code)
@@ -352,11 +357,14 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]
     return Recipe(**{key: value for key, value in settings.items() if key in known}), options
 
 
-def check_method(method: str, rank: int | None, options: Mapping[str, Any]) -> None:
-    """Raises WeftError for an unknown method or option, and a rank below 1."""
-    find(method, *KINDS).options(options)
+def check_method(method: str, rank: int | None, options: Mapping[str, Any], optimizer: str | None) -> None:
+    """Raises WeftError for an unknown method or option, and a rank below 1 or for nothing."""
+    found = find(method, *KINDS)
+    found.options(options)
     if rank is not None and rank < 1:
         raise WeftError(f"--rank is {rank}: give at least 1.")
+    if rank is not None and optimizer is None and found.kind != "adapt":
+        raise WeftError(f"--rank is an adapter's, or an --optimizer's, and {method} has none: leave it out.")
 
 
 def check_merge(method: str, merge: bool) -> None:

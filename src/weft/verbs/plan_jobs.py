@@ -56,7 +56,8 @@ class Job:
     @property
     def record(self) -> Method | Graft | None:
         """That of the method."""
-        return None if self.method is None else find(self.method)  # type: ignore[return-value]
+        kinds = dict.fromkeys(["compress", "quantize", *(kind for kinds in _KINDS.values() for kind in kinds)])
+        return None if self.method is None else find(self.method, *kinds)  # type: ignore[return-value]
 
 
 def _kind(part: str, task: str) -> str:

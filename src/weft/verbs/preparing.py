@@ -18,6 +18,7 @@ from weft.records import Record
 from weft.rules import Rule, make_rules
 from weft.runs.loading import load_model, load_tokenizer
 from weft.terms.adapters import adapters_of
+from weft.terms.coverage import untrained
 from weft.train.packing import Rows, collate
 from weft.train.recipe import Recipe
 from weft.verbs.adapt import adapt
@@ -57,6 +58,9 @@ def prepare(
     if method.kind == "train" and method.split is not None:
         restructure(model, Structure(method, None, chosen), recipe.seed)
     method.freeze(model)
+    fixed = untrained(model) if method.kind == "train" and method.split is None else []
+    if fixed:
+        say(f"{len(fixed)} matrices are in codes that no step changes, such as {fixed[0]}: the rest is trained.")
     return make_rules(method.rules, {"rank": rank, "seed": recipe.seed, **chosen})
 
 

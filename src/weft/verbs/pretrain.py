@@ -43,7 +43,15 @@ from weft.train.optimizers import (
 from weft.train.recipe import Recipe
 from weft.train.sharding import asked_to_shard, rows_a_step
 from weft.train.sources import read_texts, source_files
-from weft.verbs.beginning import build, check_beginning, check_held_out, emptied, given_model, held_out
+from weft.verbs.beginning import (
+    build,
+    check_beginning,
+    check_held_out,
+    check_trainable,
+    emptied,
+    given_model,
+    held_out,
+)  # fmt: skip
 from weft.verbs.figures import rehearsed
 from weft.verbs.finetune import check_judging, training_device
 from weft.verbs.fresh import Structure
@@ -122,12 +130,14 @@ def run(
     """
     arguments = {k: v for k, v in locals().items() if k not in ASIDE} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings, given=model is not None)
+    check_options(optimizer, optimizer_options or {})
     own = {**settings, **(optimizer_options or {})}
     recipe, options = _settings(optimizer, rank, _rate(lr, optimizer, model), warmup, own, structure)
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
     size, tokenizer = check_beginning(model, size, tokenizer, mup, structure)
-    arguments |= {"size": None if model else size, "tokenizer": tokenizer, "method": getattr(method, "name", method)}
+    begun = {"size": None, "tokenizer": None} if model else {"size": size, "tokenizer": tokenizer}
+    arguments |= begun | {"method": getattr(method, "name", method)}
     arguments |= rows_a_step(recipe)
     shard = asked_to_shard(shard)
     words = load_tokenizer(tokenizer)
@@ -142,7 +152,9 @@ def run(
     evaluation, judge = held_out(eval_text, model), None if eval_data is None else read_texts(eval_data)
     target = training_device(device)
     kind = resolve_dtype(dtype, target) or torch.bfloat16
-    given = None if model is None else given_model(model, recipe.window, target, None if dtype is None else kind)
+    given = None if model is None else given_model(model, recipe.window, target, dtype)
+    if given is not None:
+        check_trainable(given, structure)
     shape: dict[str, Any] = {"given": given, "structure": structure, "mup": mup, "dtype": kind}
     empty, make, alike = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     if plan:

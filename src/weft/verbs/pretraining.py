@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from weft.io.precision import as_stored
 from weft.optim import fold_weights
 from weft.optim.state import state_bytes
 from weft.rules import Rule
@@ -112,6 +113,8 @@ def pretrain(
         seen = _seen(rows, run["steps"], count, recipe)
         of_optimizer = state_bytes(made)
     _leave(model, structure)
+    with as_stored(model, widened=True):  # what will be written is judged
+        judged = measure()
     return {
         **run,
         "processes": processes,
@@ -122,7 +125,7 @@ def pretrain(
         "optimizer_bytes": of_optimizer,
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(device),
-        **measure(),
+        **judged,
     }
 
 

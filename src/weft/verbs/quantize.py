@@ -97,6 +97,11 @@ def quantize(
         on = ", ".join(adapters_of(model))
         raise WeftError(f"There are adapters on this model ({on}); quantise first, then put adapters on.")
     layers = {layer: m for layer, m in resolve_targets(model, targets).items() if _dense_terms(m)}
+    if not layers:
+        raise WeftError(
+            "Every matrix that these targets name is in codes or factors already; quantise the model that it was made "
+            "of, or make plain weights of it first: weft merge."
+        )
     if method.replaces:
         options, store = method.options({"alpha": alpha, "iterations": iterations}), progress or Store()
         plan = _formats(layers, rank, bits, formats, stats, store)

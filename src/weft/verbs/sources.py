@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from weft.errors import WeftError
 from weft.io.headers import FLOATS, read_headers
 from weft.plan.layers import equal
 from weft.runs.loading import load_config, load_tokenizer, model_class, resolve
+from weft.terms.layers import block_stacks
 from weft.train.sizes import configuration
 
 __all__ = ["Source", "source_of"]
@@ -125,4 +127,16 @@ def _code(model: nn.Module, codes: Any, name: str) -> None:
     quantizer = AutoHfQuantizer.from_config(codes)
     if quantizer.quantization_config.quant_method != "weft":
         raise WeftError(f"{name} is in the codes of another tool, of whose memory weft knows nothing; plan its base.")
+    found = quantizer.quantization_config
+    stacks = {f"{name}.": len(blocks) for name, blocks in block_stacks(model).items()}
+    found.layers = {layer: spec for layer, spec in found.layers.items() if _within(layer, stacks)}
     quantizer._process_model_before_weight_loading(model)
+
+
+def _within(layer: str, stacks: Mapping[str, int]) -> bool:
+    """Whether it is outside of the blocks, or in one of those that the model was made with."""
+    return all(
+        int(layer.removeprefix(stack).split(".")[0]) < count
+        for stack, count in stacks.items()
+        if layer.startswith(stack)
+    )
