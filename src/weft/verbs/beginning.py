@@ -23,7 +23,7 @@ from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.evaluate import check_causal, check_context
 from weft.verbs.fresh import Structure, restructure
 
-__all__ = ["build", "check_beginning", "check_held_out", "check_trainable", "emptied", "given_model", "held_out"]
+__all__ = ["build", "check_beginning", "check_held_out", "emptied", "given_model", "held_out"]
 
 
 def build(
@@ -98,15 +98,19 @@ def _check_method(structure: Structure, given: str | None, size: str | None) -> 
         raise WeftError(f"--method {name} goes on with a trained model: give --from MODEL{other}.")
 
 
-def given_model(name: str, window: int, device: torch.device, dtype: str | None) -> PreTrainedModel:
+def given_model(
+    name: str, window: int, device: torch.device, dtype: str | None, structure: Structure | None
+) -> PreTrainedModel:
     """The model that training shall go on with, every parameter trainable. Raises WeftError where it is none for it."""
     config = load_config(name)
     check_causal(config)
     check_context(config, window)
-    return load_model(name, device=device, dtype=dtype)
+    model = load_model(name, device=device, dtype=dtype)
+    _check_trainable(model, structure)
+    return model
 
 
-def check_trainable(model: nn.Module, structure: Structure | None) -> None:
+def _check_trainable(model: nn.Module, structure: Structure | None) -> None:
     """Raises WeftError where every weight is to be trained, and matrices are in codes that no step changes."""
     fixed = untrained(model) if structure is None else []
     if fixed:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from weft.io.precision import as_stored
 from weft.train.packing import Rows
 from weft.train.recipe import Recipe
 from weft.verbs.adapt import trainable
 from weft.verbs.evaluate import evaluate
 
-__all__ = ["course", "perplexity_on", "rehearsed", "summary"]
+__all__ = ["as_written", "course", "perplexity_on", "rehearsed", "summary"]
 
 
 def summary(model: PreTrainedModel, rows: Rows, recipe: Recipe, log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -60,6 +61,12 @@ def perplexity_on(
         return {}
     found = evaluate(model, tokenizer, text, recipe.window, windows=windows, bos=recipe.bos)
     return {"perplexity": found["perplexity"]}
+
+
+def as_written(model: PreTrainedModel, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What is measured of the numbers that will be written, which are rounded where training was in a wider dtype."""
+    with as_stored(model, widened=True):
+        return measure()
 
 
 def rehearsed(recipe: Recipe, done: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from weft.grafts.base import graft_of
 from weft.grafts.base import write as write_graft
 from weft.io.adapters import write_adapter
 from weft.io.plain import check_matrices
-from weft.io.precision import as_stored
 from weft.io.quantizer import sum_specs
 from weft.io.save import adapter_card, save_model
 from weft.methods import Method
@@ -44,11 +43,11 @@ from weft.train.packing import Rows
 from weft.train.recipe import Recipe
 from weft.train.sources import Document, Fields, Skipped, Text, read_documents, read_texts
 from weft.train.trainer import train
-from weft.train.windows import evaluation_windows, token_stream
 from weft.verbs.adapt import effective_rates, merge_adapter, parameter_groups
 from weft.verbs.adapt import make_optimizer as adapter_optimizer
+from weft.verbs.beginning import check_held_out
 from weft.verbs.evaluate import check_causal, check_context, peak_memory, reset_peak_memory
-from weft.verbs.figures import perplexity_on, rehearsed, summary
+from weft.verbs.figures import as_written, perplexity_on, rehearsed, summary
 from weft.verbs.preparing import check_teacher, leave, lesson_of, load_teacher, prepare
 
 __all__ = ["finetune", "run"]
@@ -141,9 +140,7 @@ def finetune(
     done = summary(model, rows, recipe, log)
     done |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory(device), "packed": rows.packed}
     done |= {"optimizer_options": choice} if optimizer else {}
-    with as_stored(model, widened=True):  # what will be written is judged
-        after = measure()
-    return Result({**done, **{f"{name}_before": value for name, value in before.items()}, **after})
+    return Result({**done, **{f"{name}_before": value for name, value in before.items()}, **as_written(model, measure)})
 
 
 def as_documents(data: str | Sequence[str | Document]) -> list[Document]:
@@ -279,10 +276,7 @@ def run(
     target = training_device(device)
     record = begin("finetune", arguments | asdict(recipe), seed=recipe.seed, device=target)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    if evaluation is None and eval_windows is not None:
-        raise WeftError("--eval-windows is for a text that judges: give --eval-text.")
-    if evaluation is not None:  # says whether the text is too short
-        evaluation_windows(len(token_stream(tokenizer, evaluation)), recipe.window, count=eval_windows)
+    check_held_out(evaluation, tokenizer, recipe.window, eval_windows)
     known = None if teacher is None else load_teacher(teacher, tokenizer, target, trust_remote_code=trust_remote_code)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     check_matrices(source, sum_specs(source) if merge else ())

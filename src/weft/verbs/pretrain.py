@@ -47,7 +47,6 @@ from weft.verbs.beginning import (
     build,
     check_beginning,
     check_held_out,
-    check_trainable,
     emptied,
     given_model,
     held_out,
@@ -130,15 +129,13 @@ def run(
     """
     arguments = {k: v for k, v in locals().items() if k not in ASIDE} | settings
     structure, rank, settings = _structure(method, low_rank, rank, settings, given=model is not None)
-    check_options(optimizer, optimizer_options or {})
-    own = {**settings, **(optimizer_options or {})}
+    own = {**settings, **_checked(optimizer, optimizer_options or {})}
     recipe, options = _settings(optimizer, rank, _rate(lr, optimizer, model), warmup, own, structure)
     if structure is not None:
         options = {**find_optimizer(optimizer).on_factors, **options}
     size, tokenizer = check_beginning(model, size, tokenizer, mup, structure)
-    begun = {"size": None, "tokenizer": None} if model else {"size": size, "tokenizer": tokenizer}
-    arguments |= begun | {"method": getattr(method, "name", method)}
-    arguments |= rows_a_step(recipe)
+    arguments |= {"size": None, "tokenizer": None} if model else {"size": size, "tokenizer": tokenizer}
+    arguments |= rows_a_step(recipe) | {"method": getattr(method, "name", method)}
     shard = asked_to_shard(shard)
     words = load_tokenizer(tokenizer)
     _check_rules(refactorise, reset_moments, structure, recipe.steps)
@@ -152,9 +149,7 @@ def run(
     evaluation, judge = held_out(eval_text, model), None if eval_data is None else read_texts(eval_data)
     target = training_device(device)
     kind = resolve_dtype(dtype, target) or torch.bfloat16
-    given = None if model is None else given_model(model, recipe.window, target, dtype)
-    if given is not None:
-        check_trainable(given, structure)
+    given = None if model is None else given_model(model, recipe.window, target, dtype, structure)
     shape: dict[str, Any] = {"given": given, "structure": structure, "mup": mup, "dtype": kind}
     empty, make, alike = _rehearse(size, words, recipe, optimizer, options, decay, shape, (refactorise, reset_moments))
     if plan:
@@ -239,6 +234,11 @@ def _structure(
 def _rate(given: float | None, optimizer: str, model: str | None) -> float:
     """The peak rate."""
     return default_rate(optimizer) * (1.0 if model is None else GOING_ON) if given is None else given
+
+
+def _checked(optimizer: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_options(optimizer, options)
+    return options
 
 
 def _settings(

@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from weft.io.precision import as_stored
 from weft.optim import fold_weights
 from weft.optim.state import state_bytes
 from weft.rules import Rule
@@ -25,7 +24,7 @@ from weft.train.sharding import sharded
 from weft.train.stream import StreamedRows
 from weft.train.trainer import train
 from weft.verbs.evaluate import model_size, peak_memory, reset_peak_memory
-from weft.verbs.figures import course, perplexity_on
+from weft.verbs.figures import as_written, course, perplexity_on
 from weft.verbs.finetune import check_judging, rows_of
 from weft.verbs.fresh import Structure, finish
 from weft.verbs.pace import period_of, schedule_of
@@ -113,8 +112,6 @@ def pretrain(
         seen = _seen(rows, run["steps"], count, recipe)
         of_optimizer = state_bytes(made)
     _leave(model, structure)
-    with as_stored(model, widened=True):  # what will be written is judged
-        judged = measure()
     return {
         **run,
         "processes": processes,
@@ -125,7 +122,7 @@ def pretrain(
         "optimizer_bytes": of_optimizer,
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(device),
-        **judged,
+        **as_written(model, measure),
     }
 
 
