@@ -43,14 +43,7 @@ from weft.train.optimizers import (
 from weft.train.recipe import Recipe
 from weft.train.sharding import asked_to_shard, rows_a_step
 from weft.train.sources import read_texts, source_files
-from weft.verbs.beginning import (
-    build,
-    check_beginning,
-    check_held_out,
-    emptied,
-    given_model,
-    held_out,
-)  # fmt: skip
+from weft.verbs.beginning import build, check_beginning, check_held_out, emptied, given_model, held_out
 from weft.verbs.figures import rehearsed
 from weft.verbs.finetune import check_judging, training_device
 from weft.verbs.fresh import Structure
