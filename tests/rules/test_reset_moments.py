@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 import weft.optim
+from weft.errors import WeftError
 from weft.rules.reset_moments import ResetMoments
 from weft.train.sizes import fresh_model
 from weft.verbs.fresh import restructure
@@ -80,3 +81,9 @@ def test_a_factored_model_loses_the_moments_of_its_factors_alone():
             assert torch.equal(state["basis"], bases[name])
     bound(ResetMoments(2, terms_only=False), optimizer, model).after_step(model, 2)
     assert not any(optimizer.state[p]["exp_avg"].any() for p in model.parameters())
+
+
+def test_moments_beside_the_optimizer_are_not_reached() -> None:
+    model = restructure(model_of(), "dqt")
+    with pytest.raises(WeftError, match="numbers of 8 bits in training have theirs beside it: leave --reset-moments"):
+        ResetMoments(2).start(model, steps=4)
