@@ -83,7 +83,7 @@ def _ends(places: Tensor, count: int) -> Tensor:
 
 def _transposed(rows: Tensor) -> Tensor:
     """A matrix's transpose, in memory of its own."""
-    n, wide = rows.numel(), rows.shape[0]  # channels_last is the one way to torch's vectorised transposition
+    n, wide = rows.numel(), rows.shape[0]  # in channels_last a shuffle is vectorised, a copy is not
     return torch.channel_shuffle(rows.contiguous().as_strided((1, n, 1, 1), (n, 1, n, n)), wide).view(-1, wide)
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
-from weft.optim.state import restore, state_bytes
+from weft.optim.state import followed, restore, state_bytes
 
 __all__ = ["Entries", "EntryAdamW"]
 
@@ -247,7 +247,7 @@ class EntryAdamW(torch.optim.Optimizer):
     def _step_one(self, parameter: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         entries, held = self.entries(parameter), self.state[parameter]
         stored = entries.gather(parameter)
-        slots = _followed(held.get("master", stored), stored).to(_wide(parameter))
+        slots = followed(held.get("master", stored), stored).to(_wide(parameter))
         direction = entries.step(grad, group["betas"], group["eps"])
         moved = slots * (1.0 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
         live = entries.per_slot(~entries.frozen)
@@ -266,11 +266,6 @@ class EntryAdamW(torch.optim.Optimizer):
                 "This parameter belongs to no group of the optimizer; add it before choosing entries of it."
             )
         return bool(group["master"]) and parameter.dtype in (torch.bfloat16, torch.float16)
-
-
-def _followed(master: Tensor, stored: Tensor) -> Tensor:
-    """The masters, but what others than the optimizer wrote into the weights, where they are no longer theirs."""
-    return torch.where(master.to(stored.dtype) == stored, master, stored.to(master.dtype))
 
 
 def _wide(parameter: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from weft.optim.inner import Adam
 from weft.optim.limiter import NormGrowth
 from weft.optim.projections import Blocks, DenseFrame, Subspace, Whole
 from weft.optim.refresh import refresh_subspaces
-from weft.optim.state import restore
+from weft.optim.state import followed, restore
 from weft.seeds import mix
 
 __all__ = ["LowRank"]
@@ -390,4 +390,4 @@ def _copy_masters(batch: Batch, ids: Sequence[int], state: State) -> None:
     for j, count in enumerate(state["count"].tolist()):
         member, master = batch.members[ids[j]], state["master"][j]
         weight = member.view(member.parameter)
-        master.copy_(weight if count == 0 else torch.where(master.to(weight.dtype) == weight, master, weight.float()))
+        master.copy_(weight if count == 0 else followed(master, weight))

@@ -16,7 +16,7 @@ from torch import Tensor
 from weft.errors import WeftError
 from weft.optim.distributed import local
 
-__all__ = ["restore", "state_bytes"]
+__all__ = ["followed", "restore", "state_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -75,3 +75,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _tensors(item)
+
+
+def followed(master: Tensor, weight: Tensor) -> Tensor:
+    """The wider copy of a weight, but the weight where others than the optimizer wrote into it, such as a rule."""
+    return torch.where(master.to(weight.dtype) == weight, master, weight.to(master.dtype))

@@ -73,7 +73,7 @@ class TernaryLatent(Term):
         return super().spec() | {"scale": self.scale_by}
 
     def _scale(self) -> Tensor:
-        """g (), found once a pass: a median takes as long as a product."""
+        """g (), found once a pass, forward and backward."""
         return scale_of(self.V.detach().to(_wide(self.V, torch.float32)), self.scale_by)
 
     def _blend(self) -> Tensor:
