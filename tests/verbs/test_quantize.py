@@ -18,6 +18,7 @@ from weft.terms.adapters import disable
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.quantized import Quantized
 from weft.verbs.adapt import adapt, remove_adapter, trainable
+from weft.verbs.compress import run as compress
 from weft.verbs.quantize import choose_formats, quantize, run
 
 SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32, "vocab_size": 53}
@@ -183,3 +184,9 @@ def test_a_directory_in_codes_is_opened_again(options, bits, kinds, tiny_directo
     assert json.loads((tmp_path / "small" / "run.json").read_text())["command"] == "quantize"
     adapt(model, "lora", 2)  # QLoRA
     assert trainable(model).count > 0
+
+
+def test_what_is_in_factors_is_left_and_said(tmp_path):
+    compress("pico", tmp_path / "half", method="svd", budget=0.8, allocate="uniform", layers=["*.mlp.*"])
+    done = run(str(tmp_path / "half"), tmp_path / "codes")
+    assert 0 < done["covered"] < 0.5 and "in factors already" in str(done["left"])

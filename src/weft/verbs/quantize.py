@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from weft.allocate import Shape
 from weft.errors import WeftError, unknown
-from weft.io.quantizer import mark, remark, sum_specs
+from weft.io.quantizer import mark, remark
 from weft.io.save import save_model
 from weft.kernels.normal_float import NF4, Format
 from weft.methods import METHODS, Method, Site, Split
@@ -32,7 +32,7 @@ from weft.stats.cache import fingerprint
 from weft.terms import Dense, SumLinear, Term
 from weft.terms.adapters import Adapter, adapters_of, attach, unwrapped
 from weft.terms.coded_embedding import check_width, code_embeddings
-from weft.terms.coverage import coverage
+from weft.terms.coverage import Coverage, coverage
 from weft.terms.experts import within_experts
 from weft.terms.layers import is_conv1d, linear_layers
 from weft.terms.put import put
@@ -188,7 +188,7 @@ def run(
         quantize(source, chosen, targets or "all-linear", progress=store, **mean)  # type: ignore[arg-type]
         mark(source, chosen)
         metrics = {**_sizes(source), "bytes_before": before[1], "bytes": model_size(source)[1]}
-        metrics |= coverage(source, sum_specs(source)).facts()
+        metrics |= _covered(source).facts()
         save_model(source, tokenizer, place.path, run=record.write(place.path, metrics), max_shard_size=max_shard_size)
     return {"output": str(out), **metrics}
 
@@ -206,6 +206,15 @@ def _scheme(scheme: str | None, bits: float | None) -> str:
     if bits is not None and not method.replaces and bits not in sizes:
         raise WeftError(f"--scheme {scheme} has its own number of bits, not {bits:g}; give one of the two.")
     return scheme
+
+
+def _covered(model: nn.Module) -> Coverage:
+    """What is in codes now; of what is not, factors are left as they are."""
+    sums = {name: layer for name, layer in model.named_modules() if isinstance(layer, SumLinear)}
+    coded = [name for name, layer in sums.items() if any(isinstance(term, Quantized) for term in layer._terms())]
+    found = coverage(model, coded)
+    left = {name: "it is in factors already" if name in sums else why for name, why in found.left.items()}
+    return Coverage(found.share, left)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
