@@ -40,7 +40,8 @@ class Record:
         kind: what it is for, in one word: "compress", "adapt", "optimizer", "merge" ...
         summary: one line.
         paper: authors, year and identifier; "weft" where it is ours and a search found no other source.
-        defaults: the published hyperparameters, which are also the names of the options that it takes.
+        defaults: the published hyperparameters, which are also the names of the options that it takes; None is a number
+            that follows from the layer or the run.
     """
 
     name: str
@@ -77,8 +78,11 @@ class Record:
 
 def _wanted(value: Any, default: Any) -> str | None:
     """What an option takes instead of this value, by its default; None where it takes it, or no default says."""
-    if value is None or default is None:
+    if value is None:
         return None
+    if default is None:  # stands for a number that follows from the layer or the run
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        return None if number else "a number from 0 on, or leave it out"
     if isinstance(default, bool):
         return None if value in (True, False) else "true or false"
     if isinstance(default, int | float) and (isinstance(value, bool | str | list | tuple | dict) or value != value):

@@ -354,6 +354,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"correction": 2.0}, "The correction is 2.0; it is a share between 0 and 1."),
     ({"rigde": 1}, "The method 'svd-llm' has no option 'rigde'; its options are: ridge."),
+    ({"method": "gptq", "bits": "three"}, "The option bits of 'gptq' is 'three': give a number from 0 on"),
     ({"ridge": "big"}, "The option ridge of 'svd-llm' is 'big': give a number, such as "),
     ({"method": "fwsvd", "axis": "up"}, "fwsvd's axis is 'input' or 'output', not 'up'."),
     ({"batches": None}, "The method 'svd-llm' needs calibration text here; give batches."),

@@ -225,6 +225,13 @@ def test_adamw_decays_matrices_alone_and_its_state_is_counted(go):
     assert result["optimizer_bytes"] == 8 * result["parameters"] + 4 * tensors
 
 
+def test_moments_that_a_rule_holds_are_counted(go):
+    model, _ = build("nano", load_tokenizer("pico"), 32, 0)
+    coded = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
+    rest = sum(p.numel() for p in model.parameters()) - coded
+    assert go(method="dqt", steps=2)["optimizer_bytes"] > 8 * rest + 2 * coded
+
+
 def test_options_reach_the_optimizer():
     model, _ = build("nano", load_tokenizer("pico"), 32, 0)
     options = {"rank": 4, "projection": "svd", "state_dtype": "float64", "exclude": "q_proj", "betas": [0.5, 0.6]}

@@ -81,5 +81,5 @@ METHOD = Method(
     split=_SparseGPT(),
     sizes=sizes,
     trained=low_rank_terms,
-    defaults={"pattern": None, "damping": 0.01},
+    defaults={"pattern": "unstructured", "damping": 0.01},
 )

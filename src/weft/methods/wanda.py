@@ -31,21 +31,21 @@ def largest(scores: Tensor, keep: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
-def parsed_pattern(pattern: str | None) -> tuple[int, int] | None:
-    """(n, m) of "n:m", or None.
+def parsed_pattern(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of "n:m", or None of "unstructured".
 
     Raises:
         WeftError: it is no such text, or n is not below m.
     """
-    if pattern is None:
+    if pattern == "unstructured":
         return None
-    n, _, m = str(pattern).partition(":")
+    n, _, m = pattern.partition(":")
     if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
         raise WeftError(f"The pattern {pattern!r} is none: give N:M with N below M, such as 2:4, or leave it out.")
     return int(n), int(m)
 
 
-def split(site: Site, *, pattern: str | None) -> Split:
+def split(site: Site, *, pattern: str) -> Split:
     """The kept weights of each row."""
     W = site.weight()
     scores = W.abs() * site.moments["input_moment"].diagonal().to(W.device, W.dtype).sqrt()
@@ -90,5 +90,5 @@ METHOD = Method(
     split=split,
     sizes=sizes,
     trained=low_rank_terms,
-    defaults={"pattern": None},
+    defaults={"pattern": "unstructured"},
 )

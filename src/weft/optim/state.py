@@ -16,13 +16,17 @@ from torch import Tensor
 from weft.errors import WeftError
 from weft.optim.distributed import local
 
-__all__ = ["followed", "restore", "state_bytes"]
+__all__ = ["followed", "restore", "state_bytes", "tensor_bytes"]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that this process holds in tensors of the optimizer's state (not in weights or gradients)."""
-    held = (local(t) for state in optimizer.state.values() for t in _tensors(state))
-    return sum(t.numel() * t.element_size() for t in held)
+    return tensor_bytes(*optimizer.state.values())
+
+
+def tensor_bytes(*states: Mapping[str, Any]) -> int:
+    """Bytes that this process holds in the tensors of these states."""
+    return sum(t.numel() * t.element_size() for state in states for t in map(local, _tensors(state)))
 
 
 def restore(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from weft.optim import fold_weights
-from weft.optim.state import state_bytes
+from weft.optim.state import state_bytes, tensor_bytes
 from weft.rules import Rule
 from weft.rules.refactorise import Refactorise
 from weft.rules.reset_moments import ResetMoments
@@ -103,14 +103,14 @@ def pretrain(
             optimizer=lambda: made,
             scheduler=lambda optim: LambdaLR(optim, plan),
             widen=False,
-            rules=rules_of(model, structure, original, recipe, refactorise, reset_moments),
+            rules=(rules := rules_of(model, structure, original, recipe, refactorise, reset_moments)),
             measure=measure if evaluation is not None else None,
             judge=judge,
             callbacks=callbacks,
         )
         run = course(recipe, log)
         seen = _seen(rows, run["steps"], count, recipe)
-        of_optimizer = state_bytes(made)
+        of_optimizer = state_bytes(made) + tensor_bytes(*(rule.state_dict() for rule in rules))  # dqt's moments
     _leave(model, structure)
     return {
         **run,
