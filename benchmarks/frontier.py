@@ -11,7 +11,8 @@ half of the windows from each. Beside the perplexity stands the divergence from 
 count everything that is stored for the replaced matrices: codes, scales, zero points, factors. Every row at every
 budget is a line of the file; those that are there already are not measured again, so that an interrupted run goes on,
 and `python docs/generate.py` makes tables of the files in benchmarks/results. Peak memory is the process' resident
-high-water mark from the row's beginning on, or the device's, the model and a dense one to compare with included.
+high-water mark from the row's beginning on, or the device's, the model and a dense one to compare with included. Rows
+of one run share the moments that they read: the seconds of collecting them are the first one's.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from weft.train.windows import calibration_batches
 from weft.verbs.compress import compress
 from weft.verbs.evaluate import evaluate
 
+TABLE = {"clip": True, "table": True, "group": 128}
+
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "rtn": ("rtn", {"allocate": "equal"}),
     "nf": ("nf", {"allocate": "equal"}),
@@ -49,6 +52,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "yaqa, clipped": ([("yaqa", {"clip": True})], {"allocate": "equal"}),
     "yaqa, clipped, G damped by 0.01": ([("yaqa", {"clip": True, "output_damping": 0.01})], {"allocate": "equal"}),
     "yaqa, clipped, widths by layer": ([("yaqa", {"clip": True})], {"allocate": "best"}),
+    "yaqa, by table, widths by layer": ([("yaqa", TABLE)], {"allocate": "best"}),
     "awq": ("awq", {"allocate": "equal"}),
     "baq": ("baq", {"allocate": "equal"}),
     "kfac-svd": ("kfac-svd", {}),
@@ -70,6 +74,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
         [("gptq", {"bits": 3, "group": 128, "clip": True}), "eora"],
         {"allocate": "best"},
     ),
+    "yaqa1, by table + eora": ([("yaqa", {**TABLE, "bits": 1}), "eora"], {"allocate": "equal"}),
+    "yaqa1, by table + eora, allocated": ([("yaqa", {**TABLE, "bits": 1}), "eora"], {"allocate": "best"}),
     "nf2 + lorc": (["nf2", "lorc"], {"allocate": "equal"}),
     "nf2 + eora": (["nf2", "eora"], {"allocate": "equal"}),
     "nf2 + eora, allocated": (["nf2", "eora"], {"allocate": "best"}),
@@ -79,6 +85,10 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf2 + eora, by auto": ("auto", {"methods": "nf2+eora"}),
     "nf3 + eora, by auto": ("auto", {"methods": "nf3+eora"}),
     "auto": ("auto", {}),
+    "auto, of grids": (
+        "auto",
+        {"methods": "yaqa:clip=true,yaqa:group=128:clip=true,kfac-svd,yaqa:group=128:clip=true+eora"},
+    ),
     "auto, of gptq": (
         "auto",
         {"methods": "gptq:clip=true,gptq:group=128:clip=true,kfac-svd,gptq:group=128:clip=true+eora"},
@@ -123,14 +133,12 @@ def main() -> None:
     head = {"model": Path(args.model).name, "calibrate": args.calibrate, "seed": args.seed, **environment(args)}
     if key({**head, "row": "dense", "budget": 16.0}) not in done:
         write(args.json, {**head, "row": "dense", "budget": 16.0, **judged(dense)})
-    for name in args.rows:
-        with tempfile.TemporaryDirectory() as pieces:
-            for budget in args.budgets:
-                line = {**head, "row": name, "budget": budget}
-                if key(line) not in done:
-                    most = bits_beside(found, line)
-                    found.append({**line, **measured(args, name, most, data, judged, Path(pieces))})
-                    write(args.json, found[-1])
+    with tempfile.TemporaryDirectory() as pieces:  # of all rows: those that read the same moments collect them once
+        for line in ({**head, "row": name, "budget": budget} for name in args.rows for budget in args.budgets):
+            if key(line) not in done:
+                most = bits_beside(found, line)
+                found.append({**line, **measured(args, line["row"], most, data, judged, Path(pieces))})
+                write(args.json, found[-1])
 
 
 def arguments() -> argparse.Namespace:

@@ -8,17 +8,22 @@ import pytest
 import torch
 
 from benchmarks.operations import Operations
+from weft.embedded.text import default_text
 from weft.errors import WeftError
+from weft.kernels.codebooks import fit_scales
 from weft.kernels.integer_grid import fit, grouped
 from weft.linalg import two_sided
 from weft.linalg.column_errors import columns, feedback
 from weft.linalg.grids import Grids
 from weft.methods import METHODS, gptq
-from weft.methods.base import Site
-from weft.methods.yaqa import quantise
+from weft.methods.base import Shape, Site
+from weft.methods.yaqa import quantise, tables_of, to_tables
+from weft.runs.loading import load_model, load_tokenizer
+from weft.stats.calibrate import calibrate
 from weft.terms import Dense
 from weft.terms.layers import linear_layers
 from weft.testing_adapters import task, tiny_llama
+from weft.train.windows import calibration_batches
 from weft.verbs.compress import compress
 
 
@@ -52,7 +57,17 @@ def lost(D, X, G):
     return float(torch.einsum("oi,op,pj,ij->", D, G, D, X))
 
 
-def reference(W, X, G, bits, group, tile):
+def on_grid(bits):
+    """The numbers (2^bits,) that members of a group (1, n) can become."""
+
+    def numbers(members):
+        scale, zero, _ = fit(members, bits)
+        return ((torch.arange(2**bits) - zero) * scale)[0]
+
+    return numbers
+
+
+def reference(W, X, G, numbers, group, tile):
     """W as one vector, and the inverse of the whole matrix of the loss, from which number after number is eliminated.
     Grids are those of a tile's rows when its first number is reached; lower tiles of a step come first, since a grid
     knows of the steps before it only."""
@@ -67,12 +82,9 @@ def reference(W, X, G, bits, group, tile):
             for j in range(left, min(left + tile, inn)):
                 if j % group == 0 and (i, j) == (top, left):
                     for row in range(top, min(top + tile, out)):
-                        members = w.view(out, inn)[row, j : j + group]
-                        grids[row, j // group] = tuple(float(t) for t in fit(members, bits)[:2])
-                scale, zero = grids[i, j // group]
-                at = i * inn + j
-                code = min(max(round(float(w[at]) / scale) + zero, 0), 2**bits - 1)
-                answer[at] = (code - zero) * scale
+                        grids[row, j // group] = numbers(w.view(out, inn)[row : row + 1, j : j + group])
+                at, found = i * inn + j, grids[i, j // group]
+                answer[at] = found[(found - w[at]).abs().argmin()]
                 e = (w[at] - answer[at]) / inverse[at, at]
                 w -= e * inverse[at]
                 inverse -= torch.outer(inverse[:, at], inverse[at]) / inverse[at, at]
@@ -86,7 +98,79 @@ def reference(W, X, G, bits, group, tile):
 def test_equals_rounding_in_the_whole_kronecker_product(monkeypatch, out, inn, group, tile):
     monkeypatch.setattr(two_sided, "_TILE", tile)
     W, X, G = layer(out, inn)
-    torch.testing.assert_close(rounded(W, X, G, 3, group), reference(W, X, G, 3, group, tile), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        rounded(W, X, G, 3, group), reference(W, X, G, on_grid(3), group, tile), atol=1e-6, rtol=1e-6
+    )
+
+
+TABLES = torch.tensor([[-0.7, 0.5, 0.5, 0.5, 0.5], [-0.9, -0.2, 0.1, 0.6, 0.6]], dtype=torch.float64)
+"""Of 1 bit and of 2: the last of the shorter one is repeated, and so is one within."""
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("out", "inn", "group", "tile"), [(9, 20, 4, 4), (6, 14, 14, 14), (10, 12, 8, 4)])
+def test_with_tables_too(monkeypatch, out, inn, group, tile, clip):
+    monkeypatch.setattr(two_sided, "_TILE", tile)
+    W, X, G = layer(out, inn)
+    A, B = (feedback(columns(H).root) for H in (G, X))
+    found = to_tables(W, A, B, TABLES, group, clip=clip)
+    for table, codes, scale in zip(TABLES, *found, strict=True):
+        assert codes.max() <= (table < table.max()).sum(), "no code of a repetition"
+        ours = table[codes.long()] * scale.repeat_interleave(group, 1)[:, :inn]
+        wanted = reference(W, X, G, lambda members: table * fit_scales(members, table, clip=clip)[0], group, tile)  # noqa: B023
+        torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_scale_of_a_group_is_its_largest_or_the_best_of_fifteen(clip):
+    numbers, table = layer(7, 30)[0].view(7, 3, 10), TABLES[1]
+    found = fit_scales(numbers, table, clip=clip, scale_dtype=torch.float16)
+    for row, scale in zip(numbers.flatten(0, 1), found.flatten(), strict=True):
+        tried = (
+            [float((row.abs().max() * (1.2 - i / 20)).half()) for i in range(15)]
+            if clip
+            else [float(row.abs().max().half())]
+        )
+        lost = [float(((row[:, None] - table * s).abs().amin(1) ** 2.4).sum()) for s in tried]
+        assert float(scale) == pytest.approx(tried[lost.index(min(lost))], rel=1e-9)
+
+
+def test_a_table_is_what_k_means_finds_of_numbers_relative_to_their_groups_largest():
+    W, X, _ = layer(8, 20)
+    found = tables_of(W, X.diagonal(), [1, 3], 8)
+    assert found.shape == (2, 8) and bool((found[0, 2:] == found[0, 1]).all())
+    largest = grouped(W, 8).abs().amax(2).repeat_interleave(8, 1)[:, :20]
+    units, weights = W / largest, largest.square() * X.diagonal()
+    owner = (units.unsqueeze(2) - found[1]).abs().argmin(2)
+    for k, level in enumerate(found[1]):
+        mine = owner == k
+        assert float(level) == pytest.approx(float((units * weights)[mine].sum() / weights[mine].sum()), abs=1e-6)
+
+
+def test_a_table_loses_less_than_a_grid_of_more_bytes():
+    """Of trained weights, and of moments that a text has."""
+    model, data = load_model("pico"), {"windows": 4, "window": 128, "seed": 0}
+    batches = list(calibration_batches(load_tokenizer("pico"), [default_text("calibration")], **data))
+    name = "model.layers.2.self_attn.q_proj"
+    moments = calibrate(model, batches, METHODS["yaqa"].needs, layers=name)[name]
+    W = model.get_submodule(name).weight.detach().float()
+    for bits in (2, 3, 4):
+        site, made = Site("", {"base": Dense.from_matrix(W)}, bits, bits, moments, torch.Generator()), []
+        for table in (False, True):
+            options = METHODS["yaqa"].options({"group": 128, "clip": True, "table": table})
+            (term,) = METHODS["yaqa"].split(site, **options).terms.values()
+            made.append((lost((W - term.dense()).double(), *map(moments.get, METHODS["yaqa"].needs)), term.nbytes))
+            assert dict(METHODS["yaqa"].sizes(Shape(*W.shape), options))[bits] == term.nbytes
+        assert made[1][0] < 0.95 * made[0][0] and made[1][1] < made[0][1], (bits, made)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"bits": 6}, "Tables have 1 to 5 bits here, not 6"), ({"symmetric": True}, "A table has no zero point")],
+)
+def test_tables_that_there_are_not_are_refused(options, sentence):
+    with pytest.raises(WeftError, match=sentence):
+        METHODS["yaqa"].sizes(Shape(8, 8), METHODS["yaqa"].options({"table": True, **options}))
 
 
 def test_the_loss_is_the_sum_of_the_errors_squared():

@@ -236,6 +236,18 @@ def test_factors_beside_codes_are_an_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(layer.terms["code"].dense() + B @ A, layer.dense())
 
 
+def test_codes_that_a_format_does_not_have_are_said_to_be_written_dense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = coded(tiny(torch.float16), only="*self_attn*")
+    weft.compress(model, [("nf4", {})], layers="*down_proj")
+    done = weft.export(model, tmp_path / "out", "compressed-tensors")
+    assert (done["coded"], done["dense"]) == (4, 1)
+    said = capsys.readouterr().err
+    assert "since compressed-tensors does not have their codes (model.layers.0.mlp.down_proj is a sum of normal" in said
+    assert "normal_float): 1 of the layers. `weft" in said
+
+
 def test_scales_decide_the_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scales that bf16 does not hold: fp16 where it does, fp32 where not; asked for, it is refused with the layer."""
     model = coded(tiny(torch.bfloat16))

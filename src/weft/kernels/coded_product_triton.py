@@ -149,7 +149,7 @@ def product(x: Tensor, coded: Coded, out_features: int) -> Tensor:
             tokens, inn, out_features, -(-inn // coded.group),
             BITS=coded.bits, GROUP=coded.group, FLAT=flat, WIDE=out_features * inn * coded.bits >= 2**31,
             ZERO=coded.zero, ZEROS=zeros is not None, LEVELS=levels is not None,
-            BYTES=8 % coded.bits == 0 and inn * coded.bits % 8 == 0,
+            BYTES=coded.bits in (2, 4, 8) and inn * coded.bits % 8 == 0,
             PER=0 if flat else _groups_a_tile(coded.group, inn, tile.depth),
             WIDEN=x.dtype == torch.bfloat16 and not isinstance(_kernel, triton.JITFunction),  # which interpreters lack
             TOKENS=tile.tokens, ROWS=tile.rows, DEPTH=tile.depth, SHARE=tile.share,

@@ -13,27 +13,29 @@ numbers on one of a tile: out + in steps of a few tiles, whatever the size, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from weft.linalg.grids import Grids
+from weft.linalg.grids import Grids, Levels
 
 __all__ = ["Settled", "settle"]
+
+G = TypeVar("G", Grids, Levels)
 
 _TILE = 32
 """Rows and columns of a tile: errors within it are spread number by number, beyond it by products."""
 
 
-class Settled(NamedTuple):
+class Settled(NamedTuple, Generic[G]):
     """What the numbers of a matrix have become."""
 
     codes: Tensor  # (k, out, in) whole numbers
-    grids: Grids  # (k, out, groups) each
+    grids: G  # (k, out, groups) each
 
 
-def settle(W: Tensor, A: Tensor, B: Tensor, group: int, grids: Callable[[Tensor], Grids]) -> Settled:
+def settle(W: Tensor, A: Tensor, B: Tensor, group: int, grids: Callable[[Tensor], G]) -> Settled[G]:
     """The nearest numbers on grids that are chosen when their groups are reached.
 
     Args:
@@ -43,7 +45,7 @@ def settle(W: Tensor, A: Tensor, B: Tensor, group: int, grids: Callable[[Tensor]
         grids: numbers (k, groups, rows, group), as they are when their turn comes -> grids (k, groups, rows); groups
             that are too short are filled with zeros.
     """
-    walk = _Walk(W, A, B, group, grids)
+    walk: _Walk[G] = _Walk(W, A, B, group, grids)
     for step in range(walk.height + walk.width - 1):
         tiles = [(i, step - i) for i in range(max(0, step - walk.width + 1), min(walk.height, step + 1))]
         walk.choose_grids(tiles)
@@ -70,11 +72,12 @@ class _Side(NamedTuple):
         return answer
 
 
-class _Walk:
+class _Walk(Generic[G]):
     """The numbers on their way: `rest` is W less what rows before have spread, `sums` is E B so far."""
 
-    def __init__(self, W: Tensor, A: Tensor, B: Tensor, group: int, grids: Callable[[Tensor], Grids]) -> None:
-        self.grids, self.group, self.tile = grids, group, min(_TILE, group)
+    def __init__(self, W: Tensor, A: Tensor, B: Tensor, group: int, grids: Callable[[Tensor], G]) -> None:
+        self.grids: Callable[[Tensor], G] = grids
+        self.group, self.tile = group, min(_TILE, group)
         self.rows = _Side.of(W.shape[1], self.tile, self.tile, W.device)
         self.columns = _Side.of(W.shape[2], group, self.tile, W.device)
         self.A, self.B = self.rows.feedback(A), self.columns.feedback(B)
@@ -83,34 +86,42 @@ class _Walk:
         self.rest = W.new_zeros(len(W), self.rows.places, self.columns.places)
         self.rest[:, self.rows.at.unsqueeze(1), self.columns.at] = W
         self.sums, self.codes = torch.zeros_like(self.rest), torch.zeros_like(self.rest)
-        self.found = W.new_zeros(len(Grids._fields), len(W), self.height, self.width // self.per_group, self.tile)
+        self.given = W.new_zeros(self.columns.places).index_fill(0, self.columns.at, 1.0)
+        self.kind: G | None = None
+        self.found = W.new_zeros(0)
 
     def choose_grids(self, tiles: list[tuple[int, int]]) -> None:
         """Those of the groups that begin with one of these tiles."""
         new = [(i, j) for i, j in tiles if j % self.per_group == 0]
         if new:
             found = self.grids(torch.stack([self.now(i, j)[..., : self.group] for i, j in new], 1))
-            self.found[:, :, [i for i, _ in new], [j // self.per_group for _, j in new]] = torch.stack(list(found))
+            if self.kind is None:
+                groups = self.width // self.per_group
+                self.kind = found
+                self.found = found.scale.new_zeros(len(found.fields), len(self.rest), self.height, groups, self.tile)
+            self.found[:, :, [i for i, _ in new], [j // self.per_group for _, j in new]] = found.fields
 
     def now(self, i: int, j: int) -> Tensor:
         """The numbers (k, tile, group) of the group that begins with a tile, with all errors so far taken up: also
-        those that will come by way of tiles above it and to the right, which are not settled yet.
+        those that will come by way of tiles above it and to the right, which are not settled yet. What fills up a
+        group is zero, whatever it was rounded to above.
         """
         rows, parts = self._range(i), []
         for right in range(self.per_group):
             columns, above = self._range(j + right), slice(max(0, i - right) * self.tile, rows.stop)
             sums = self.A[above, rows].mT @ self.sums[:, above, columns]
-            parts.append(self.rest[:, rows, columns] - sums)
+            parts.append((self.rest[:, rows, columns] - sums) * self.given[columns])
         return torch.cat(parts, 2)
 
-    def gathered(self, tiles: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Grids]:
+    def gathered(self, tiles: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor, G]:
         """Of k x tiles: what is left and the sums (n, tile, tile), both feedbacks, and the grids (n, tile)."""
+        assert self.kind is not None
         i, j = (list(of) for of in zip(*tiles, strict=True))
         rest, sums = (self._cut(t)[:, i, :, j].flatten(0, 1) for t in (self.rest, self.sums))
         A, B = (torch.stack([t[at, at] for at in map(self._range, of)]) for t, of in ((self.A, i), (self.B, j)))
         k, groups = len(self.rest), [at // self.per_group for at in j]
         grids = self.found[:, :, i, groups].transpose(1, 2).flatten(1, 2)
-        return rest, sums, A.repeat_interleave(k, 0), B.repeat_interleave(k, 0), Grids(*grids)
+        return rest, sums, A.repeat_interleave(k, 0), B.repeat_interleave(k, 0), self.kind.like(grids)
 
     def spread(self, tiles: list[tuple[int, int]], codes: Tensor, errors: Tensor, sums: Tensor) -> None:
         """Keep the codes of tiles (n, tile, tile), and let the columns and rows after them take up the errors."""
@@ -121,10 +132,13 @@ class _Walk:
             self.sums[:, rows, columns.stop :] += error @ self.B[columns, columns.stop :]
             self.rest[:, rows.stop :, columns] -= self.A[rows, rows.stop :].mT @ sum
 
-    def answer(self) -> Settled:
+    def answer(self) -> Settled[G]:
         """The codes and grids of what was given."""
+        assert self.kind is not None
         rows = self.found.permute(0, 1, 2, 4, 3).flatten(2, 3)  # (fields, k, out, groups)
-        return Settled(self.codes[:, self.rows.at.unsqueeze(1), self.columns.at], Grids(*rows[:, :, self.rows.at]))
+        return Settled(
+            self.codes[:, self.rows.at.unsqueeze(1), self.columns.at], self.kind.like(rows[:, :, self.rows.at])
+        )
 
     def _range(self, at: int) -> slice:
         return slice(at * self.tile, (at + 1) * self.tile)
@@ -133,20 +147,20 @@ class _Walk:
         return whole.view(len(whole), self.height, self.tile, self.width, self.tile)
 
 
-def _settled(rest: Tensor, sums: Tensor, A: Tensor, B: Tensor, grids: Grids) -> tuple[Tensor, Tensor, Tensor]:
+def _settled(rest: Tensor, sums: Tensor, A: Tensor, B: Tensor, grids: G) -> tuple[Tensor, Tensor, Tensor]:
     """The codes and errors of tiles (n, t, t), and the sums with these errors; number by number on each anti-diagonal.
 
     With columns in reverse order an anti-diagonal is a diagonal, whose rows are a range, as are its columns.
     """
-    t = rest.shape[1]
+    t, fields = rest.shape[1], grids.fields
     rest, sums, B = rest.flip(2).mT.contiguous(), sums.flip(2).contiguous(), B.flip(1, 2).contiguous()
     codes, errors = torch.empty_like(sums), torch.empty_like(sums)
     for step in range(2 * t - 1):
         rows, off = slice(max(0, step - t + 1), min(t, step + 1)), t - 1 - step
         columns = slice(rows.start + off, rows.stop + off)
-        target, grid = rest.diagonal(-off, 1, 2) - sums.diagonal(off, 1, 2), grids.at(rows)
+        target, grid = rest.diagonal(-off, 1, 2) - sums.diagonal(off, 1, 2), grids.like(fields[:, :, rows])
         code = grid.nearest(target)
-        error = target - code * grid.scale
+        error = target - grid.numbers(code)
         codes.diagonal(off, 1, 2).copy_(code)
         errors.diagonal(off, 1, 2).copy_(error)
         sums[:, rows].addcmul_(error.unsqueeze(2), B[:, columns])

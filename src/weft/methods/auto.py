@@ -3,7 +3,8 @@
     minimise  sum_l loss_l(c_l),   loss_l(c) = tr(D^T G D X),   D = W'_c - W,   subject to  sum_l bytes_l(c_l) <= budget
 
 with c over all sizes of all candidates: widths of code, group sizes, ranks, codes with factors for what they lost.
-Codes are rounded in that same norm (`yaqa`), and their ranges searched (`clip` of `rtn`), which costs no byte.
+Codes are rounded in that same norm (`yaqa`), for tables of a matrix's own or grids of integers, with scales searched,
+which costs no byte. `methods=yaqa:clip=true` has grids of integers alone, which servers read.
 X = E[x x^T] and G = E[g g^T] are a layer's input and output-gradient moments: the Kronecker-factored Fisher norm in
 which kfac-svd truncates (Thoma et al., 2026), one unit for every layer and every structure. `best` solves it; with
 `--allocate lems` one measured point a layer puts its curve to scale first. What was chosen is then made anew, block by
@@ -35,6 +36,9 @@ METHOD = Method(
     split=_SPLIT,
     sizes=_SPLIT.sizes,
     trained=low_rank_terms,
-    defaults={"methods": "yaqa:clip=true,yaqa:group=128:clip=true,kfac-svd,yaqa:group=128:clip=true+eora"},
+    defaults={
+        "methods": "yaqa:group=null:clip=true:table=true,yaqa:group=128:clip=true:table=true,yaqa:group=128:clip=true,"
+        "kfac-svd,yaqa:group=128:clip=true:table=true+eora"
+    },
     exempt={"nearer": "Two of its sizes may be of different methods, of which the larger need not be nearer."},
 )

@@ -15,7 +15,7 @@ factorised in fp64, the rounding is in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,9 @@ from weft.linalg.column_errors import Columns, columns, settle
 from weft.linalg.grids import Grids
 from weft.methods.base import Method, Site, Size, Split, Splitter
 from weft.methods.rtn import GRID, scale_dtype, sizes
-from weft.terms import IntegerCode
+from weft.terms import IntegerCode, Term
 
-__all__ = ["METHOD", "Codes", "coded", "quantise"]
+__all__ = ["METHOD", "Codes", "coded", "integers", "quantise"]
 
 _BLOCK = 128
 _NUMBERS = 2**24
@@ -92,24 +92,27 @@ def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
 
 
 def coded(
-    site: Site, sizes: Sequence[Size], rounded: Callable[[Sequence[int]], Codes], options: Mapping[str, Any]
+    site: Site, sizes: Sequence[Size], terms: Callable[[Sequence[int]], Iterable[Term]]
 ) -> Iterator[tuple[Size, Split]]:
-    """The terms of each width, of codes that are rounded for few widths together, one below the other.
+    """The terms of each width, of which `terms` makes a few together.
 
     Raises:
         WeftError: a scale is beyond what is stored of it.
     """
-    dtype, (out, inn) = scale_dtype(site.dtype), site.shape
-    count = max(1, _NUMBERS // (out * inn))
+    count = max(1, _NUMBERS // (site.shape[0] * site.shape[1]))
     for some in (sizes[i : i + count] for i in range(0, len(sizes), count)):
         try:
-            found = rounded(some)
+            yield from ((width, Split({"base": term})) for width, term in zip(some, terms(some), strict=True))
         except OverflowError as error:
             raise WeftError(f"Layer {site.name} cannot be coded: {error}; leave it out by a pattern.") from error
-        for width, codes, scale, zero in zip(some, *(torch.split(t, out) for t in found), strict=True):
-            zero = None if options["symmetric"] else zero
-            term = IntegerCode.from_codes(codes, scale.to(dtype), zero, width, options["group"], site.dtype)
-            yield width, Split({"base": term})
+
+
+def integers(found: Codes, widths: Sequence[int], site: Site, options: Mapping[str, Any]) -> Iterator[IntegerCode]:
+    """The term of each width, of codes that lie one below the other."""
+    dtype = scale_dtype(site.dtype)
+    for width, codes, scale, zero in zip(widths, *(torch.split(t, site.shape[0]) for t in found), strict=True):
+        zero = None if options["symmetric"] else zero
+        yield IntegerCode.from_codes(codes, scale.to(dtype), zero, width, options["group"], site.dtype)
 
 
 class _GPTQ(Splitter):
@@ -119,12 +122,13 @@ class _GPTQ(Splitter):
         H, grid = site.moments["input_moment"].to(W.device), {key: options[key] for key in ("symmetric", "clip")}
         how = columns(H, damping=options["damping"], by_input=options["act_order"])
 
-        def rounded(widths: Sequence[int]) -> Codes:
+        def terms(widths: Sequence[int]) -> Iterator[IntegerCode]:
             bits = torch.tensor(widths, device=W.device).repeat_interleave(len(W))
-            rows = W.repeat(len(widths), 1)
-            return quantise(rows, how, bits, group or W.shape[1], scale_dtype=scale_dtype(site.dtype), **grid)
+            rows, stored = W.repeat(len(widths), 1), scale_dtype(site.dtype)
+            found = quantise(rows, how, bits, group or W.shape[1], scale_dtype=stored, **grid)
+            return integers(found, widths, site, options)
 
-        return coded(site, sizes, rounded, options)
+        return coded(site, sizes, terms)
 
 
 METHOD = Method(

@@ -40,6 +40,7 @@ from weft.terms.coded_embedding import embedding_specs, plain_embeddings
 from weft.terms.coverage import coverage_of
 from weft.terms.experts import names_an_expert
 from weft.terms.hooks import check_at_hand
+from weft.terms.quantized import Quantized
 from weft.verbs.adapters import check_ungrafted
 
 __all__ = ["export", "run"]
@@ -167,7 +168,25 @@ def _plan(
             f"{_kinds(model, sums)}; --format hf writes it dense."
         )
     chosen, dense = _dtype(model, format, layers, dtype), [name for name in sums if name not in layers]
+    if format.unfit is not None:
+        _tell_of_other_codes(model, format, dense)
     return _Plan(format, layers, dense, chosen, _beside(layers), room)
+
+
+def _tell_of_other_codes(model: PreTrainedModel, format: Format, dense: list[str]) -> None:
+    """Say which layers, in codes now, will not be."""
+    others = [name for name in dense if any(isinstance(t, Quantized) for t in _terms(model, name))]
+    if others:
+        say(
+            f"Written dense, since {format.name} does not have their codes{_kinds(model, others)}: {len(others)} of "
+            "the layers. `weft compress --method auto --option methods=yaqa:clip=true` has integer codes alone."
+        )
+
+
+def _terms(model: nn.Module, name: str) -> list[Term]:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, SumLinear)
+    return list(layer._terms())
 
 
 def _beside(layers: Mapping[str, Coded]) -> dict[str, Mapping[str, Term]]:
@@ -193,9 +212,7 @@ def _low_rank(model: PreTrainedModel) -> dict[str, Mapping[str, Term]]:
 def _kinds(model: nn.Module, sums: list[str]) -> str:
     if not sums:
         return ""
-    layer = model.get_submodule(sums[0])
-    assert isinstance(layer, SumLinear)
-    return f" ({sums[0]} is a sum of {', '.join(term.kind for term in layer._terms())})"
+    return f" ({sums[0]} is a sum of {', '.join(term.kind for term in _terms(model, sums[0]))})"
 
 
 def _dtype(
