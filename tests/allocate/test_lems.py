@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from weft.allocate import Choice, LayerInfo, Shape, greedy, lems
 from weft.allocate.base import Choices, spent
 from weft.errors import WeftError
+from weft.verbs.divergence import summed_divergence
 
 OUT, IN = 24, 16
 
@@ -191,3 +192,11 @@ def test_many_ranks_enter_in_multiples_of_eight() -> None:
     info = LayerInfo(shape, [*choices, Choice(None, shape.nbytes)])
     found = lems.allocate({"a": info}, budget({"a": info}, 0.6), divergence=lambda cuts: [1.0 for _ in cuts])
     assert found["a"].size == 72  # 76 would fit
+
+
+def test_a_divergence_of_next_to_nothing_is_not_below_zero():
+    draw = torch.Generator().manual_seed(0)
+    for scale in (1e-4, 1e-3, 1e-2):
+        z = torch.randn(64, 512, generator=draw) * 4
+        assert summed_divergence(z, z + scale * 1e-3 * torch.randn(64, 512, generator=draw)) >= 0
+    assert math.isnan(summed_divergence(z, z * float("nan")))

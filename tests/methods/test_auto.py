@@ -243,3 +243,12 @@ def test_what_a_survey_finds_holds_no_matrix_by_its_gradient(name: str, monkeypa
     chain = ["nf2", "eora"] if name == "eora" else [name]
     weft.compress(llama(1), chain, budget="6 bits" if name == "auto" else 0.8, allocate="best", batches=task())
     assert found and all(t.grad_fn is None for t in found)
+
+
+@pytest.mark.parametrize("settings", [{"allocate": "lems"}, {"sequential": False}])
+def test_pieces_of_codes_that_stand_in_several_choices_are_kept_on_a_disk(tmp_path: Path, settings: Any) -> None:
+    model = llama(1)
+    done = weft.compress(
+        model, "auto", budget="3 bits", methods="rtn,rtn+eora", batches=task(), progress=tmp_path, **settings
+    )
+    assert done.allocation.spent <= done.allocation.allowed and any(tmp_path.iterdir())

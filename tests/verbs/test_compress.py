@@ -360,6 +360,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"batches": None}, "The method 'svd-llm' needs calibration text here; give batches."),
     ({"batches": None, "method": "svd", "allocate": "asvd"}, "The method 'svd' needs calibration text here; give"),
     ({"batches": None, "stats": {}, "sequential": True}, "The method 'svd-llm' needs calibration text here; give"),
+    (
+        {"method": ["rtn", "eora"], "bits": 3, "allocate": "asvd"},
+        "This allocation measures what a cut does to the model",
+    ),
     ({"batches": None, "stats": {"model.layers.0.self_attn.q_proj": {}}}, "The statistics lack input_moment of layer"),
 ]
 
@@ -393,6 +397,27 @@ def test_sizes_of_another_method_are_refused(no_work: None, tmp_path: Path) -> N
     Allocation({name: Choice(3, 24, method="nf") for name in shapes}, shapes).save(file)
     with pytest.raises(WeftError, match="a size of nf, not of svd: give --method nf"):
         compress(model, "svd", allocate=file)  # 3 bits are no rank 3
+
+
+@pytest.mark.parametrize("method", ["svd", "welore", "svd-llm"])
+def test_an_allocation_by_the_weights_themselves_serves_a_walk_too(method: str) -> None:
+    model = build("llama")
+    done = compress(model, method, budget=0.6, allocate="welore", batches=batches("llama"), sequential=True)
+    assert 0.5 < done.allocation.spent / done.allocation.total <= 0.6
+
+
+def test_a_layer_that_the_walk_leaves_out_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an expert that no token reaches any more."""
+    walk = placing.walk
+    monkeypatch.setattr(
+        placing, "walk", lambda *args, **more: (g for g in walk(*args, **more) if not g.names[0].endswith("down_proj"))
+    )
+    model = build("llama")
+    allocation = compress(model, "rtn", budget="4 bits", batches=batches("llama"), sequential=True).allocation
+    for name, choice in allocation.choices.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SumLinear) == (choice.size is not None) != name.endswith("down_proj")
+        assert choice.bytes == sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
 
 
 def test_a_weight_with_nan_is_named() -> None:
@@ -497,6 +522,12 @@ def test_layers_that_are_cut_together_count_as_covered(settings: dict[str, Any],
     """They stand in the allocation under the name of their joint."""
     result = run(out=tmp_path / "out", **{**settings, "method": "modegpt", "budget": 0.8})
     assert result["covered"] == 1 and result["left"] == [] and result["matrices"] == 14
+
+
+def test_layers_that_a_method_cannot_cut_are_left(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning):
+        result = run(out=tmp_path / "out", **{**settings, "method": "lrp-pruning", "budget": 0.9})
+    assert result["covered"] < 1 and any("q_proj" in name for name in result["left"])
 
 
 def test_a_directory_holds_all_that_is_needed(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -153,6 +153,16 @@ def test_mistakes_leave_the_model_alone(arguments, message):
     assert not any(isinstance(m, SumLinear) for m in model.modules())
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "rtn", "int8", "mxfp4", "lq-lora"])
+def test_a_weight_that_is_not_finite_is_refused_before_any_is_changed(scheme):
+    model = llama()
+    last = model.get_submodule("model.layers.1.mlp.down_proj")
+    last.weight.data[3, 4] = float("inf")
+    with pytest.raises(WeftError, match=r"The weight of layer model.layers.1.mlp.down_proj holds NaN or infinity"):
+        quantize(model, scheme)
+    assert not any(isinstance(module, SumLinear) for module in model.modules())
+
+
 def test_an_adapter_that_is_on_is_named():
     with pytest.raises(WeftError, match=r"adapters on this model \(default\); quantise first"):
         quantize(adapt(llama(), "lora", rank=2))

@@ -81,6 +81,11 @@ class LayerInfo:
         """The choices that change the layer."""
         return [choice for choice in self.choices if choice.size is not None]
 
+    @property
+    def whole(self) -> Choice:
+        """The choice that leaves the layer as it is."""
+        return next(choice for choice in self.choices if choice.size is None)
+
     def within(self, nbytes: float) -> Choice:
         """The largest choice of at most so many bytes; the smallest there is, where none is."""
         return self.choices[max(bisect_right(self.choices, nbytes, key=lambda choice: choice.bytes) - 1, 0)]

@@ -61,7 +61,10 @@ class Store:
         if self.directory is None:
             self.memory[name] = piece
             return
-        tensors = {key: t.detach().cpu().contiguous() for key, t in piece.tensors.items()}
+        tensors, met = dict[str, Tensor](), set[int]()
+        for key, t in ((key, t.detach().cpu().contiguous()) for key, t in piece.tensors.items()):
+            tensors[key] = t.clone() if t.data_ptr() in met else t  # a file holds every tensor apart
+            met.add(t.data_ptr())
         with replacing(self._path(name)) as beside:
             save_file(tensors, beside, metadata={"words": json.dumps(piece.words)})
 

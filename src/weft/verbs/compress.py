@@ -195,9 +195,9 @@ def compress(
             given_stats = None if plan.stage else stats  # of the model as it was
             plan, found[plan.stage], sizes = decide(model, plan, info, left, how, data, given_stats, store)
             surveying += time.perf_counter() - started
-            chosen.append({name: plan.plain(choice) for name, choice in sizes.items()})
             wanted = {name: choice.size for name, choice in sizes.items()}
-            _walk(model, plan, wanted, data, store) if plan.sequential else one_shot(model, plan, wanted, store)
+            put = _walk(model, plan, wanted, data, store) if plan.sequential else one_shot(model, plan, wanted, store)
+            chosen.append({n: plan.plain(c) if n in put else info[n].whole for n, c in sizes.items()})
     _mark(model, "+".join(plan.method.name for plan in plans))
     details, choices = {"round": round} if round > 1 else {}, {**joined(chosen), **whole}
     choices = {name: choices[name] for name in shapes}
@@ -356,7 +356,9 @@ def _compressed(
         measured = {"before": loss, "after": mean_loss(source, how["batches"])}
         write_text(page, frontier_page(name, done.allocation, done.layers, measured))
     done.allocation.save(place / "allocation.json")
-    reached = [layer for site in done.allocation for layer in layers_of(site)]
+    offered = {name for name, info in done.layers.items() if info.sizes}
+    sites = (site for site, size in done.allocation.items() if size is not None or site in offered)
+    reached = [layer for site in sites for layer in layers_of(site)]
     return {**_metrics(before, _size(source), done), **coverage(source, reached).facts()}
 
 

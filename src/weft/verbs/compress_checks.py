@@ -132,9 +132,9 @@ def _check_plan(plan: Plan, batches: Sequence[Batch], stats: Stats | None) -> No
         raise WeftError(
             f"This allocation reads singular values, and {plan.method.name} has none; give allocate='best' or 'equal'."
         )
-    if plan.method.kind == "compensate" and "divergence" in plan.reads:
+    if plan.method.kind == "compensate" and plan.tries:
         raise WeftError(
-            "This allocation measures how far a cut moves the model from what it is now, which says nothing of what "
+            "This allocation measures what a cut does to the model as it is now, which says nothing of what "
             f"{plan.method.name} brings back; give allocate='best' or 'equal'."
         )
     for name in plan.layers if stats is not None else ():

@@ -125,7 +125,7 @@ def summed_divergence(z: Tensor, cut: Tensor) -> float:
     for p, q in zip(torch.split(z, _ROWS), torch.split(cut, _ROWS), strict=True):
         p, q = ((t.float() / TEMPERATURE).log_softmax(-1) for t in (p, q))
         total += (p.exp() * (p - q)).sum().double()
-    return float(total)
+    return max(float(total), 0.0)  # of a cut that changes next to nothing, rounding may leave less; NaN stays
 
 
 def _modules(model: nn.Module, plan: Plan, cut: Cut, store: Store) -> dict[str, nn.Module]:

@@ -48,11 +48,12 @@ def place(model: nn.Module, plan: Plan, name: str, split: Split) -> dict[str, Su
     return {name: put(model, name, {**beside, **split.terms}, KEEP if split.bias is None else split.bias)}
 
 
-def one_shot(model: nn.Module, plan: Plan, sizes: Sizes, store: Store) -> None:
-    """Every layer that has a size becomes what the survey made of it at that size."""
+def one_shot(model: nn.Module, plan: Plan, sizes: Sizes, store: Store) -> set[str]:
+    """Every layer that has a size becomes what the survey made of it at that size; those layers, or joints."""
     for name, split in surveyed_split(model, plan, store):
         if sizes[name] is not None:
             place(model, plan, name, split(sizes[name]))
+    return {name for name, size in sizes.items() if size is not None}
 
 
 def measure(
@@ -85,8 +86,9 @@ def measure(
     return losses
 
 
-def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Batch], store: Store) -> None:
-    """Walk the blocks, replacing each group of layers on the inputs it gets after everything before it was replaced.
+def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Batch], store: Store) -> set[str]:
+    """Walk the blocks, replacing each group of layers on the inputs it gets after everything before it was replaced;
+    the layers that were: an expert may lose all its tokens on the way, and stays.
 
     With `plan.correction` = a > 0, the target is not this layer's own map W but W ((1 - a) X + a C) X^-1, where
     X = E[x x^T] of the inputs x now and C = E[x_o x^T] with the inputs x_o of the original model: the least-squares
@@ -95,6 +97,7 @@ def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Bat
     Deviations: one share for all layers, where the paper chooses alpha for each; a mixture's experts are not corrected.
     """
     piece_of = {name: i for i, names in enumerate(layers_by_block(model, plan.layers)) for name in names}
+    placed = set[str]()
 
     def key(block: str) -> str:
         return named(f"block-{block}" if plan.stage == 0 else f"block-{plan.stage}-{block}", dict(sizes))
@@ -104,6 +107,7 @@ def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Bat
         for name in done.words if done else ():
             terms, bias = unpacked(done, name, model.get_submodule(name))  # type: ignore[arg-type]
             place(model, plan, name, Split(terms, bias))
+            placed.add(name)
         return done is not None
 
     needs = [need for need in INPUT_NEEDS if need in plan.reads_of or need == "input_moment"]
@@ -119,8 +123,10 @@ def sequential(model: nn.Module, plan: Plan, sizes: Sizes, batches: Sequence[Bat
                     moments = {**group.moments, **carried_moments(plan, kept, name)}
                     split = _split(model, plan, name, sizes[name], moments)
                     place(model, plan, name, split)
+                    placed.add(name)
                     changed.add(packed(name, split.terms, split.bias))
             store.put(key(block), changed)
+    return placed
 
 
 def _split(model: nn.Module, plan: Plan, name: str, size: Size, moments: Moments) -> Split:

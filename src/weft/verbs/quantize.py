@@ -39,6 +39,7 @@ from weft.terms.put import put
 from weft.terms.quantized import Quantized
 from weft.verbs.adapt import resolve_targets
 from weft.verbs.evaluate import model_size
+from weft.verbs.survey import check_weight
 
 __all__ = ["quantize", "run", "schemes"]
 
@@ -102,6 +103,9 @@ def quantize(
             "Every matrix that these targets name is in codes or factors already; quantise the model that it was made "
             "of, or make plain weights of it first: weft merge."
         )
+    for layer, module in layers.items():
+        for matrix in _dense_terms(module).values():
+            check_weight(layer, matrix)
     if method.replaces:
         options, store = method.options({"alpha": alpha, "iterations": iterations}), progress or Store()
         plan = _formats(layers, rank, bits, formats, stats, store)

@@ -102,7 +102,8 @@ def decide(
         chosen = spend(infos)
     if chosen is not None:
         plan = replace(plan, fixed={name: choice.size for name, choice in chosen.items()}, reads=())
-    found = survey(model, plan, infos, batches, stats, store) if plan.reads_weights or plan.carried else infos
+    surveyed = plan.reads_weights or plan.carried or "weight_spectrum" in plan.reads
+    found = survey(model, plan, infos, batches, stats, store) if surveyed else infos
     return plan, found, spend(found) if chosen is None else chosen
 
 

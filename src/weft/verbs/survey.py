@@ -43,6 +43,7 @@ __all__ = [
     "Plan",
     "carried_moments",
     "check_finite",
+    "check_weight",
     "offered",
     "piece_name",
     "site_of",
@@ -383,5 +384,11 @@ def check_finite(site: Site) -> None:
     """Raises WeftError where the weight holds NaN or infinity."""
     for member in site.members.values():
         check_finite(member)
-    if not site.members and not torch.isfinite(site.weight()).all():
-        raise WeftError(f"The weight of layer {site.name} holds NaN or infinity; leave it out by a pattern.")
+    if not site.members:
+        check_weight(site.name, site.weight())
+
+
+def check_weight(layer: str, weight: Tensor) -> None:
+    """Raises WeftError where the weight of a layer holds NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise WeftError(f"The weight of layer {layer} holds NaN or infinity; leave it out by a pattern.")
