@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "yaqa, clipped": ([("yaqa", {"clip": True})], {"allocate": "equal"}),
     "yaqa, clipped, G damped by 0.01": ([("yaqa", {"clip": True, "output_damping": 0.01})], {"allocate": "equal"}),
     "yaqa, clipped, widths by layer": ([("yaqa", {"clip": True})], {"allocate": "best"}),
-    "yaqa, by table, widths by layer": ([("yaqa", TABLE)], {"allocate": "best"}),
+    "yaqa, by table, widths by layer": ([("yaqa", {**TABLE, "group": None})], {"allocate": "best"}),
     "awq": ("awq", {"allocate": "equal"}),
     "baq": ("baq", {"allocate": "equal"}),
     "kfac-svd": ("kfac-svd", {}),
