@@ -18,7 +18,7 @@ from weft.stats.calibrate import calibrate
 from weft.stats.influence import block_influence
 from weft.terms import Submatrix, SumLinear
 from weft.terms.joints import joints, layers_of
-from weft.terms.layers import eligible, linear_layers, weight_of
+from weft.terms.layers import bias_of, eligible, linear_layers, weight_of
 from weft.testing_adapters import task, tiny_gpt2, tiny_llama
 from weft.verbs.survey import Plan, site_of
 
@@ -87,6 +87,43 @@ def test_joints_are_found_by_names_and_shapes() -> None:
     cohere = hf.CohereForCausalLM(hf.CohereConfig(**SIZES, **shape))
     assert joints(cohere, list(eligible(cohere)))[0].partners == (1, 0, 3, 2, 5, 4, 7, 6)
     assert layers_of(MLP)[2] == "model.layers.0.mlp.down_proj" and layers_of("lm") == ["lm"]
+
+
+HEADED = {**SIZES, "intermediate_size": 48, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 8}
+ROUTED = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+FULL = {"layer_types": ["full_attention"], "shared_expert_intermediate_size": 16}
+ATTENTIONS = {
+    "plain": (lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**HEADED)), True),
+    "sinks": (lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**HEADED, **ROUTED)), True),
+    "gate in q": (lambda: hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**HEADED, **ROUTED, **FULL)), False),
+    "gate in q, dense": (lambda: hf.Qwen3_5ForCausalLM(hf.Qwen3_5TextConfig(**HEADED, **FULL)), False),
+    "gate": (lambda: hf.AfmoeForCausalLM(hf.AfmoeConfig(**HEADED, **ROUTED, num_dense_layers=1)), False),
+    "mask of values": (lambda: hf.DogeForCausalLM(hf.DogeConfig(**HEADED)), False),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_values_are_mixed_only_where_outputs_undo_it(name: str) -> None:
+    """A rotation of each value head that its outputs undo: the same logits, or no joint for a method that mixes."""
+    make, mixes = ATTENTIONS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().eval()
+        turn = torch.linalg.qr(torch.randn(8, 8))[0]
+        for p in (p for p in model.parameters() if p.dim() == 1):
+            p.data += 0.3 * torch.randn_like(p)  # what begins at zero shows itself
+    layers = list(eligible(model))
+    assert METHODS["modegpt"].joints is not None and METHODS["lrp-pruning"].joints is not None
+    assert any(j.kind == "value-output" for j in METHODS["lrp-pruning"].joints(model, layers)), "choosing is exact"
+    assert any(j.kind == "value-output" for j in METHODS["modegpt"].joints(model, layers)) == mixes
+    before = logits(model)
+    v, o = (weight_of(model.get_submodule(f"model.layers.0.self_attn.{n}_proj")) for n in "vo")
+    bias = bias_of(model.get_submodule("model.layers.0.self_attn.v_proj"))
+    with torch.no_grad():
+        for turned in (v,) if bias is None else (v, bias):
+            turned.copy_((turn @ turned.view(2, 8, -1)).view_as(turned))
+        o.copy_((o.view(32, 4, 8) @ turn.mT).flatten(1))
+    assert torch.allclose(logits(model), before, atol=1e-4) == mixes
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -13,7 +13,7 @@ Source: none usable was published. ||O' V' x|| = ||R x|| for R = T V' (d_h, d) w
 made.
 Deviations: values alone. How queries and keys compose depends on the distance of two tokens where embeddings are
 rotary, which weights do not know. A norm before attention is known by its usual names and folded into V; one after it
-is not.
+is not. Gates between V and O count as open.
 """
 
 from __future__ import annotations

@@ -22,23 +22,23 @@ Deviations: the paper makes a smaller dense model of other head sizes. Values sh
 are cut by the best approximation for all their outputs together, where the paper takes the values' side alone. Biases
 are in the moments of q, k and v. All statistics are those of the dense model. lambda is `ridge` times the mean of the
 diagonal of C; the paper's value could not be confirmed. Layers in no joint (q, k and v in one matrix; queries behind a
-norm) are left.
+norm; values behind a gate, which acts on each number of a head by itself) are left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.methods.base import JointShape, Method, Shape, Site, Split, low_rank_terms
 from weft.terms import Submatrix
 from weft.terms.joints import Joint, joints
 from weft.terms.submatrix import select
 
-__all__ = ["METHOD", "keeping", "largest", "reading", "sizes", "split"]
+__all__ = ["METHOD", "cut_joints", "keeping", "largest", "reading", "sizes", "split"]
 
 _LEAST = 1e-6
 """Of the mean of the diagonal of C: what is added to it where it is inverted."""
@@ -59,6 +59,11 @@ def sizes(shape: Shape, options: Mapping[str, Any]) -> list[tuple[int, int]]:
     unit = 2 if joint.partners else 1
     counts = {max(joint.width * i // (options["steps"] * unit), 1) * unit for i in range(1, options["steps"])}
     return [(k, joint.nbytes(k, shape.itemsize)) for k in sorted(counts) if k < joint.width]
+
+
+def cut_joints(model: nn.Module, layers: Sequence[str]) -> list[Joint]:
+    """All but values and outputs that a gate stands between: the decomposition mixes the numbers of a head."""
+    return [joint for joint in joints(model, layers) if not joint.gated]
 
 
 def _neurons(site: Site, ridge: float) -> Split:
@@ -184,7 +189,7 @@ METHOD = Method(
     allocate="modegpt",
     split=split,
     sizes=sizes,
-    joints=joints,
+    joints=cut_joints,
     trained=low_rank_terms,
     defaults={"ridge": 1e-2, "steps": 32},
 )

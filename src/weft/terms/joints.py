@@ -5,14 +5,16 @@
     value-output   rows of v, columns of o                                                   numbers of a head
 
 They are told by the layers' names, which are few over all models, and by their shapes; what stands between the layers
-must act on each inner number by itself, so that where a norm does not, there is no joint. Layers that hold q, k and v
-in one matrix, rotary embeddings of a part of the head and attention with latents have none of the last two.
+must act on each inner number by itself, so that where a norm does not, there is no joint. Values and outputs whose
+attention has further numbers of its own, such as a gate, are joined and marked: numbers of a head may be chosen there,
+not mixed. Layers that hold q, k and v in one matrix, rotary embeddings of a part of the head and attention with latents
+have none of the last two.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -57,12 +59,14 @@ class Joint:
         width: of the inner dimension: neurons, or the numbers of one head.
         partners: of each inner number, the one that rotary embeddings turn with it, so that both are kept or none;
             None where each stands alone.
+        gated: of values and outputs: whether more than sums over tokens may stand between them, such as a gate.
     """
 
     kind: str
     members: Mapping[str, Member]
     width: int
     partners: tuple[int, ...] | None = None
+    gated: bool = False
 
     @property
     def name(self) -> str:
@@ -147,7 +151,14 @@ def _attention(model: nn.Module, module: nn.Module, within: Mapping[str, str]) -
     if not norms and known and rows["q_proj"] == read and rows["k_proj"] == rows["v_proj"]:
         yield Joint("query-key", {n: member(n, 0) for n in ("q_proj", "k_proj")}, width, partners)
     if all("q_norm" in name or "k_norm" in name for name in norms):
-        yield Joint("value-output", {"v_proj": member("v_proj", 0), output: member(output, 1)}, width)
+        gated = rows["q_proj"] != read or _has_more(module, {"q_proj", "k_proj", "v_proj", output})
+        yield Joint("value-output", {"v_proj": member("v_proj", 0), output: member(output, 1)}, width, gated=gated)
+
+
+def _has_more(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether attention has further numbers than these layers and norms of queries and keys; sinks belong to a head."""
+    others = (child for name, child in module.named_children() if name not in names and "norm" not in name)
+    return any(True for child in others for _ in child.parameters())
 
 
 def _partners(config: Any, module: nn.Module, width: int) -> tuple[bool, tuple[int, ...] | None]:
