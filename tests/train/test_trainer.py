@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weft.errors import WeftError
 from weft.memory import lean, lean_report
 from weft.rules import Rule
+from weft.rules.support import move
+from weft.terms import MovingSparse
 from weft.train.checkpoints import WEIGHTS_FILE, Changes, last_checkpoint
 from weft.train.examples import Example
 from weft.train.identity import tensors_digest
@@ -269,3 +271,17 @@ def test_a_digest_sees_every_value_and_its_place(dtype, monkeypatch):
     other[4, 6] = 1 - int(x[4, 6])
     assert len({*digests, tensors_digest([other])}) == 4
     assert tensors_digest([x.clone()]) == tensors_digest([x.T.contiguous().T]) == tensors_digest([x])
+
+
+def test_a_buffer_that_was_empty_is_empty_again(tmp_path):
+    """Entries that settled after the best checkpoint are not left in the model that it is loaded into."""
+    model = torch.nn.Module()
+    model.term = MovingSparse.at(torch.tensor([0, 5]), 4, 4, dtype=torch.float32)
+    changes = Changes(model)
+    changes.save(tmp_path)
+    before = model.term.dense()
+    model.term.values.data += 1
+    move(model.term, torch.tensor([1, 5]), {}, settle=True)
+    assert model.term.settled.numel() == 1
+    changes.load(tmp_path)
+    assert torch.equal(model.term.dense(), before) and not model.term.settled_positions.numel()

@@ -17,7 +17,8 @@ from tests.methods.moving import moving_terms
 from tests.processes import start
 from weft.cli import app
 from weft.errors import WeftError
-from weft.methods import find
+from weft.grafts import GRAFTS
+from weft.methods import METHODS, find
 from weft.rules.annealed_decay import AnnealedDecay
 from weft.runs.loading import load_model
 from weft.terms import Dense, LowRank, RoundedInputs, SumLinear
@@ -31,6 +32,7 @@ from weft.verbs import combine, evaluate, merge, preparing
 from weft.verbs import finetune as verb
 from weft.verbs.adapt import adapt, trainable
 from weft.verbs.finetune import finetune, run
+from weft.verbs.fresh import Structure, ends_of
 from weft.verbs.preparing import load_teacher, with_totals
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i}\n\n\n" for i in range(120))
@@ -474,6 +476,19 @@ def test_what_goes_by_data_held_out_asks_for_some(tiny_directory, tokenizer):
         Recipe(load_best=True, save_every=3, eval_every=2)
     with pytest.raises(WeftError, match="--save-every 4 does not save where --eval-every 2 judges"):
         Recipe(load_best=True, save_every=4, eval_every=2)  # the best may lie between two checkpoints
+
+
+@pytest.mark.parametrize("method", ["pst", "qvgen", "acm"])
+def test_a_run_that_has_an_end_to_come_to_is_not_cut_short(method, tiny_directory, tokenizer):
+    for setting in ({"load_best": True}, {"early_stopping": 2}):
+        with pytest.raises(WeftError, match=r"of before the end of the run, and .* comes only there: leave it out"):
+            finetune(model_of(tiny_directory), tokenizer, TEXT, method, eval_data=[OTHER], **JUDGED, **setting)
+
+
+def test_which_methods_have_an_end_to_come_to():
+    assert {m.name for m in METHODS.values() if ends_of(m, m.defaults)} == {"pst", "qvgen", "acm", "nm-gradient-flow"}
+    assert not Structure.of("bitnet-1.58").ends and Structure.of("bitnet-1.58", given=True).ends == "whole rounding"
+    assert ends_of(GRAFTS["quantizable-attention"], {}) == ""
 
 
 def test_an_interrupted_run_ends_as_early_as_a_whole_one(tiny_directory, tokenizer, tmp_path):

@@ -417,4 +417,6 @@ def test_texts_held_out_decide_which_weights_are_kept_and_when_it_ends(go, tmp_p
     assert kept["loss"] == pytest.approx(result["eval_loss"], rel=0.1) and kept["loss"] < losses[result["steps"]]
     with pytest.raises(WeftError, match="--early-stopping goes by the loss on data held out"):
         go("refused", early_stopping=2)
+    with pytest.raises(WeftError, match="--load-best may leave a model .* the pattern comes only there"):
+        go("refused", method="nm-gradient-flow", load_best=True, **judged)
     assert go("rehearsed", dry_run=True, load_best=True, steps=60, **judged)["dry_run"]

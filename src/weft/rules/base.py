@@ -44,6 +44,8 @@ class Rule:
         scope: the terms that it is started on where `start` is not told of others, as those of an adapter; None for all
             the model's own.
         works_on: the kinds of terms that it can do something with; none for terms of any kind.
+        ends: of a rule under which the model becomes what the method promises by the end of the run alone: what comes
+            then. Such a run is not cut short, and no earlier model is taken for the best.
         uncounted: of a rule that holds more beside a step than a plan of its memory counts: what that is.
         terms, steps: what it was started on, layer name -> term name -> term, and for how long a run, None where that
             is not known.
@@ -51,6 +53,7 @@ class Rule:
 
     scope: Terms | None = None
     works_on: ClassVar[tuple[type[nn.Module], ...]] = ()
+    ends: str = ""
     uncounted: ClassVar[str] = ""
     terms: Terms
     steps: int | None = None

@@ -21,11 +21,14 @@ class Blend(EachStep):
     """
 
     works_on = (TernaryLatent,)
+    ends = "whole rounding"
 
     def __init__(self, blend: float) -> None:
         if not 0 <= blend < 1:
             raise WeftError(f"blend is {blend}: give the share of the run in which rounding comes, from 0, below 1.")
         self.share = blend
+        if not blend:
+            self.ends = ""
 
     def begin(self, model: nn.Module) -> None:
         self.latents = [term for _, term in self.found(TernaryLatent)]

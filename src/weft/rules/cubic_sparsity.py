@@ -25,6 +25,7 @@ class CubicSparsity(EachStep):
     """
 
     works_on = (ScoredMask,)
+    ends = "the whole sparsity"
 
     def __init__(self, sparsity: float, dense: float, settle: float) -> None:
         if not 0 <= sparsity < 1:

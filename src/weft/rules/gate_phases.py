@@ -35,6 +35,7 @@ class GatePhases(EachStep):
     """
 
     works_on = (GatedLearners,)
+    ends = "a model that keeps to its budget"
 
     def __init__(
         self, target: float, gates: float, tolerance: float, weight: float, entropy: float, diversity: float

@@ -46,6 +46,7 @@ class GradientFlow(EachStep):
     """
 
     works_on = (Fading,)
+    ends = "the pattern"
 
     def __init__(self, n: int, m: int, decay: str, dense: float, settle: float) -> None:
         if decay not in DECAYS:

@@ -36,6 +36,7 @@ class RankDecay(EachStep):
     """
 
     works_on = (AidedCode,)
+    ends = "codes without a product beside them"
 
     def __init__(self, auxiliary: int, decay: str) -> None:
         if auxiliary < 1:

@@ -51,12 +51,15 @@ class Changes:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Put the saved tensors in place, each with its saved shape.
+        """Put the saved tensors in place, each with its saved shape; buffers that are not there were empty.
 
         Raises WeftError for a tensor that the model lacks.
         """
         here = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        for name, saved in read_tensors(directory / WEIGHTS_FILE).items():
+        found = read_tensors(directory / WEIGHTS_FILE)
+        for name in self.changed().keys() - found.keys() - dict(self.model.named_parameters()).keys():
+            here[name].data = here[name].new_empty(0)
+        for name, saved in found.items():
             if name not in here:
                 raise WeftError(
                     f"The checkpoint {directory} holds {name}, which the model has not: it is another model's."

@@ -48,6 +48,7 @@ from weft.verbs.adapt import make_optimizer as adapter_optimizer
 from weft.verbs.beginning import check_held_out
 from weft.verbs.evaluate import check_causal, check_context, peak_memory, reset_peak_memory
 from weft.verbs.figures import as_written, perplexity_on, rehearsed, summary
+from weft.verbs.fresh import ends_of
 from weft.verbs.preparing import check_teacher, leave, lesson_of, load_teacher, prepare
 
 __all__ = ["finetune", "run"]
@@ -105,9 +106,9 @@ def finetune(
         >>> done = weft.finetune(model, tokenizer, text, "lora", rank=4, steps=2, batch=2, window=32)
     """
     recipe, options = split_settings(settings)
-    check_judging(recipe, eval_data is not None)
-    check_context(model, recipe.window)
     chosen = find(method, *KINDS)
+    check_judging(recipe, eval_data is not None, ends_of(chosen, chosen.options(options)))
+    check_context(model, recipe.window)
     lesson = lesson_of(model, chosen, teacher, teacher_top, teacher_labels)
     if isinstance(chosen, Method) and chosen.kind == "compress":
         chosen.freeze(model)  # says at once where the model has nothing that it trains
@@ -162,11 +163,17 @@ def rows_of(
     return rows
 
 
-def check_judging(recipe: Recipe, judged: bool) -> None:
-    """Raises WeftError for what asks for the loss on data held out, where there are none."""
+def check_judging(recipe: Recipe, judged: bool, ends: str = "") -> None:
+    """Raises WeftError for what asks for the loss on data held out, where there are none, or may leave a model of
+    before the end of the run, where something comes by that alone (`weft.verbs.fresh.ends_of`).
+    """
     for name, asked in (("load-best", recipe.load_best), ("early-stopping", recipe.early_stopping)):
         if asked and not judged:
             raise WeftError(f"--{name} goes by the loss on data held out: give --eval-data.")
+        if asked and ends:
+            raise WeftError(
+                f"--{name} may leave a model of before the end of the run, and {ends} comes only there: leave it out."
+            )
 
 
 def stepping(
@@ -258,7 +265,7 @@ def run(
     check_method(method, rank, options, optimizer)
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
-    check_judging(recipe, eval_data is not None)
+    check_judging(recipe, eval_data is not None, ends_of(find(method), find(method).options(options)))
     check_teacher(find(method), teacher, teacher_top, teacher_labels)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     files = calibration_files() if data is None else data

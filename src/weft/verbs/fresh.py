@@ -27,7 +27,7 @@ from weft.terms.adapters import base_terms
 from weft.terms.layers import bias_of, linear_layers, shape_of
 from weft.terms.put import KEEP, is_one_matrix, put, unput
 
-__all__ = ["Grafting", "Structure", "finish", "restructure"]
+__all__ = ["Grafting", "Structure", "ends_of", "finish", "restructure"]
 
 QUARTER = 4
 """The published ranks of low-rank pre-training are about a quarter of the model's width."""
@@ -109,6 +109,11 @@ class Structure:
         """What its rules hold beside a step that no plan of its memory counts."""
         return [what for make in self.method.rules if (what := getattr(make, "uncounted", ""))]
 
+    @property
+    def ends(self) -> str:
+        """What comes by the end of a run alone."""
+        return ends_of(self.method, self.options)
+
 
 @dataclass(frozen=True)
 class Grafting(Structure):
@@ -144,6 +149,12 @@ class Grafting(Structure):
     @property
     def uncounted(self) -> list[str]:
         return []
+
+
+def ends_of(method: Record, options: Mapping[str, Any]) -> str:
+    """What comes by the end of a run alone (`weft.rules.Rule.ends`), with these options of the method; or ""."""
+    makers = [make for make in method.rules if getattr(make, "ends", "")] if isinstance(method, Method) else []
+    return next((rule.ends for rule in make_rules(makers, options) if rule.ends), "")
 
 
 def restructure(

@@ -134,7 +134,7 @@ def run(
     _check_rules(refactorise, reset_moments, structure, recipe.steps)
     _check_width(optimizer, mup, decay)
     schedule_of(schedule, recipe, restart, reset_moments or period_of(optimizer, options))
-    check_judging(recipe, eval_data is not None)
+    check_judging(recipe, eval_data is not None, "" if structure is None else structure.ends)
     files = source_files(text) if text is not None else calibration_files()
     inputs = contents(model=model, tokenizer=tokenizer, text=files, eval_text=eval_text, eval_data=eval_data)
     if out is not None or not plan:

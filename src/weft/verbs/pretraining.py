@@ -79,7 +79,7 @@ def pretrain(
     Raises:
         WeftError: a text that is too short, or a best checkpoint is asked for and there are no texts held out.
     """
-    check_judging(recipe, eval_data is not None)
+    check_judging(recipe, eval_data is not None, "" if structure is None else structure.ends)
     measure = partial(perplexity_on, evaluation, model, tokenizer, recipe, eval_windows)
     options = chosen_options(optimizer, options, recipe.steps, model)
     plan = schedule_of(schedule, recipe, restart, reset_moments or period_of(optimizer, options))
