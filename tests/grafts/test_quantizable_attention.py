@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -202,6 +203,47 @@ def test_wrong_options_are_sentences(options, sentence):
     with pytest.raises(WeftError, match=sentence):
         weft.adapt(model, NAME, **options)
     assert torch.equal(logits(model), logits(tiny_decoder()))
+
+
+SIZES = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+ROUTED = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+TOWER = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def sinks():
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**SIZES, **ROUTED))
+
+
+def gated_queries():
+    full = {"layer_types": ["full_attention"], "shared_expert_intermediate_size": 16}
+    return hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(**SIZES, **ROUTED, **full))
+
+
+def two_towers():
+    vision = {**TOWER, "image_size": 16, "patch_size": 8}
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 30, "boi_token_index": 31, "eoi_token_index": 29}
+    return hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(text_config=SIZES, vision_config=vision, **tokens))
+
+
+@pytest.mark.parametrize("graft", [NAME, "ntk-attention"])
+@pytest.mark.parametrize("make", [gated_queries, two_towers])
+def test_without_weights_models_of_several_parts_and_gated_queries_are_as_they_were(make, graft):
+    model = make().eval()
+    before = logits(model)
+    weft.adapt(model, graft, std=0.0)
+    assert torch.allclose(logits(model), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("graft", [NAME, "ntk-attention"])
+def test_what_the_attention_would_no_longer_do_is_refused(graft):
+    with pytest.raises(WeftError, match="GptOssForCausalLM cannot be exchanged .it has sinks of its own"):
+        weft.adapt(sinks(), graft)
+    capped = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES))
+    with pytest.raises(WeftError, match="it has attn_logit_softcapping of its own"):
+        weft.adapt(capped, graft)
 
 
 def test_what_it_does_not_fit_is_refused():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.errors import WeftError
+from weft.grafts.attention import exchangeable
 from weft.grafts.base import Graft
 from weft.kernels.prefix_attention import prefix_attention
 from weft.seeds import generator
@@ -46,9 +46,7 @@ def build(model: Any, seed: int, *, std: float) -> dict[str, nn.Module]:
     Raises:
         WeftError: the model's attention cannot be exchanged.
     """
-    layers = dict(attention_layers(model))
-    if not layers or not model._can_set_attn_implementation():
-        raise WeftError(f"The attention of {type(model).__name__} cannot be exchanged, so it can have no prefix.")
+    layers = exchangeable(model, "it can have no prefix")
     made: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         prefix = Prefix(heads_of(layer), layer.head_dim, next(layer.parameters()).device)  # type: ignore[arg-type]

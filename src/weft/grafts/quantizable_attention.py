@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError, unknown
+from weft.grafts.attention import exchangeable
 from weft.grafts.base import Graft
 from weft.kernels.clipped_attention import clipped_attention
 from weft.seeds import generator
@@ -100,12 +101,14 @@ def build(
         WeftError: an option that cannot be, nothing to train, or the model's attention cannot be exchanged.
     """
     _check(gate, probability, alpha, length, zeta, whole)
-    layers, features = dict(attention_layers(model)), int(model.config.hidden_size)
-    _check_model(model, layers, features)
+    layers = exchangeable(model, "its heads stay as they are", "attention_chunk_size")
+    strange = next((layer for layer in layers.values() if _features(layer) % heads_of(layer)), None)
+    if strange is not None:
+        raise WeftError(f"The {_features(strange)} features of the model cannot be shared evenly by its heads' gates.")
     made: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         device = next(layer.parameters()).device
-        part = Silencer(gate, heads_of(layer), features, (-alpha / length, zeta), device)
+        part = Silencer(gate, heads_of(layer), _features(layer), (-alpha / length, zeta), device)
         _draw(part, generator(seed, GRAFT.name, name), std)
         if gate is not None:
             part.offset.fill_(log(probability / (1 - probability)))  # type: ignore[operator, union-attr]
@@ -127,16 +130,9 @@ def _check(gate: str | None, probability: float, alpha: float, length: int, zeta
         raise WeftError("A clipped softmax has no numbers of its own to train: give whole=true, or a gate.")
 
 
-def _check_model(model: Any, layers: Mapping[str, nn.Module], features: int) -> None:
-    config = model.config.get_text_config()
-    own = next((key for key in ("attn_logit_softcapping", "attention_chunk_size") if getattr(config, key, None)), None)
-    if not layers or not model._can_set_attn_implementation() or own is not None:
-        why = "" if own is None else f" (it has {own} of its own)"
-        raise WeftError(
-            f"The attention of {type(model).__name__} cannot be exchanged{why}, so its heads stay as they are."
-        )
-    if any(features % heads_of(layer) for layer in layers.values()):
-        raise WeftError(f"The {features} features of the model cannot be shared evenly by its heads' gates.")
+def _features(layer: nn.Module) -> int:
+    """The layer's inputs, which parts of a model may have their own number of."""
+    return int(layer.q_proj.in_features)  # type: ignore[arg-type, union-attr]
 
 
 def _draw(part: Silencer, draw: torch.Generator, std: float | None) -> None:
@@ -186,9 +182,9 @@ def count(model: Any, options: Mapping[str, Any]) -> int:
     """A head's gate of n inputs has n + 1 numbers, one of two layers (n + 1) n / 4 + n / 4 + 1; with `whole` all the
     model's besides.
     """
-    features, total = model.config.hidden_size, 0
+    total = 0
     for _, layer in attention_layers(model):
-        heads = heads_of(layer)
+        features, heads = _features(layer), heads_of(layer)
         n = features // heads
         each = {None: 0, "head": n + 1, "mlp": (n + 1) * (n // 4) + n // 4 + 1, "all": features + 1}
         total += heads * each[options["gate"]]

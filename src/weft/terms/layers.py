@@ -225,5 +225,7 @@ def attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def heads_of(layer: nn.Module) -> int:
-    """The query heads of an attention layer."""
-    return int(layer.q_proj.out_features // layer.head_dim)  # type: ignore[arg-type, operator, union-attr]
+    """The query heads of an attention layer, by those of the keys where it groups them: queries may hold gates too."""
+    groups = getattr(layer, "num_key_value_groups", None)
+    name, each = ("q_proj", 1) if groups is None or layer._modules.get("k_proj") is None else ("k_proj", groups)
+    return int(layer.get_submodule(name).out_features // layer.head_dim * each)  # type: ignore[arg-type, operator]
