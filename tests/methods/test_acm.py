@@ -93,9 +93,22 @@ def test_the_leading_components_are_the_learners_of_a_layer() -> None:
         assert float(left) == pytest.approx(float(s[r:].norm()), rel=1e-4)
     factors = LowRank.from_factors(torch.randn(12, 7), torch.randn(7, 16))
     kept = method.split(Site("layer", {"a": factors}, None, None, {}, generator(0, "b")), **OPTIONS).terms["base"]
-    torch.testing.assert_close(kept.B @ kept.A, factors.B[:, :6] @ factors.A[:6])
+    torch.testing.assert_close(kept.B @ kept.A, factors.B @ factors.A)
     with pytest.raises(WeftError, match="learners is 0"):
         method.split(site, learners=0, hidden=8, capacity=1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("learners", [1, 3, 4])
+def test_no_component_of_the_model_s_factors_is_lost(learners: int) -> None:
+    """A rank of 7 in parts of equal size: all learners give what the factors gave."""
+    draw = torch.Generator().manual_seed(0)
+    factors = LowRank.from_factors(torch.randn(12, 7, generator=draw), torch.randn(7, 10, generator=draw))
+    site = Site("layer", {"base": factors}, None, None, {}, generator(0, "layer"), torch.float32)
+    term = METHODS["acm"].split(site, **OPTIONS | {"learners": learners}).terms["base"]
+    assert isinstance(term, GatedLearners) and term.rank == math.ceil(7 / learners) * learners
+    x = tokens(width=10).float()
+    torch.testing.assert_close(term(x), factors(x))
 
 
 def test_gates_are_taught_the_first_prefix_that_is_near_enough_and_then_keep_the_budget() -> None:

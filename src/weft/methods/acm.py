@@ -14,12 +14,14 @@ three small products instead of one. A rank that follows the token cannot be mer
 Deviations: learners are linear, as published for projections; MLPs are not replaced as a whole. Prefixes of a truncated
 SVD are the least-squares answer of phase 1 for white inputs, or for the data where the factors are; the gate's target
 compares with all learners, since what they were made of is gone. Budget and diversity are those of the soft gates, and
-pairs of tokens are neighbours. A draw executes exactly the learners that it says.
+pairs of tokens are neighbours. A draw executes exactly the learners that it says. A rank that N does not divide is
+filled up with components of zeros.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from weft.errors import WeftError
 from weft.methods.base import Method, Site, Split, low_rank_terms
@@ -42,13 +44,14 @@ def split(site: Site, *, learners: int, hidden: int, capacity: float) -> Split:
     factors = terms[0].exact_factors() if len(terms) == 1 else None
     if factors is None:
         U, s, Vh = torch.linalg.svd(site.weight(torch.float32), full_matrices=False)
-        rank = max(int(capacity * out * inn / (out + inn)), learners)
+        rank = max(int(capacity * out * inn / (out + inn)) // learners, 1) * learners
         factors = (U * s.sqrt())[:, :rank], (s.sqrt().unsqueeze(1) * Vh)[:rank]
     B, A = factors
-    rank = len(A) // learners * learners
-    if not rank:
+    if len(A) < learners:
         return Split()
-    B, A = (t.to(site.device, site.dtype) for t in (B[:, :rank], A[:rank]))
+    B, A = (t.to(site.device, site.dtype) for t in (B, A))
+    lacking = -len(A) % learners  # components of zeros, so that the parts are equal and none of the layer's is lost
+    B, A = F.pad(B, (0, lacking)), F.pad(A, (0, 0, 0, lacking))
     return Split({"base": GatedLearners.from_factors(B, A, learners, hidden, site.generator)})
 
 
