@@ -7,10 +7,11 @@ is what the walk of `weft.linalg.column_errors` does, with w'_j the nearest numb
 A group's scale and zero point are those of its weights when it is reached, with all errors so far taken up; columns
 are done in blocks of about 128, which changes nothing but the time. `act_order` begins with the columns of the largest
 inputs, and takes the grids from the weights as they were (the code's static groups), so that columns lie in storage as
-they are. A column with no input becomes zero. x are the inputs in the model quantised so far, block by block.
+they are. A column with no input becomes zero. x are the inputs in the model quantised so far, within a block too.
 Deviations: the width is chosen for each matrix by predicted loss (`best`); one for all, as published, is `--allocate
 equal`. The code fits a group that begins amid a block of columns before the block's errors are taken up. H is
-factorised in fp64, the rounding is in fp32.
+factorised in fp64, the rounding is in fp32. Inputs are measured anew for each group of layers within a block, which is
+the code's --true-sequential, off by default there.
 """
 
 from __future__ import annotations

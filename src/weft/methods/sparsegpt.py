@@ -4,8 +4,9 @@
     the walk of `weft.linalg.column_errors`;   of each block of 128 columns, when it is reached, the share d of entries
     with the largest w^2 / U_jj^2 stays, over all rows together;   with `pattern` n:m, n of every m inputs of each row
 
-A size is the density d, as for `wanda`. x are the inputs in the model pruned so far, block by block.
-Deviations: exactly the share d of a block stays (the code prunes one entry more).
+A size is the density d, as for `wanda`. x are the inputs in the model pruned so far, within a block too.
+Deviations: exactly the share d of a block stays (the code prunes one entry more). Inputs are measured anew for
+each group of layers within a block, where the code takes those of a whole block in one pass.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 A size is the density d, the share of weights kept. `pattern` "2:4" (4:8, ...) keeps the 2 largest of every 4 inputs in
 a row instead. What is stored are the kept numbers and a mask of one bit a weight.
-Deviations: none; the released code prunes a block on what the pruned blocks before it put out, as here.
+Deviations: inputs are measured anew for each group of layers within a block (o_proj's behind pruned q, k and v), where
+the released code takes those of a whole block in one pass, behind the pruned blocks before it.
 """
 
 from __future__ import annotations
