@@ -82,13 +82,18 @@ def _for_bytes(lines: list[Line]) -> list[str]:
         f"are at {_kl(most)} with {most['bits']:.2f}."
     )
     chosen = [
-        f"{sum(n for name, n in line['methods'].items() if '+' in name or 'svd' in name)} of "
-        f"{sum(line['methods'].values())} matrices at {line['bits']:.2f} bits"
-        for line in lines
-        if line["row"] == "auto"
+        f"{_with_factors(line)} of {sum(line['methods'].values())} matrices of {line['model']} at {line['bits']:.2f} bits"
+        for file in sorted(RESULTS.glob("frontier_*_mixed.jsonl"))
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        if line["row"] == "auto" and line["seed"] == 0
     ]
     said.append(f"- `auto`, which is offered factors, alone and beside codes, takes them for {', '.join(chosen)}.")
     return said
+
+
+def _with_factors(line: Line) -> int:
+    """How many matrices are in factors, or have some."""
+    return sum(n for name, n in line["methods"].items() if "+" in name or "svd" in name)
 
 
 def _for_operations(lines: list[Line]) -> list[str]:
