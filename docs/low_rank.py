@@ -82,7 +82,8 @@ def _for_bytes(lines: list[Line]) -> list[str]:
         f"are at {_kl(most)} with {most['bits']:.2f}."
     )
     chosen = [
-        f"{_with_factors(line)} of {sum(line['methods'].values())} matrices of {line['model']} at {line['bits']:.2f} bits"
+        f"{_with_factors(line)} of {sum(line['methods'].values())} matrices of {line['model']} at {line['bits']:.2f} "
+        "bits"
         for file in sorted(RESULTS.glob("frontier_*_mixed.jsonl"))
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())
         if line["row"] == "auto" and line["seed"] == 0
