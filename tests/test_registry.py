@@ -29,7 +29,7 @@ SOURCE = ROOT / "src" / "weft"
 # files of the rooms that are no pages: contracts and what several pages share
 SHARED = {
     "methods": {"base", "adapter", "combined"},
-    "grafts": {"base", "lst_start"},
+    "grafts": {"attention", "base", "lst_start"},
     "merging": {"base"},
     "scaling": {"base", "fit"},
     "measures": {"base"},
@@ -206,3 +206,17 @@ def test_every_option_refuses_a_value_of_another_sort() -> None:
     }
     assert type(METHODS["gptq"].options({"group": 32.0})["group"]) is int
     assert METHODS["sltrain"].options({"alpha": 16, "density": None})["density"] is None
+
+
+def test_an_option_below_its_least_is_refused_before_any_work() -> None:
+    """Divisions by zero after calibration, no size at all, or another number in its place without a word."""
+    wrong = [
+        ("dsformer", "steps", 0), ("modegpt", "steps", 1), ("lrp-pruning", "steps", 1), ("jlcm", "groups", 0),
+        ("baq", "theta", 0), ("baq", "theta", 0.01), ("acm", "hidden", 0), ("lora-sb", "warmup", 0), ("nf", "block", 0),
+        ("nf4", "scale_block", 0), ("lq-lora", "bits", 0), ("lq-lora", "block", 0), ("compacter", "n", 0),
+    ]  # fmt: skip
+    for name, key, value in wrong:
+        with pytest.raises(WeftError, match=f"The option {key} of '{name}' is {value}: give .* or more"):
+            METHODS[name].options({key: value})
+    for record in (record for table in tables() for record in table.values()):
+        assert all(record.defaults[key] is None or record.defaults[key] >= least for key, least in record.least.items())

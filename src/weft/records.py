@@ -42,6 +42,7 @@ class Record:
         paper: authors, year and identifier; "weft" where it is ours and a search found no other source.
         defaults: the published hyperparameters, which are also the names of the options that it takes; None is a number
             that follows from the layer or the run.
+        least: of options for which not every number from 0 on makes sense: the smallest that does.
     """
 
     name: str
@@ -49,10 +50,11 @@ class Record:
     summary: str
     paper: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    least: Mapping[str, float] = field(default_factory=dict)
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults overridden by what the user gave. Raises WeftError for an option that the record has not, and
-        for a value of another sort than its default, or below zero where that is above.
+        for a value of another sort than its default, or below zero where that is above, or below its least.
         """
         strange = sorted(set(given) - set(self.defaults))
         if strange:
@@ -62,6 +64,8 @@ class Record:
             wanted = _wanted(value, self.defaults[key])
             if wanted is not None:
                 raise WeftError(f"The option {key} of {self.name!r} is {value!r}: give {wanted}.")
+            if value is not None and value < self.least.get(key, value):
+                raise WeftError(f"The option {key} of {self.name!r} is {value!r}: give {self.least[key]} or more.")
         whole = {k for k, v in given.items() if isinstance(v, float) and isinstance(self.defaults[k], int)}
         return {**self.defaults, **{key: int(value) if key in whole else value for key, value in given.items()}}
 

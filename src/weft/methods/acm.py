@@ -64,6 +64,7 @@ METHOD = Method(
     ranked=False,
     rules=(GatePhases,),
     trained=low_rank_terms,
+    least={"hidden": 1},
     defaults={
         "learners": 4, "hidden": 16, "capacity": 1.0, "target": 0.6, "gates": 0.2, "tolerance": 0.1,
         "weight": 1.0, "entropy": 0.05, "diversity": 0.05,

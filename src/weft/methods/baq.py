@@ -8,7 +8,8 @@ GM is the geometric mean. b_j are whole numbers of bits, 0 or 2 to 8 (a range th
 sum is the least that these allow, found by the steepest gain a bit, and the mean is R exactly. A column of 0 bits is
 zero, and its error is taken up by those after it. What is stored are the codes as one stream of bits, 4 bits a column
 for its width, and two 16-bit numbers a row for its range.
-x are the inputs in the model quantised so far, as in `gptq`.
+theta is that of errors that fall as 2^(-theta b), 2 for grids; smaller ones spread the widths, and below 0.5 none is
+taken. x are the inputs in the model quantised so far, as in `gptq`.
 Deviations: whole numbers of bits, where the released code counts log2 of any number of levels, which no format stores;
 in pass 1 a mean between two whole numbers takes the lower one, by which all l_j change alike.
 """
@@ -121,5 +122,6 @@ METHOD = Method(
     sequential=True,
     split=_BAQ(),
     sizes=sizes,
+    least={"theta": 0.5},
     defaults={"theta": 1.95, "damping": 0.01},
 )

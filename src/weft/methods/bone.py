@@ -70,5 +70,6 @@ METHOD = Method(
     split=split,
     count=_count,
     limit=limit,
+    least={"mini_r": 1},
     defaults={"variant": "balance", "mini_r": 1},
 )

@@ -125,5 +125,6 @@ METHOD = Method(
     extras=extras,
     rules=(Replicated,),
     exempt={"merges": "A bottleneck with a nonlinearity is no matrix that could be added to the weight."},
+    least={"n": 1, "r_f": 1},
     defaults={"n": 4, "r_f": 1, "attention": True, "norms": True},
 )

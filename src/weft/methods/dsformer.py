@@ -182,5 +182,6 @@ METHOD = Method(
     split=_Dictionaries(),
     sizes=sizes,
     trained=low_rank_terms,
+    least={"steps": 1},
     defaults={"share": 0.5, "rounds": 4, "steps": 4, "ridge": 1e-2},
 )

@@ -124,5 +124,6 @@ METHOD = Method(
     sequential=True,
     split=_JLCM(),
     sizes=sizes,
+    least={"groups": 1},
     defaults={"bits": None, "groups": 16, "steps": 100},
 )

@@ -54,5 +54,6 @@ METHOD = Method(
     split=split,
     count=core_count,
     deviates="It starts one approximated Adam step of size lr / warmup away from the base.",
+    least={"warmup": 1},
     defaults={"lr": 1e-4, "warmup": 31, "threshold": 1e-6},
 )

@@ -185,5 +185,6 @@ METHOD = Method(
     count=lora_count,
     replaces=True,
     deviates="by the quantisation error that the factors do not take up",
+    least={"bits": 2, "block": 1, "scale_bits": 2, "scale_block": 1},
     defaults={"alpha": None, "rslora": False, "iterations": 100, **NF4._asdict()},
 )

@@ -72,5 +72,6 @@ METHOD = Method(
     sizes=sizes,
     joints=cut_joints,
     trained=low_rank_terms,
+    least={"steps": 2},
     defaults={"steps": 32},
 )

@@ -191,5 +191,6 @@ METHOD = Method(
     sizes=sizes,
     joints=cut_joints,
     trained=low_rank_terms,
+    least={"steps": 2},
     defaults={"ridge": 1e-2, "steps": 32},
 )

@@ -50,6 +50,7 @@ def _method(name: str, summary: str, widths: tuple[int, ...]) -> Method:
         allocate="equal",
         split=split,
         sizes=partial(sizes, widths=widths),
+        least={"block": 1, "scale_bits": 2, "scale_block": 1},
         defaults=DEFAULTS,
     )
 
