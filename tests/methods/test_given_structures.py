@@ -233,10 +233,9 @@ def test_padding_is_no_feature(relative):
     rule = FeatureDistillation(Blocks(), 1.0, relative=relative)
     mine, theirs = torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for count in (2, 4):
-        rule.mask = None
-        expected = rule._error(mine[:, :count], theirs[:, :count])
-        rule.mask = (torch.arange(5) < count).long().expand(2, 5)
-        torch.testing.assert_close(rule._error(mine, theirs), expected)
+        expected = rule.error(mine[:, :count], theirs[:, :count])
+        mask = (torch.arange(5) < count).long().expand(2, 5)
+        torch.testing.assert_close(rule._error(mine, theirs, mask), expected)
 
 
 def test_the_mask_of_a_batch_reaches_the_rule():
@@ -250,7 +249,7 @@ def test_the_mask_of_a_batch_reaches_the_rule():
         rule.start(model, steps=3)
         model.train()(input_ids=ids[:, :width], attention_mask=(torch.arange(width) < 4).long().expand(2, width))
         penalties.append(rule.penalty(model).item())
-        rule._close()
+        rule.close()
     assert penalties[0] == pytest.approx(penalties[1], rel=1e-4)
 
 

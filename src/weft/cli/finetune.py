@@ -94,6 +94,10 @@ def command(
         float | None,
         typer.Option(help="Weight of the labels' own loss beside it; the method's, mostly 0.", show_default=False),
     ] = None,
+    teacher_features: Annotated[
+        float | None,
+        typer.Option(help="Weight of the error of the states after each block, such as 1.", show_default=False),
+    ] = None,
     save_total_limit: SaveTotalLimit = 2,
     log_every: LogEvery = 10,
     report_to: ReportTo = "none",

@@ -8,7 +8,8 @@ The first is what Minitron (Muralidharan et al., 2024, arXiv 2407.14679) and PV-
 2405.14852) train by. By the chain rule the second would be the same if its last divergence were turned round; as it
 is, the top is covered as a whole and the student is kept from putting mass where the teacher has none: the two kinds of
 knowledge that TopKLD (Ding et al., 2025, arXiv 2501.06218) weighs apart. With `labels` above 0, that many times the
-cross-entropy of the labels is added (INT2.1, Chai et al., 2023, arXiv 2306.08162).
+cross-entropy of the labels is added (INT2.1, Chai et al., 2023, arXiv 2306.08162). What is learned of the teacher's
+hidden states beside this is `weft.rules.features`.
 Deviations: the form with K is ours, after TopKLD's description, whose formula we have not seen; INT2.1 sums its
 divergence over tokens, where all losses here are means a token: its weight of 200 beside 2048 tokens is labels = 0.1.
 """
@@ -28,21 +29,25 @@ __all__ = ["Lesson"]
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned of a teacher's logits. Raises WeftError, when made, for what makes no sense.
+    """What is learned of a teacher. Raises WeftError, when made, for what makes no sense.
 
     Args:
         top: how many of the teacher's most likely tokens are looked at by themselves; None for all tokens alike.
         labels: weight of the labels' own cross-entropy beside the divergence.
+        features: weight of the error of the states after each block, which whoever takes the steps adds; None for none.
     """
 
     top: int | None = None
     labels: float = 0.0
+    features: float | None = None
 
     def __post_init__(self) -> None:
         if self.top is not None and self.top < 1:
             raise WeftError(f"The teacher's most likely {self.top} tokens are none: give 1 or more, such as 50.")
         if not 0 <= self.labels < float("inf"):
             raise WeftError(f"The labels cannot count {self.labels} times: give a weight from 0 on, such as 0.1.")
+        if self.features is not None and not 0 < self.features < float("inf"):
+            raise WeftError(f"The features cannot count {self.features} times: give a weight above 0, such as 1.")
 
     def losses(self, teacher: Tensor, student: Tensor, targets: Tensor) -> Tensor:
         """(tokens,) of logits (tokens, vocabulary) and the right classes (tokens,)."""

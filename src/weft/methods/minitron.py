@@ -10,6 +10,7 @@ the dense model teaches what is left (Muralidharan et al., 2024, arXiv 2407.1467
 
     weft compress MODEL -o OUT --method minitron --budget 0.7
     weft finetune OUT -o REC --method full --teacher MODEL --data FILE
+    weft finetune OUT -o REC --method full --teacher MODEL --teacher-features 1 --data FILE      where much depth went
 
 The result is a plain model of the same class with a configuration of its own: nothing of weft is needed to open it.
 The budget counts the whole model's numbers, for embeddings and head are cut too. Every axis of `axes` (neurons,
@@ -19,7 +20,8 @@ once: the paper finds that taking it again after each cut does not help. Norms o
 that the loss jumps before training: train, then judge.
 Deviations: shapes are those of one share, where the paper trains some around the target and keeps the best: give other
 `axes` and compare. Heads are cut with their key-value head, and what they held is not folded into those that stay. The
-teacher's logits are learned, as the paper has it for width; its loss of hidden states for much depth is left out.
+teacher's logits are learned, as the paper has it for width; its loss of hidden states for much depth has one fixed
+weight, and needs all channels (`weft.rules.features`).
 """
 
 from __future__ import annotations

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from weft.errors import WeftError
 from weft.rules.base import Rule
+from weft.rules.features import Features, inner
 from weft.rules.sharded import whole
 from weft.terms import LowRank
-from weft.terms.layers import block_stacks, weight_of
+from weft.terms.layers import weight_of
 
 __all__ = ["FeatureDistillation", "Perturbation"]
 
 
-class FeatureDistillation(Rule):
+class FeatureDistillation(Features):
     """Adds alpha times the mean over the blocks of MSE(their output, that of the original on the same input) to the
     loss (Guo et al., 2023, arXiv 2310.10700).
 
@@ -31,53 +31,22 @@ class FeatureDistillation(Rule):
     uncounted = "the model that it goes on with"
 
     def __init__(self, original: nn.Module | None, alpha: float, relative: bool) -> None:
-        self.original, self.alpha, self.relative = _given(original), alpha, relative
-        self.handles: list[RemovableHandle] = []
-        self.mask: Tensor | None = None  # of the tokens that are no padding
-        self.mine: dict[str, Tensor] = {}
-        self.theirs: dict[str, Tensor] = {}
+        super().__init__(_given(original), alpha)
+        self.relative = relative
 
     def begin(self, model: nn.Module) -> None:
-        self._close()
-        if not self.alpha:
-            return
-        self.inner = _inner(self.original)
-        self.handles.append(_inner(model).register_forward_pre_hook(self._run_original, with_kwargs=True))
-        for whose, features in ((model, self.mine), (self.original, self.theirs)):
-            for name, block in _blocks(whose):
-                self.handles.append(block.register_forward_hook(_keep(name, features)))
+        super().begin(model)
+        if self.weight:
+            self.handles.append(inner(model).register_forward_pre_hook(self._run_original, with_kwargs=True))
 
-    def penalty(self, model: nn.Module) -> Tensor | None:
-        """Of the forward pass just done, once."""
-        if not self.mine or not self.theirs:
-            return None
-        errors = [self._error(self.mine[name].float(), theirs.float()) for name, theirs in self.theirs.items()]
-        self.mine.clear()
-        self.theirs.clear()
-        return self.alpha * torch.stack(errors).mean()
-
-    def _error(self, mine: Tensor, theirs: Tensor) -> Tensor:
-        if self.mask is not None and self.mask.shape == mine.shape[:-1]:
-            mine, theirs = mine[self.mask.bool()], theirs[self.mask.bool()]
+    def error(self, mine: Tensor, theirs: Tensor) -> Tensor:
         error = (mine - theirs).square().mean()
         return error / theirs.square().mean() if self.relative else error
 
-    def after_step(self, model: nn.Module, step: int) -> None:
-        if step == self.steps:
-            self._close()
-
     @torch.no_grad()
     def _run_original(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        self.mine.clear()
-        self.theirs.clear()
-        self.mask = named.get("attention_mask")
         if module.training:
-            self.inner(*args, **{**named, "use_cache": False})
-
-    def _close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+            inner(self.teacher)(*args, **{**named, "use_cache": False})
 
 
 class Perturbation(Rule):
@@ -109,23 +78,3 @@ def _given(original: nn.Module | None) -> nn.Module:
     if original is None:
         raise WeftError("This method follows the model that it goes on with: give original=, a frozen copy of it.")
     return original
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model without its head, which is called with what both models are given."""
-    inner = getattr(model, "base_model", model)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"{name}.{i}", block) for name, stack in block_stacks(model).items() for i, block in enumerate(stack)]
-
-
-def _keep(name: str, features: dict[str, Tensor]) -> Any:
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if module.training or not torch.is_grad_enabled():
-            # a block that is recomputed for the backward pass has been seen
-            features.setdefault(name, output[0] if isinstance(output, tuple) else output)
-
-    return keep

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from weft.memory import lean, lean_report, unlean
 from weft.memory.lesson import Lesson
 from weft.memory.teaching import taught
 from weft.rules import Rule, Rules
+from weft.rules.features import Features
 from weft.seeds import derived_seed
 from weft.signals import finishing, listening
 from weft.tensors import own_memory
@@ -82,7 +83,7 @@ def train(
         more: learning rate -> further figures to log.
         measure: figures to log every `recipe.eval_every` steps, such as a perplexity; must leave the model as it is.
         judge: rows whose mean loss is logged as often, as `eval_loss`, and decides which checkpoint is best.
-        teacher: a model whose predictions are learned in the place of the labels, and what of them.
+        teacher: a model whose predictions are learned in the place of the labels, and what of them and of its states.
         callbacks: further ones of transformers.
 
     Trainable parameters in half precision are trained in fp32 and given back in their own dtype.
@@ -90,7 +91,8 @@ def train(
     Raises KeyboardInterrupt when a signal came; the step under way was then finished and saved.
     """
     metrics = MetricsLog(directory / METRICS_FILE, more, measure, recipe.eval_every)
-    rule = Rules(rules)
+    features = Features(teacher[0], teacher[1].features or 0.0) if teacher else None
+    rule = Rules([*rules, *([features] if features else [])])
     stopping = [Patience(recipe.early_stopping)] if recipe.early_stopping else []
     with (
         listening(),
@@ -98,6 +100,7 @@ def train(
         wide(model) if widen else nullcontext(),
         leaned(model, recipe.lean),
         taught(model, *teacher) if teacher else nullcontext(),
+        closing(features) if features else nullcontext(),
         checkpointing(model, recipe.checkpointing),
         kept_config(model),
     ):

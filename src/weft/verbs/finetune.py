@@ -49,7 +49,7 @@ from weft.verbs.beginning import check_held_out
 from weft.verbs.evaluate import check_causal, check_context, peak_memory, reset_peak_memory
 from weft.verbs.figures import as_written, perplexity_on, rehearsed, summary
 from weft.verbs.fresh import ends_of
-from weft.verbs.preparing import check_teacher, leave, lesson_of, load_teacher, prepare
+from weft.verbs.preparing import check_states, check_teacher, leave, lesson_of, load_teacher, prepare
 
 __all__ = ["finetune", "run"]
 
@@ -71,6 +71,7 @@ def finetune(
     teacher: PreTrainedModel | None = None,
     teacher_top: int | None = None,
     teacher_labels: float | None = None,
+    teacher_features: float | None = None,
     directory: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     skipped: Skipped | None = None,
@@ -92,6 +93,8 @@ def finetune(
             labels: the divergence KL(teacher || model), see `weft.memory.lesson`. It is frozen.
         teacher_top: look at the teacher's so many most likely tokens by themselves (after TopKLD).
         teacher_labels: weight of the labels' own loss beside that; None for the method's own, most often 0.
+        teacher_features: weight of how far the states after each block are from the teacher's, relative to their size,
+            see `weft.rules.features`; a model of fewer blocks follows evenly spread ones. None for none.
         directory: for checkpoints and metrics; training goes on from the last checkpoint in it. None keeps none.
         callbacks: of transformers, beside weft's own.
         skipped: gets the chats that are left out because the template refuses them; None leaves none out.
@@ -109,7 +112,7 @@ def finetune(
     chosen = find(method, *KINDS)
     check_judging(recipe, eval_data is not None, ends_of(chosen, chosen.options(options)))
     check_context(model, recipe.window)
-    lesson = lesson_of(model, chosen, teacher, teacher_top, teacher_labels)
+    lesson = lesson_of(model, chosen, teacher, teacher_top, teacher_labels, teacher_features)
     if isinstance(chosen, Method) and chosen.kind == "compress":
         chosen.freeze(model)  # says at once where the model has nothing that it trains
     rows = rows_of(model, tokenizer, data, recipe, skipped)
@@ -226,6 +229,7 @@ def run(
     teacher: str | None = None,
     teacher_top: int | None = None,
     teacher_labels: float | None = None,
+    teacher_features: float | None = None,
     split: str = "train",
     text_field: str | None = None,
     prompt_field: str | None = None,
@@ -248,8 +252,8 @@ def run(
         data: files or directories as `weft.train.sources.read_documents` takes them; None for Python's own sources.
         eval_text: text to measure perplexity on, before and after; of it, `eval_windows` windows.
         eval_data: data held out, read as `data`, whose loss is logged every `eval_every` steps.
-        teacher: a model whose predictions are learned in the place of the labels; `teacher_top` and `teacher_labels`
-            say how, as in `finetune`.
+        teacher: a model whose predictions are learned in the place of the labels; `teacher_top`, `teacher_labels`
+            and `teacher_features` say how, as in `finetune`.
         skip_bad: records in which something is wrong that may be left out; they are listed.
         dry_run: prepare everything, train one step, write nothing, and say what the run would take.
         **settings: fields of `Recipe` (steps, lr, window, batch, seed ...), and options of the method.
@@ -266,7 +270,7 @@ def run(
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
     check_judging(recipe, eval_data is not None, ends_of(find(method), find(method).options(options)))
-    check_teacher(find(method), teacher, teacher_top, teacher_labels)
+    lesson = check_teacher(find(method), teacher, teacher_top, teacher_labels, teacher_features)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     files = calibration_files() if data is None else data
     inputs = contents(model=model, teacher=teacher, data=files, eval_text=eval_text, eval_data=eval_data)
@@ -280,6 +284,7 @@ def run(
     config = load_config(model, trust_remote_code=trust_remote_code)
     check_causal(config)
     check_context(config, recipe.window)
+    check_states(config, load_config(teacher or model, trust_remote_code=trust_remote_code), lesson)
     target = training_device(device)
     record = begin("finetune", arguments | asdict(recipe), seed=recipe.seed, device=target)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -287,9 +292,9 @@ def run(
     known = None if teacher is None else load_teacher(teacher, tokenizer, target, trust_remote_code=trust_remote_code)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     check_matrices(source, sum_specs(source) if merge else ())
-    stepper = {"optimizer": optimizer, "optimizer_options": optimizer_options}
-    what: dict[str, Any] = {"method": method, "rank": rank, "skipped": skipped, **stepper}
-    what |= {"teacher": known, "teacher_top": teacher_top, "teacher_labels": teacher_labels}
+    what: dict[str, Any] = {"method": method, "rank": rank, "skipped": skipped, "teacher": known}
+    what |= {"optimizer": optimizer, "optimizer_options": optimizer_options}
+    what |= {"teacher_top": teacher_top, "teacher_labels": teacher_labels, "teacher_features": teacher_features}
     if dry_run:
         return _rehearsal(recipe, source, tokenizer, documents, **what, **settings)
     with open_output(out, arguments, inputs) as place:

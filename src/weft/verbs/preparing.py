@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
 from weft.grafts import Graft
@@ -16,6 +15,7 @@ from weft.methods.base import Method
 from weft.progress import say
 from weft.records import Record
 from weft.rules import Rule, make_rules
+from weft.rules.features import paired
 from weft.runs.loading import load_model, load_tokenizer
 from weft.terms.adapters import adapters_of
 from weft.terms.coverage import untrained
@@ -25,7 +25,16 @@ from weft.verbs.adapt import adapt
 from weft.verbs.adapt import rules as adapter_rules
 from weft.verbs.fresh import Structure, finish, restructure
 
-__all__ = ["calibration", "check_teacher", "leave", "lesson_of", "load_teacher", "prepare", "with_totals"]
+__all__ = [
+    "calibration",
+    "check_states",
+    "check_teacher",
+    "leave",
+    "lesson_of",
+    "load_teacher",
+    "prepare",
+    "with_totals",
+]
 
 CALIBRATION_ROWS = 32  # of the training data, for adapters that start from statistics
 
@@ -90,7 +99,9 @@ def calibration(rows: Rows, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def check_teacher(method: Record, teacher: Any, top: int | None, labels: float | None) -> Lesson:
+def check_teacher(
+    method: Record, teacher: Any, top: int | None, labels: float | None, features: float | None
+) -> Lesson:
     """What is learned of the teacher, labels None standing for the method's own weight. Raises WeftError for a choice
     that makes no sense, or one without a teacher.
     """
@@ -98,25 +109,38 @@ def check_teacher(method: Record, teacher: Any, top: int | None, labels: float |
     if published is not None and teacher is None:
         raise WeftError(f"{method.name} learns the predictions of the model before it was quantised: give --teacher.")
     labels = published or 0.0 if labels is None else labels
-    for option, given in (("top", top is not None), ("labels", labels != 0)):
+    for option, given in (("top", top is not None), ("labels", labels != 0), ("features", features is not None)):
         if given and teacher is None:
             raise WeftError(f"--teacher-{option} is for a teacher that you name: give --teacher MODEL too.")
-    return Lesson(top, labels)
+    return Lesson(top, labels, features)
 
 
 def lesson_of(
-    model: nn.Module, method: Record, teacher: nn.Module | None, top: int | None, labels: float | None
-) -> tuple[nn.Module, Lesson] | None:
-    """The teacher, frozen, and what is learned of it; None where there is none.
+    model: PreTrainedModel, method: Record, teacher: PreTrainedModel | None, *what: Any
+) -> tuple[PreTrainedModel, Lesson] | None:
+    """The teacher, frozen, and what is learned of it, as `check_teacher` is told; None where there is none.
 
-    Raises WeftError for a teacher that is the model itself.
+    Raises WeftError for a teacher that is the model itself, or whose states the model's cannot follow.
     """
-    lesson = check_teacher(method, teacher, top, labels)
+    lesson = check_teacher(method, teacher, *what)
     if teacher is None:
         return None
     if teacher is model:
         raise WeftError("The teacher is the model itself, which changes while it learns; give another, loaded anew.")
+    check_states(model.config, teacher.config, lesson)
+    if lesson.features:
+        paired(model, teacher)
     return teacher.requires_grad_(False), lesson
+
+
+def check_states(mine: PreTrainedConfig, theirs: PreTrainedConfig, lesson: Lesson) -> None:
+    """Raises WeftError where features are learned of a teacher of another width."""
+    widths = [getattr(config.get_text_config(), "hidden_size", None) for config in (mine, theirs)]
+    if lesson.features and widths[0] != widths[1]:
+        raise WeftError(
+            f"The model is {widths[0]} channels wide and its teacher {widths[1]}: --teacher-features compares "
+            "states of one width; leave it out, and the predictions are learned alone."
+        )
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, **how: Any) -> PreTrainedModel:
