@@ -158,7 +158,7 @@ def within(page: str, width: int = 130) -> str:
         if code or len(line) <= width + 10 or line.startswith(("|", "```", "![", "[")):
             lines.append(line)
             continue
-        whole = re.sub(r"`[^`]*`|\[[^]]*\]\(", lambda match: match[0].replace(" ", "\0"), line)
+        whole = re.sub(r"`[^`]{,100}`|\[[^]]*\]\(", lambda match: match[0].replace(" ", "\0"), line)
         hang = "  " if line.startswith("- ") else ""
         pieces = textwrap.wrap(whole, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
         lines += [piece.replace("\0", " ") for piece in pieces]

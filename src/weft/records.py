@@ -85,8 +85,8 @@ def _wanted(value: Any, default: Any) -> str | None:
     if value is None:
         return None
     if default is None:  # stands for a number that follows from the layer or the run
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-        return None if number else "a number from 0 on, or leave it out"
+        odd = isinstance(value, bool | str) or (isinstance(value, int | float) and not value >= 0)
+        return "a number from 0 on, or leave it out" if odd else None
     if isinstance(default, bool):
         return None if value in (True, False) else "true or false"
     if isinstance(default, int | float) and (isinstance(value, bool | str | list | tuple | dict) or value != value):

@@ -197,7 +197,8 @@ def compress(
             surveying += time.perf_counter() - started
             wanted = {name: choice.size for name, choice in sizes.items()}
             put = _walk(model, plan, wanted, data, store) if plan.sequential else one_shot(model, plan, wanted, store)
-            chosen.append({n: plan.plain(c) if n in put else info[n].whole for n, c in sizes.items()})
+            stayed = {n: info[n].whole for n, size in wanted.items() if size is not None and n not in put}
+            chosen.append({name: plan.plain(choice) for name, choice in {**sizes, **stayed}.items()})
     _mark(model, "+".join(plan.method.name for plan in plans))
     details, choices = {"round": round} if round > 1 else {}, {**joined(chosen), **whole}
     choices = {name: choices[name] for name in shapes}

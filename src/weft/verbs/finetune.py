@@ -110,7 +110,7 @@ def finetune(
     """
     recipe, options = split_settings(settings)
     chosen = find(method, *KINDS)
-    check_judging(recipe, eval_data is not None, ends_of(chosen, chosen.options(options)))
+    check_judging(recipe, eval_data is not None, ends_of(chosen, options))
     check_context(model, recipe.window)
     lesson = lesson_of(model, chosen, teacher, teacher_top, teacher_labels, teacher_features)
     if isinstance(chosen, Method) and chosen.kind == "compress":
@@ -269,7 +269,7 @@ def run(
     check_method(method, rank, options, optimizer)
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
-    check_judging(recipe, eval_data is not None, ends_of(find(method), find(method).options(options)))
+    check_judging(recipe, eval_data is not None, ends_of(find(method), options))
     lesson = check_teacher(find(method), teacher, teacher_top, teacher_labels, teacher_features)
     names = Fields(text_field, prompt_field, completion_field, messages_field)
     files = calibration_files() if data is None else data

@@ -151,8 +151,11 @@ class Grafting(Structure):
         return []
 
 
-def ends_of(method: Record, options: Mapping[str, Any]) -> str:
-    """What comes by the end of a run alone (`weft.rules.Rule.ends`), with these options of the method; or ""."""
+def ends_of(method: Record, given: Mapping[str, Any]) -> str:
+    """What comes by the end of a run alone (`weft.rules.Rule.ends`), with what was given, options of the method among
+    it; or "".
+    """
+    options = method.options({name: value for name, value in given.items() if name in method.defaults})
     makers = [make for make in method.rules if getattr(make, "ends", "")] if isinstance(method, Method) else []
     return next((rule.ends for rule in make_rules(makers, options) if rule.ends), "")
 
