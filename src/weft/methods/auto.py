@@ -37,8 +37,8 @@ METHOD = Method(
     sizes=_SPLIT.sizes,
     trained=low_rank_terms,
     defaults={
-        "methods": "yaqa:group=null:clip=true:table=true, yaqa:group=128:clip=true:table=true, yaqa:group=128:clip=true, "
-        "kfac-svd, yaqa:group=128:clip=true:table=true+eora"
+        "methods": "yaqa:group=null:clip=true:table=true, yaqa:group=128:clip=true:table=true, "
+        "yaqa:group=128:clip=true, kfac-svd, yaqa:group=128:clip=true:table=true+eora"
     },
     exempt={"nearer": "Two of its sizes may be of different methods, of which the larger need not be nearer."},
 )
