@@ -100,7 +100,7 @@ def calibration(rows: Rows, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
 
 
 def check_teacher(
-    method: Record, teacher: Any, top: int | None, labels: float | None, features: float | None
+    method: Record, teacher: Any, top: int | None, labels: float | None, features: float | None = None
 ) -> Lesson:
     """What is learned of the teacher, labels None standing for the method's own weight. Raises WeftError for a choice
     that makes no sense, or one without a teacher.
