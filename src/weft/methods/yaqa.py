@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
-from weft.kernels.codebooks import fit_scales, kmeans
+from weft.kernels.codebooks import codebooks, fit_scales
 from weft.kernels.integer_grid import Grid, checked, fit, grouped
 from weft.linalg.column_errors import columns, feedback
 from weft.linalg.grids import Grids, Levels
@@ -77,7 +77,7 @@ def tables_of(W: Tensor, weights: Tensor, bits: Sequence[int], group: int) -> Te
     rows = grouped(W[:: -(-W.numel() // _NUMBERS)], group)
     scale, by = rows.abs().amax(2, keepdim=True), grouped(weights.to(W).clamp(min=0).unsqueeze(0), group)
     units = (rows / torch.where(scale > 0, scale, 1.0)).view(1, -1)
-    found = [kmeans(units, (scale.square() * by).view(1, -1), 2**b)[0] for b in bits]
+    found = [book[0] for book in codebooks(units, (scale.square() * by).view(1, -1), [2**b for b in bits])]
     return torch.stack([torch.cat([t, t[-1:].expand(2 ** max(bits) - len(t))]) for t in found])
 
 
