@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import llm_compressor
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +40,7 @@ from weft.train.windows import calibration_batches
 from weft.verbs.compress import compress
 from weft.verbs.evaluate import evaluate
 
+PEER = "llm-compressor"
 TABLE = {"clip": True, "table": True, "group": 128}
 
 ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -84,6 +86,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf3 + eora, allocated": (["nf3", "eora"], {"allocate": "best"}),
     "nf2 + eora, by auto": ("auto", {"methods": "nf2+eora"}),
     "nf3 + eora, by auto": ("auto", {"methods": "nf3+eora"}),
+    "llm-compressor, gptq": (PEER, {}),
     "auto": ("auto", {}),
     "auto, of grids": (
         "auto",
@@ -216,13 +219,17 @@ def measured(args: argparse.Namespace, row: str, budget: float, data: Any, judge
     model, began = loaded(args), time.perf_counter()
     forget_peak(args.device)
     try:
-        done = compress(model, method, budget=f"{budget} bits", batches=data, progress=pieces, seed=args.seed, **given)
+        if method == PEER:
+            bits, choices = llm_compressor.gptq(model, budget, data), []
+        else:
+            wanted = {"budget": f"{budget} bits", "batches": data, "seed": args.seed, **given}
+            allocation = compress(model, method, progress=pieces, **wanted).allocation
+            bits, choices = allocation.bits_per_weight, list(allocation.choices.values())
     except WeftError as error:
         return {"error": str(error)}
     seconds, peak = time.perf_counter() - began, peak_bytes(args.device)
-    choices = done.allocation.choices.values()
     return {
-        "bits": done.allocation.bits_per_weight,
+        "bits": bits,
         **judged(model),
         "predicted": sum(choice.loss for choice in choices) / 2,
         "methods": {name: sum(c.method == name for c in choices) for name in {c.method for c in choices}},
