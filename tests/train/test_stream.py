@@ -20,6 +20,7 @@ class Letters:
     """A tokenizer of one token a character, with a token before each text as Llama's has; `delay` makes it slow."""
 
     eos_token_id = END
+    is_fast = False
 
     def __init__(self, delay=0.0, fails_at=None):
         self.delay, self.fails_at, self.calls = delay, fails_at, 0
@@ -105,16 +106,6 @@ def test_positions_restart_with_every_document_and_no_loss_is_on_its_first_token
             learned = row["position_ids"] != 0
             assert torch.equal(row["labels"][learned], row["input_ids"][learned])
             assert (row["labels"][~learned] == IGNORED).all()
-
-
-@pytest.mark.parametrize("text", ["one line\n" * 40, "short", "a line\n" + "x" * 200, "ends here" * 10 + "\n"])
-def test_a_long_document_in_pieces_is_the_document(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "PIECE", 32)
-    pieces = list(stream._pieces(text))
-    assert "".join(pieces) == text and (len(pieces) == 1) == (text.find("\n", 32) in (-1, len(text) - 1))
-    (tmp_path / "long.txt").write_text(text)
-    rows = rows_of([tmp_path / "long.txt"], tmp_path)
-    assert [i for run in rows._runs() for i in run] == [BEGIN, *map(ord, text), END]
 
 
 def test_a_text_shorter_than_a_window_is_a_sentence(tmp_path):

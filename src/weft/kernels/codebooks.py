@@ -83,7 +83,7 @@ def fit_scales(numbers: Tensor, book: Tensor, *, clip: bool = False, scale_dtype
 
 
 def _losses(book: Tensor) -> Tensor:
-    """|u - u'|^2.4 of numbers u from -2 to 2, `_CELLS` a unit: to look it up is faster than to find each number's code."""
+    """|u - u'|^2.4 of numbers u from -2 to 2, `_CELLS` a unit: looked up sooner than each number's code is found."""
     units = torch.arange(-2 * _CELLS, 2 * _CELLS + 1, device=book.device, dtype=book.dtype) / _CELLS
     return (units - book[nearest(units.unsqueeze(0), book.unsqueeze(0))[0]]).abs().pow(_NORM)
 

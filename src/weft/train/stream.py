@@ -25,6 +25,7 @@ from weft.errors import WeftError
 from weft.files import digest
 from weft.progress import Bar
 from weft.seeds import derived_seed
+from weft.train.encoding import token_pieces
 from weft.train.packing import IGNORED
 from weft.train.sources import texts_of
 from weft.train.windows import closed, opening
@@ -32,7 +33,6 @@ from weft.train.windows import closed, opening
 __all__ = ["StreamedRows"]
 
 BLOCK = 1024  # windows shuffled together
-PIECE = 2**18  # characters of a long document tokenised at once
 
 
 class StreamedRows(Dataset[dict[str, Tensor]]):
@@ -157,26 +157,11 @@ class StreamedRows(Dataset[dict[str, Tensor]]):
 
     def _tokenised(self, text: str) -> Iterator[list[int]]:
         """The tokens of a document, piece by piece, the last closed by the end-of-text token."""
-        end = self.tokenizer.eos_token_id
-        pieces = list(_pieces(text))
-        for number, piece in enumerate(pieces, start=1):
-            ids = self.tokenizer(piece, verbose=False, return_attention_mask=False, add_special_tokens=False)
-            front = self.before.tolist() if number == 1 else []
-            closing = closed([*front, *ids["input_ids"]], end)
-            yield closing if number == len(pieces) else closing[:-1]
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """A long text cut behind line ends, so that training need not wait for all of it."""
-    start = 0
-    while len(text) - start > PIECE:
-        end = text.find("\n", start + PIECE) + 1
-        if not end:
-            break
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
+        ids = self.before.tolist()
+        for piece in token_pieces(self.tokenizer, text):
+            yield ids
+            ids = piece.tolist()
+        yield closed(ids, self.tokenizer.eos_token_id)
 
 
 def _positions(ids: Tensor, end: int) -> Tensor:

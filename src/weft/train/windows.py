@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
+from weft.train.encoding import token_ids
 
 __all__ = [
     "Window",
@@ -71,9 +72,10 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str])
     documents = [text for text in ([texts] if isinstance(texts, str) else texts) if text.strip()]
     if not documents:
         raise WeftError("The text is empty: give a file that holds some text.")
-    # verbose=False: the stream is cut into windows, so its length is no cause for the tokenizer's warning
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
-    return torch.cat([torch.tensor(closed(ids, tokenizer.eos_token_id), dtype=torch.int64) for ids in encoded])
+    end, parts = tokenizer.eos_token_id, list[Tensor]()
+    for ids in token_ids(tokenizer, documents):
+        parts += [ids] if closed(ids[-1:].tolist(), end) == ids[-1:].tolist() else [ids, torch.tensor([end])]
+    return torch.cat(parts)
 
 
 def check_ids(ids: Tensor, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
