@@ -21,7 +21,7 @@ from weft.stats import groups as stats_groups
 from weft.stats.calibrate import calibrate, layers_by_block
 from weft.stats.collect import Collector, check_needs
 from weft.stats.groups import groups_that_fit, moment_bytes
-from weft.terms.layers import linear_layers
+from weft.terms.layers import block_stacks, linear_layers
 
 NEEDS = tuple(need for need in collect.NEEDS if need != "input_relevance")
 """Those of one pass; relevance has its own, in tests/methods/test_lrp.py."""
@@ -450,3 +450,26 @@ def test_a_pass_for_inputs_makes_no_logits_but_of_the_last_token(monkeypatch: py
     watched = calibrate(model, data, needs)
     assert rows[len(data) :] == [batch["input_ids"].shape[1] for batch in data]
     assert all(torch.equal(plain[name][needs[0]], watched[name][needs[0]]) for name in plain)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_gradients_in_later_blocks_are_those_of_all_and_keep_nothing_of_earlier_ones(name: str) -> None:
+    model, data = build(name), batches(name)
+    needs = ("input_moment", "output_grad_moment", "mean_grad", "fisher_rows")
+    stacks, whole = block_stacks(model), calibrate(model, data, needs)
+    path, stack = list(stacks.items())[-1]
+    layers, kept = [layer for layer in whole if layer.startswith(f"{path}.{len(stack) - 1}.")], list[bool]()
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        kept.append((output[0] if isinstance(output, tuple) else output).requires_grad)
+
+    handle = stack[0].register_forward_hook(watch)
+    part = calibrate(model, data, needs, layers=layers)
+    handle.remove()
+    assert list(part) == layers
+    for layer, moments in part.items():
+        for need, value in moments.items():
+            scale = whole[layer][need].abs().max().item()
+            torch.testing.assert_close(value, whole[layer][need], rtol=1e-5, atol=1e-6 * scale)
+    one = len(stacks) == 1 and len(stack) > 1
+    assert any(kept) != one, "the blocks before keep nothing for a backward pass, unless something leads around them"

@@ -117,7 +117,7 @@ def _collect(
     )
     hold = finishing() if snapshots else nullcontext()
     following = collector.streams.following(model)
-    with hold, frozen(model), rules, collector, following, differentiable_inputs(model, backward):
+    with hold, frozen(model), rules, collector, following, differentiable_inputs(model, backward, layers):
         for i, batch in enumerate(track(batches[start:], "calibrating"), start):
             run_batch(model, batch, collector, backward, score if _OWN in needs else token_loss)
             if i == start:
@@ -232,28 +232,56 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def differentiable_inputs(model: nn.Module, backward: bool = True) -> Iterator[None]:
-    """Make the embeddings' output the leaf of the backward pass, so that no weight gradient is ever computed; where
-    there is none, compute no gradient at all.
+def differentiable_inputs(model: nn.Module, backward: bool = True, layers: Iterable[str] = ()) -> Iterator[None]:
+    """Make the embeddings' output the leaf of the backward pass, so that no weight gradient is ever computed; of
+    gradients in some `layers` alone, what the first of their blocks is given. Where there is no backward pass, compute
+    no gradient at all.
     """
     if not backward:
         with torch.no_grad():
             yield
         return
-    # an encoder-decoder model has its own embedding module in each half, sharing one weight
-    halves = [m for m in model.modules() if callable(getattr(m, "get_input_embeddings", None))]
-    embeddings: set[nn.Module] = {half.get_input_embeddings() for half in halves}  # type: ignore[operator]
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_(True)
 
-    handles = [module.register_forward_hook(hook) for module in embeddings]
+    block = _first_block(model, layers)
+    if block is None:
+        # an encoder-decoder model has its own embedding module in each half, sharing one weight
+        halves = [m for m in model.modules() if callable(getattr(m, "get_input_embeddings", None))]
+        embeddings: set[nn.Module] = {half.get_input_embeddings() for half in halves}  # type: ignore[operator]
+        handles = [module.register_forward_hook(hook) for module in embeddings]
+    else:
+        handles = [block.register_forward_pre_hook(_leaf, with_kwargs=True)]
     try:
         with torch.enable_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _first_block(model: nn.Module, layers: Iterable[str]) -> nn.Module | None:
+    """The block that the layers begin in, where nothing but their stack leads from the embeddings to them."""
+    stacks, names = block_stacks(model), list(layers)
+    if len(stacks) != 1 or is_encoder_decoder(model) or not names:
+        return None
+    ((path, stack),) = stacks.items()
+    inside = [next((i for i in range(len(stack)) if name.startswith(f"{path}.{i}.")), None) for name in names]
+    found = [i for i in inside if i is not None]
+    return stack[min(found)] if len(found) == len(names) else None
+
+
+def _leaf(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The hidden states that a block is given as a leaf, unless they come from an earlier use of it."""
+
+    def leaf(value: Any) -> Any:
+        differs = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+        return value.detach().requires_grad_(True) if differs else value
+
+    if args:
+        return (leaf(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": leaf(kwargs.get("hidden_states"))}
 
 
 def to_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
