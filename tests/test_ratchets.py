@@ -78,7 +78,7 @@ UPWARD = {
     "terms/experts.py:within_experts.<locals>.settled -> verbs/compress.py:compress",  # a decorator of verbs
     "terms/experts.py:within_experts.<locals>.settled -> stats/calibrate.py:calibrate",
     # hooks of calibration on the layers of a model whose loss is made without logits
-    "memory/forwards.py:original -> stats/calibrate.py:differentiable_inputs.<locals>.hook",
+    "memory/forwards.py:original -> stats/calibrate.py:_leaf",
     "memory/forwards.py:original -> stats/collect.py:Collector._hook.<locals>.hook",
     "stats/walk.py:walk -> verbs/placing.py:sequential.<locals>.restore",  # blocks that an interrupted run has finished
 }
