@@ -1,6 +1,6 @@
 """Writes what comes from the code and from committed results: docs/methods.md, docs/cli.md, docs/results.md,
 docs/deviations.md, docs/exports.md, docs/architectures.md, docs/low-rank.md, docs/negative-results.md,
-docs/reference.md, docs/real-model.md, and the table in README.md.
+docs/reference.md, docs/real-model.md, and the tables in README.md.
 
     python docs/generate.py              # write them
     python docs/generate.py results.md   # write this one
@@ -22,6 +22,7 @@ from typing import Any
 import typer
 from architectures import architectures_page
 from deviations import deviations_page
+from equal_bytes import equal_bytes_table
 from exports import exports_page
 from low_rank import low_rank_page
 from negative_results import negative_results_page
@@ -128,11 +129,13 @@ def _parameter(parameter: typer.core.TyperArgument | typer.core.TyperOption) -> 
 
 
 def readme() -> str:
-    """README.md with its table of results."""
+    """README.md with its tables of results."""
     text = (HERE.parent / "README.md").read_text(encoding="utf-8")
     chosen = [("svd", "uniform"), ("svd-llm", "uniform"), ("svd-llm", "best"), ("kfac-svd", "best"), ("pifa", "best")]
-    table = "\n".join(compression_table(*chosen))
-    return re.sub(r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
+    for name, lines in {"results": compression_table(*chosen), "equal bytes": equal_bytes_table()}.items():
+        before, rest = text.split(f"<!-- {name} -->\n", 1)
+        text = "\n".join([f"{before}<!-- {name} -->", *lines, "<!-- end -->"]) + rest.split("<!-- end -->", 1)[1]
+    return text
 
 
 PAGES = {
