@@ -1,8 +1,8 @@
 """Small integers without waste in bytes, most significant bit first: 8 / gcd(8, b) codes of b bits fill b / gcd(8, b)
 bytes, a word, so that 3 bits are 8 codes in 3 bytes and 4 bits are 2 codes in one, bitsandbytes' order.
 
-Packing is in uint8: a code lies in one byte or in two neighbours. Unpacking is a shift of each word by as many places
-as it has codes.
+Packing is in uint8: a code lies in one byte or in two neighbours. Unpacking looks two to eight codes up at once, by the
+4 to 14 bits that they are; what is found is moved as one number of as many bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.tables import table
 
-__all__ = ["pack", "packed_size", "unpack", "unpack_exported"]
+__all__ = ["looked_up", "pack", "packed_size", "unpack", "unpack_exported"]
 
 
 class _Place(NamedTuple):
@@ -35,12 +35,23 @@ def _places(bits: int) -> Iterator[_Place]:
 
 _WORDS = {1: torch.uint8, 3: torch.int32, 5: torch.int64, 7: torch.int64}
 """What holds a word of so many bytes."""
+_TOGETHER = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2}
+"""bits -> how many codes are looked up at once."""
+_MOVED = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""What is as many bytes."""
+
+
+@table
+def _together(bits: int) -> list[list[int]]:
+    """The codes that lie in so many bits: (2^(bits k), k)."""
+    shifts = range(bits * (_TOGETHER[bits] - 1), -1, -bits)
+    return [[number >> shift & 2**bits - 1 for shift in shifts] for number in range(2 ** (bits * _TOGETHER[bits]))]
 
 
 @table
 def _shifts(bits: int) -> list[int]:
-    """Of each code in its word."""
-    return list(range(8 * _width(bits) - bits, -1, -bits))
+    """Of what is looked up at once in a word."""
+    return list(range(8 * _width(bits) - bits * _TOGETHER[bits], -1, -bits * _TOGETHER[bits]))
 
 
 def _width(bits: int) -> int:
@@ -75,13 +86,31 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed[:count]
     if torch.compiler.is_exporting():
         return unpack_exported(packed, bits, count)
-    bytes = packed.view(-1, _width(bits))
-    words = bytes[:, :1]
-    for i in range(1, _width(bits)):
-        words = (words.to(_WORDS[_width(bits)]) << 8) | bytes[:, i : i + 1]
-    shifts = _shifts(bits, device=packed.device, dtype=words.dtype)
-    codes = (words >> shifts).to(torch.uint8)  # no `out` of bytes: a GPU would shift words cut to bytes
-    return codes.bitwise_and_(2**bits - 1).flatten()[:count]
+    return _found(_together(bits, device=packed.device, dtype=torch.uint8), packed, bits)[:count]
+
+
+def looked_up(packed: Tensor, bits: int, count: int, levels: Tensor) -> Tensor:
+    """levels[code] (count,) of the first `count` codes, `levels` (2^bits,) in any dtype."""
+    if bits == 8 or torch.compiler.is_exporting() or packed.device.type == "mps":  # which has no numbers of 16 bytes
+        return levels[unpack(packed, bits, count).int()]
+    rows = _together(bits, device=packed.device, dtype=torch.int32)
+    return _found(levels.index_select(0, rows.flatten()).view_as(rows), packed, bits)[:count]
+
+
+def _found(rows: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """The rows (2^(bits k), k) that packed bytes name, one behind the other."""
+    numbers: Tensor = packed
+    if bits * _TOGETHER[bits] != 8:
+        bytes = packed.view(-1, _width(bits)).to(_WORDS[_width(bits)])
+        words = bytes[:, :1]
+        for i in range(1, _width(bits)):
+            words = (words << 8) | bytes[:, i : i + 1]
+        shifts = _shifts(bits, device=packed.device, dtype=words.dtype)
+        numbers = (words >> shifts).bitwise_and_(len(rows) - 1).flatten()
+    size = min(rows.shape[1] * rows.element_size(), 16)
+    moved = rows.view(_MOVED[size])
+    moved = moved.squeeze(1) if moved.shape[1] == 1 else moved
+    return moved.index_select(0, numbers.int()).view(rows.dtype).flatten()
 
 
 def unpack_exported(packed: Tensor, bits: int, count: int) -> Tensor:

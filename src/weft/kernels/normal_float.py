@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels.bit_packing import pack, packed_size, unpack
-from weft.kernels.bits import numbers_of
+from weft.kernels.bit_packing import looked_up, pack, packed_size, unpack
+from weft.kernels.bits import numbers_of, product
 from weft.kernels.cells import Cells, bucketize, cells, once
 from weft.tables import table
 
@@ -104,13 +104,6 @@ def levels(bits: int) -> tuple[float, ...]:
     return _LEVELS[bits]
 
 
-@table
-def _levels_of_byte(bits: int) -> list[list[float]]:
-    """The values of all codes in a byte, for each of the 256 bytes."""
-    shifts = range(8 - bits, -1, -bits)
-    return [[_LEVELS[bits][byte >> shift & 2**bits - 1] for shift in shifts] for byte in range(256)]
-
-
 @once
 def _edges(bits: int, device: torch.device) -> Cells:
     values = levels(bits, device=device)
@@ -154,8 +147,8 @@ def decode(code: Code, shape: tuple[int, int], format: Format = NF4, dtype: torc
     scales = block_scales(code, format, -(-size // format.block))
     if format.bits == 4 and code.codes.is_cuda and _bitsandbytes_is_here():
         return decode_bitsandbytes(code.codes, scales, shape, format.block, dtype)
-    values = _lookup(code.codes, format.bits, size)
-    return (_blocks(values, format.block) * scales.unsqueeze(1)).flatten()[:size].view(shape).to(dtype)
+    values = looked_up(code.codes, format.bits, size, levels(format.bits, device=code.codes.device))
+    return product(_blocks(values, format.block), scales.unsqueeze(1), dtype).flatten()[:size].view(shape)
 
 
 @functools.cache
@@ -182,13 +175,6 @@ def decode_bitsandbytes(
 
 def _blocks(flat: Tensor, block: int) -> Tensor:
     return F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
-
-
-def _lookup(packed: Tensor, bits: int, size: int) -> Tensor:
-    """level[code], one gather for all codes of a byte."""
-    if bits == 3:
-        return levels(bits, device=packed.device)[unpack(packed, bits, size).int()]
-    return F.embedding(packed.int(), _levels_of_byte(bits, device=packed.device)).flatten()[:size]
 
 
 def _encode_scales(scales: Tensor, format: Format) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from weft.errors import WeftError
-from weft.kernels.bit_packing import pack, packed_size, unpack
+from weft.kernels.bit_packing import looked_up, pack, packed_size, unpack
 from weft.kernels.bits import numbers_of, product
 from weft.kernels.codebooks import kmeans, nearest
 from weft.kernels.coded_product import Coded
@@ -130,11 +130,18 @@ class Codebook(Quantized):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         wanted, scale = dtype or self.carrier.dtype, self.scale_matrix()
-        tables = self.row_tables().expand(self.out_features, -1)
         if scale is None or self.group is None:
-            return tables.to(wanted).gather(1, self.table_codes().long())
-        units = grouped(tables.gather(1, self.table_codes().long()), self.group)
+            return self._levels(wanted)
+        units = grouped(self._levels(torch.float32), self.group)
         return ungrouped(product(units, scale.float().unsqueeze(2), wanted), self.in_features)
+
+    def _levels(self, dtype: torch.dtype) -> Tensor:
+        """What stands in the tables, before any scale: (out, in)."""
+        tables = self.row_tables().to(dtype)
+        if len(tables) > 1:
+            return tables.gather(1, self.table_codes().long())
+        count = self.out_features * self.in_features
+        return looked_up(self.codes, self.bits, count, tables[0]).view(self.out_features, -1)
 
     def coded(self) -> Coded | None:
         scale = self.scale_matrix()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.kernels.bit_packing import pack, unpack
+from weft.kernels.bit_packing import looked_up, pack
 from weft.kernels.bits import numbers_of
 from weft.kernels.median_code import code_levels, fake_quantise, level_table, normalised, to_codes
 from weft.terms.base import Spec
@@ -105,7 +105,7 @@ class PackedFactors(Factored):
         codes, moments = self.get_buffer(f"codes_{name}"), numbers_of(self.get_buffer(f"moments_{name}"), torch.float32)
         moments = moments.to(torch.promote_types(dtype, torch.float32))
         levels = level_table(self.levels, device=moments.device, dtype=moments.dtype)
-        values = levels[unpack(codes, self.bits, shape[0] * shape[1]).int()]
+        values = looked_up(codes, self.bits, shape[0] * shape[1], levels)
         return (values * moments[1] + moments[0]).view(shape).to(dtype)
 
     def spec(self) -> Spec:

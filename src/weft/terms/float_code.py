@@ -13,10 +13,10 @@ import torch
 from torch import Generator, Tensor
 
 from weft.errors import WeftError
-from weft.kernels.bit_packing import pack, packed_size, unpack
-from weft.kernels.bits import numbers_of
+from weft.kernels.bit_packing import looked_up, pack, packed_size, unpack
+from weft.kernels.bits import numbers_of, product
 from weft.kernels.coded_product import Coded
-from weft.kernels.float_format import FORMATS, float_codes, float_table, float_values
+from weft.kernels.float_format import FORMATS, float_codes, float_table
 from weft.kernels.integer_grid import grouped, ungrouped
 from weft.terms.base import FloatCodes, Spec
 from weft.terms.quantized import Quantized
@@ -119,8 +119,10 @@ class FloatCode(Quantized):
         return numbers_of(self.scales, getattr(torch, self.scale_dtype)).float()
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        values = grouped(float_values(self.element_codes(), self.element), self.width)
-        return ungrouped(values * self.scale_matrix().unsqueeze(-1), self.in_features).to(dtype or self.carrier.dtype)
+        levels, count = float_table(self.element, device=self.codes.device), self.out_features * self.in_features
+        values = looked_up(self.codes, FORMATS[self.element].bits, count, levels).view(self.out_features, -1)
+        scales, wanted = self.scale_matrix().unsqueeze(-1), dtype or self.carrier.dtype
+        return ungrouped(product(grouped(values, self.width), scales, wanted), self.in_features)
 
     def coded(self) -> Coded:
         format = FORMATS[self.element]
