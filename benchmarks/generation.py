@@ -18,8 +18,12 @@ from typing import Any
 
 import torch
 
+from weft.kernels.codebooks import kmeans, nearest
+from weft.methods.yaqa import TABLES
 from weft.runs.loading import load_model
+from weft.terms import Codebook
 from weft.terms.layers import linear_layers
+from weft.terms.put import put
 from weft.verbs.quantize import quantize
 
 
@@ -30,6 +34,17 @@ def seconds(model: Any, tokens: int) -> float:
     began = time.perf_counter()
     model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
     return (time.perf_counter() - began) / tokens
+
+
+def by_table(model: Any, bits: int) -> Any:
+    """The model in codes for a table a matrix, a scale a row, as `auto` has them; rounded to what is nearest."""
+    for name in linear_layers(model):
+        W = model.get_submodule(name).weight.detach().float()
+        scale = W.abs().amax(1, keepdim=True)
+        book = kmeans((W / scale).view(1, -1), torch.ones(1, 1), 2**bits)
+        codes = nearest((W / scale).view(1, -1), book).view_as(W)
+        put(model, name, {"code": Codebook.from_codes(codes, book.half(), None, model.dtype, scale.half(), W.shape[1])})
+    return model
 
 
 def stored(model: Any) -> int:
@@ -43,6 +58,8 @@ def main() -> None:
     args = arguments()
     dense = load_model(args.model, dtype=args.dtype)
     models = {"dense": dense} | {f"rtn, {b} bits": quantize(copy.deepcopy(dense), "rtn", bits=b) for b in args.bits}
+    models |= {f"tables, {b} bits": by_table(copy.deepcopy(dense), b) for b in args.bits if b in TABLES}
+    models |= {"nf4": quantize(copy.deepcopy(dense), "nf4")}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.rounds):
         for name, model in models.items():
