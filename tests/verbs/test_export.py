@@ -30,7 +30,7 @@ from weft.errors import WeftError
 from weft.io.formats import FORMATS
 from weft.io.formats.packing import pack, unpack
 from weft.io.quantizer import mark
-from weft.terms import IntegerCode, LowRank, Sparse, SumLinear, Term
+from weft.terms import Codebook, IntegerCode, LowRank, Sparse, SumLinear, Term
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.put import put
 from weft.verbs.export import run
@@ -246,6 +246,19 @@ def test_codes_that_a_format_does_not_have_are_said_to_be_written_dense(
     said = capsys.readouterr().err
     assert "since compressed-tensors does not have their codes (model.layers.0.mlp.down_proj is a sum of normal" in said
     assert "normal_float): 1 of the layers. `weft" in said
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_a_model_of_other_codes_alone_is_told_which_call_makes_integers(format: str, tmp_path: Path) -> None:
+    model = tiny()
+    for name, module in linear_layers(model).items():
+        W = weight_of(module)
+        put(model, name, {"code": Codebook.from_codes(torch.zeros_like(W, dtype=torch.uint8), W.new_ones(1, 8))})
+    with pytest.raises(WeftError, match=r"sum of codebook\); --format hf .*methods=yaqa:clip=true.*without table=true"):
+        weft.export(model, tmp_path / "out", format)
+    weft.compress(model := tiny(), "svd", budget=0.5)
+    with pytest.raises(WeftError, match=r"low_rank\); --format hf writes it dense.$"):
+        weft.export(model, tmp_path / "out", format)
 
 
 def test_scales_decide_the_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def _plan(
     if format.codes_only and not layers:
         raise WeftError(
             f"No layer of this model is in {f'codes of {format.name}' if format.floats else 'integer codes'}"
-            f"{_kinds(model, sums)}; --format hf writes it dense."
+            f"{_kinds(model, sums)}; --format hf writes it dense.{_way_to_integers(model, sums)}"
         )
     chosen, dense = _dtype(model, format, layers, dtype), [name for name in sums if name not in layers]
     if format.unfit is not None:
@@ -175,12 +175,27 @@ def _plan(
 
 def _tell_of_other_codes(model: PreTrainedModel, format: Format, dense: list[str]) -> None:
     """Say which layers, in codes now, will not be."""
-    others = [name for name in dense if any(isinstance(t, Quantized) for t in _terms(model, name))]
+    others = _in_codes(model, dense)
     if others:
         say(
             f"Written dense, since {format.name} does not have their codes{_kinds(model, others)}: {len(others)} of "
-            "the layers. `weft compress --method auto --option methods=yaqa:clip=true` has integer codes alone."
+            f"the layers.{_way_to_integers(model, others)}"
         )
+
+
+def _in_codes(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of these sums with a term in codes of any sort."""
+    return [name for name in names if any(isinstance(term, Quantized) for term in _terms(model, name))]
+
+
+def _way_to_integers(model: nn.Module, names: list[str]) -> str:
+    """A further sentence on what leaves these sums in integer codes; nothing where none is in codes."""
+    if not _in_codes(model, names):
+        return ""
+    return (
+        " `weft compress --method auto --option methods=yaqa:clip=true` has integer codes alone, and so has `--method "
+        "yaqa` without table=true."
+    )
 
 
 def _terms(model: nn.Module, name: str) -> list[Term]:
