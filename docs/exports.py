@@ -18,8 +18,8 @@ INTRODUCTION = [
     "before anything is written.",
     "",
     "- A layer with a term of **integer codes** stays in its codes; none is rounded anew.",
-    "- **Low-rank terms beside codes** (EoRA, LoRC, an adapter) are written as a PEFT adapter in `OUT/peft`, "
-    "which servers add at run time: quantised base and adapter together are the model.",
+    "- **Low-rank terms beside codes** (EoRA, LoRC, an adapter) are written as a PEFT adapter in `OUT/peft` (of "
+    "GGUF, as `OUT/adapter.gguf`), which servers add at run time: quantised base and adapter together are the model.",
     "- Every **other sum of terms** is written as the one dense matrix that it equals; the command says how many.",
     "- Scales must be numbers of the dtype that the format keeps them in. Where the model's own dtype does not hold "
     "them, `export` takes fp16 or fp32 and says so; `--dtype` asks for one.",

@@ -144,6 +144,28 @@ def test_gguf_is_read_by_its_own_reader_and_by_transformers(
     torch.testing.assert_close(logits(again), logits(model), **TOLERANCE)
 
 
+def test_gguf_has_factors_beside_codes_in_a_second_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama.cpp reads no files of PEFT's: what it is told to open is the whole model."""
+    gguf = pytest.importorskip("gguf")
+    model = coded(tiny(), rank=3)
+    done = weft.export(model, tmp_path / "out", "gguf")
+    assert (done["coded"], done["adapter"]) == (7, 7) and not (tmp_path / "out/peft").exists()
+    assert done["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.gguf"))
+    assert "7 layers have factors beside their codes" in capsys.readouterr().err
+    assert "-m model.gguf --lora adapter.gguf" in (tmp_path / "out/README.md").read_text()
+    codes, factors = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / f"out/{file}.gguf").tensors}
+        for file in ("model", "adapter")
+    )
+    down = codes["blk.0.ffn_down.weight"]
+    B, A = (torch.from_numpy(factors[f"blk.0.ffn_down.weight.lora_{side}"].data.copy()) for side in "ba")
+    W = torch.from_numpy(gguf.dequantize(down.data, down.tensor_type)) + B @ A
+    torch.testing.assert_close(W, model.get_submodule(LAYER).dense(torch.float32))
+    weft.adapt(model := coded(tiny()), "dora", 2)
+    assert weft.export(model, tmp_path / "dora", "gguf")["dense"] == 7
+    assert "Written dense, since gguf does not have their codes (" in capsys.readouterr().err, "nor those within DoRA"
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_a_lora_is_read_by_ggufs_reader(kind: str, tmp_path: Path) -> None:
     """B A, with the rows of queries and keys where the base's file has them, is what the adapter adds to the weight."""

@@ -2,8 +2,9 @@
 
     weft.export(model, "served/", "compressed-tensors", tokenizer=tokenizer)
 
-A layer in integer codes stays in them; low-rank terms beside the codes become a PEFT adapter, in `peft/` inside the
-output; every other sum of terms becomes one dense matrix. All layers are looked at before anything is written.
+A layer in integer codes stays in them; low-rank terms beside the codes become an adapter inside the output, PEFT's in
+`peft/` or, of GGUF, its own; every other sum of terms becomes one dense matrix. All layers are looked at before
+anything is written.
 """
 
 from __future__ import annotations
@@ -184,13 +185,13 @@ def _tell_of_other_codes(model: PreTrainedModel, format: Format, dense: list[str
 
 
 def _in_codes(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of these sums with a term in codes of any sort."""
-    return [name for name in names if any(isinstance(term, Quantized) for term in _terms(model, name))]
+    """Those of these sums with codes of any sort, within another term too (DoRA's)."""
+    return [n for n in names if any(isinstance(module, Quantized) for module in model.get_submodule(n).modules())]
 
 
 def _way_to_integers(model: nn.Module, names: list[str]) -> str:
-    """A further sentence on what leaves these sums in integer codes; nothing where none is in codes."""
-    if not _in_codes(model, names):
+    """A further sentence on what leaves these sums in integer codes; nothing where none is in codes of another sort."""
+    if not any(isinstance(term, Quantized) for name in names for term in _terms(model, name)):
         return ""
     return (
         " `weft compress --method auto --option methods=yaqa:clip=true` has integer codes alone, and so has `--method "
@@ -283,11 +284,14 @@ def _write(
     config = None if format.adapter is not None else _write_model(model, plan, path, tokenizer)
     for name, value in format.files(config or {}).items():
         write_json(path / name, value)
-    metrics["bytes"] = sum(file.stat().st_size for file in path.iterdir() if file.suffix in _WEIGHTS)
-    caution = format.caution(plan.layers)
+    metrics["bytes"] = sum(file.stat().st_size for file in path.rglob("*") if file.suffix in _WEIGHTS)
+    caution, usage = format.caution(plan.layers), format.usage
+    if plan.beside and format.adapter is None:
+        usage = format.with_adapter
+        say(f"{len(plan.beside)} layers have factors beside their codes: the model is this with the adapter beside it.")
     if caution:
         say(caution)
-    usage = format.usage if caution is None else f"{format.usage}\n\n{caution}"
+        usage += f"\n\n{caution}"
     card = export_card(model, record.write(path, metrics), format.name, format.library, usage)
     (path / "README.md").write_text(card, encoding="utf-8")
     return metrics
@@ -311,8 +315,9 @@ def _write_model(
 
 def _write_adapter(model: PreTrainedModel, plan: _Plan, path: Path, out: Path) -> None:
     """The low-rank terms, in the format's own way or, beside codes, as PEFT's files."""
-    if plan.format.adapter is not None:
-        plan.format.adapter(model, plan.beside, path)
+    own = plan.format.adapter or plan.format.beside
+    if own is not None and plan.beside:
+        own(model, plan.beside, path)
     elif plan.beside:
         terms = {
             name: {"default" if i == 0 else f"default_{i}": term for i, term in enumerate(beside.values())}

@@ -1,7 +1,7 @@
 """The record of a format that servers read, and what of a model it is given.
 
 A layer in integer codes, or where a format has them in floating-point ones, stays in its codes; low-rank terms beside
-them are written as a PEFT adapter next to the model; every other sum of terms becomes the dense matrix that it equals.
+them are written as an adapter next to the model; every other sum of terms becomes the dense matrix that it equals.
 Whether that can be, exactly, is known before anything is written: `coded_layers` and `Format.unfit` say why not.
 """
 
@@ -21,7 +21,7 @@ from weft.errors import WeftError
 from weft.terms import SumLinear, Term
 from weft.terms.base import FloatCodes, IntegerCodes
 
-__all__ = ["TRANSFORMERS", "Coded", "Export", "Format", "Stored", "coded_layers", "nearest", "rounds"]
+__all__ = ["TRANSFORMERS", "WITH_ADAPTER", "Coded", "Export", "Format", "Stored", "coded_layers", "nearest", "rounds"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,18 @@ AutoModelForCausalLM.from_pretrained("path-of-this-directory")
 ```"""
 """How transformers opens a directory."""
 
+WITH_ADAPTER = """Low-rank factors stand beside its codes: the model is this with the adapter in `peft/`, which servers
+add as well.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path-of-this-directory")
+PeftModel.from_pretrained(model, "path-of-this-directory/peft")
+```"""
+"""How a directory is opened that has factors beside its codes."""
+
 
 def no_check(*found: Any) -> None:
     """Any will do."""
@@ -110,7 +122,7 @@ class Format:
         holds: which structures it holds exactly.
         reads: what opens it.
         library: that the Hub shows it under.
-        usage: how it is opened, as Markdown.
+        usage: how it is opened, as Markdown; `with_adapter`: with the factors that stand beside codes.
         caution: (layers in codes) -> a sentence on what a reader of it gets wrong, or None.
         package: that must be installed to write it, with the extra that brings it.
         dtypes: of the model's floating-point tensors; None for any.
@@ -126,6 +138,7 @@ class Format:
         write: (export, directory) -> None writes the model; None for safetensors files as transformers writes them.
         adapter: (model, low-rank terms by layer, directory) -> None writes the adapters on a model, or its factors
             beside codes, in a format that holds these and not the model.
+        beside: the same writes the factors beside codes next to the model; None for an adapter of PEFT in `peft/`.
     """
 
     name: str
@@ -134,6 +147,7 @@ class Format:
     reads: str
     library: str = "transformers"
     usage: str = TRANSFORMERS
+    with_adapter: str = WITH_ADAPTER
     caution: Callable[[Mapping[str, Coded]], str | None] = no_caution
     package: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
@@ -147,6 +161,7 @@ class Format:
     codes_only: bool = False
     write: Callable[[Export, Path], None] | None = None
     adapter: Callable[[PreTrainedModel, Mapping[str, Mapping[str, Term]], Path], None] | None = None
+    beside: Callable[[PreTrainedModel, Mapping[str, Mapping[str, Term]], Path], None] | None = None
 
 
 def coded_layers(model: nn.Module, floats: bool = False) -> dict[str, Coded]:

@@ -7,7 +7,7 @@ fp32 elsewhere.
 
 A group is a multiple of 32 codes, its scale repeated for each block. A layer gets the smallest that holds its codes, so
 that 2 and 3 bits take 4.5, and 4 bits with zero points 5.5. Rows of queries and keys are reordered as llama.cpp's
-rotary embedding expects them.
+rotary embedding expects them. Low-rank terms beside codes are a second file, `adapter.gguf` (see gguf-lora).
 
 Source: the package gguf 0.19; llama.cpp's convert_hf_to_gguf.py for the names of fields.
 Deviations: one file, without rotary scaling, for the architectures and pre-tokenisers of the tables below. For others,
@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from weft.errors import WeftError
 from weft.io.formats.base import Export, Format, rounds
+from weft.terms import Term
 from weft.terms.base import IntegerCodes
 
 __all__ = ["ARCHITECTURES", "FORMAT", "as_rotated", "tensor_names"]
@@ -240,6 +241,12 @@ def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return name
 
 
+def _write_factors(model: PreTrainedModel, terms: Mapping[str, Mapping[str, Term]], directory: Path) -> None:
+    from weft.io.formats.gguf_lora import write_factors  # a page that itself stands on this one
+
+    write_factors(model, terms, directory)
+
+
 FORMAT = Format(
     name="gguf",
     summary="One file for llama.cpp and what is built on it.",
@@ -248,9 +255,12 @@ FORMAT = Format(
     reads="llama.cpp and what is built on it; transformers by `gguf_file=`",
     library="gguf",
     usage="```bash\nllama-cli -m model.gguf\n```",
+    with_adapter="Low-rank factors stand beside its codes: the model is the two files together.\n\n"
+    "```bash\nllama-cli -m model.gguf --lora adapter.gguf\n```",
     package="gguf",
     check=_check,
     check_tokenizer=_pre_tokenizer,
     unfit=_unfit,
     write=_write,
+    beside=_write_factors,
 )
