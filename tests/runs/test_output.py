@@ -136,7 +136,7 @@ def test_every_argument_that_names_a_place_is_known() -> None:
     for verb in ("compress", "finetune", "pretrain", "quantize", "merge", "combine"):
         run = importlib.import_module(f"weft.verbs.{verb}").run
         paths = {k for k, p in inspect.signature(run).parameters.items() if re.search("Path", str(p.annotation))}
-        models = {"model", "tokenizer", "allocate"} & inspect.signature(run).parameters.keys()
+        models = {"model", "teacher", "tokenizer", "allocate"} & inspect.signature(run).parameters.keys()
         assert (paths | models) - {"out"} <= set(_PLACES), verb
 
 

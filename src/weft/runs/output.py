@@ -32,7 +32,7 @@ _FILES = ("arguments.json", "inputs.json")
 _NAMED = 4
 """Differing arguments that an error lists."""
 _PLACES = (
-    *("model", "tokenizer", "adapter", "adapters", "allocate"),
+    *("model", "teacher", "tokenizer", "adapter", "adapters", "allocate"),
     *("calibration", "data", "text", "eval_text", "eval_data", "report"),
 )
 """Arguments that name files and directories; the output itself is where the work lies, and is not compared."""
