@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import weft
 from weft.errors import WeftError
 from weft.memory import lean, lean_report
+from weft.memory.lesson import Lesson
 from weft.rules import Rule
 from weft.rules.support import move
 from weft.terms import MovingSparse
@@ -39,7 +41,7 @@ def data(count=12, window=16):
     return rows([Example(i, torch.ones(len(i), dtype=torch.bool)) for i in ids], window)
 
 
-def go(directory, model=None, rule=None, rows_of=None, **settings):
+def go(directory, model=None, rule=None, rows_of=None, teacher=None, **settings):
     model = model or model_of()
     recipe = Recipe(**{"steps": 6, "lr": 1e-2, "window": 16, "batch": 2, "save_every": 2, "log_every": 1, **settings})
     directory.mkdir(exist_ok=True)
@@ -50,6 +52,7 @@ def go(directory, model=None, rule=None, rows_of=None, **settings):
         directory,
         optimizer=lambda: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr),
         rules=[rule] if rule else [],
+        teacher=teacher,
     )
     return model, log
 
@@ -260,6 +263,19 @@ def test_a_checkpoint_is_not_gone_on_with_on_other_data_or_another_model(tmp_pat
     trained = frozen()
     trained.model.layers[0].mlp.up_proj.weight.data += 1  # lies in the checkpoint
     go(tmp_path / "a", trained, steps=4)
+
+
+def test_a_checkpoint_is_not_gone_on_with_under_other_codes_of_a_teacher(tmp_path):
+    def teacher(method="rtn", **options):
+        known = model_of()
+        weft.compress(known, [(method, {"bits": 3, "group": 8, **options})])
+        return known.requires_grad_(False), Lesson()
+
+    go(tmp_path / "a", teacher=teacher(), steps=4)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-4")
+    with pytest.raises(WeftError, match=r"with other inputs: the teacher changed since"):
+        go(tmp_path / "a", teacher=teacher(clip=True), steps=4)
+    go(tmp_path / "a", teacher=teacher(), steps=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])

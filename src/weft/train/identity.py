@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from weft.errors import WeftError
 from weft.files import write_json
 
-__all__ = ["check_identity", "tensors_digest", "weights_digest"]
+__all__ = ["check_identity", "frozen_digest", "tensors_digest", "weights_digest"]
 
 FILE = "weft_identity.json"
 CHUNK = 2**20
@@ -61,6 +61,12 @@ def weights_digest(model: nn.Module) -> str:
     layout = str([(name, tuple(p.shape), p.requires_grad) for name, p in named])
     frozen = (p for _, p in named if not p.requires_grad and not p.is_meta)
     return hashlib.blake2b(f"{layout}{tensors_digest(frozen)}".encode(), digest_size=12).hexdigest()
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """The same of a model of which nothing is trained, with its buffers: codes are buffers."""
+    buffers = (buffer for _, buffer in sorted(model.named_buffers()) if not buffer.is_meta)
+    return weights_digest(model) + tensors_digest(buffers)
 
 
 def _sums(tensor: Tensor) -> tuple[int, int]:

@@ -43,7 +43,7 @@ from weft.signals import finishing, listening
 from weft.tensors import own_memory
 from weft.train.callback import RuleCallback
 from weft.train.checkpoints import Changes, last_checkpoint
-from weft.train.identity import check_identity, weights_digest
+from weft.train.identity import check_identity, frozen_digest, weights_digest
 from weft.train.interrupt import Interrupt
 from weft.train.metrics import MetricsLog
 from weft.train.modes import checkpointing, in_half, wide
@@ -119,7 +119,7 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         start = last_checkpoint(directory)
-        told = {"the teacher": f"{weights_digest(teacher[0])} {teacher[1]}"} if teacher else {}
+        told = {"the teacher": f"{frozen_digest(teacher[0])} {teacher[1]}"} if teacher else {}
         parts = {**told, "the training data": rows.digest(), "the frozen weights of the model": weights_digest(model)}
         check_identity(directory, parts, start is not None, trainer.is_world_process_zero())
         trainer.train(resume_from_checkpoint=str(start) if start else None)
