@@ -27,6 +27,7 @@ from weft.errors import WeftError
 from weft.io.formats import FORMATS
 from weft.io.formats.packing import unpack
 from weft.terms import IntegerCode, RoundedInputs, Term
+from weft.terms.coded_embedding import code_embeddings
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.put import put
 from weft.testing_examples import EXAMPLES, example
@@ -104,10 +105,11 @@ def test_what_is_no_matrix_is_not_merged_and_stays_as_it_was(kind: str) -> None:
     """The layer before it in the model is not merged either."""
     model = holding(example(kind))
     put(model, "model.layers.0.self_attn.q_proj", {"base": IntegerCode.from_matrix(torch.randn(16, 8), 8, 8)})
-    before = logits(model)
+    code_embeddings(model)
+    before, names = logits(model), set(model.state_dict())
     with pytest.raises(WeftError, match=f"{LAYER}: .* is no matrix"):
         weft.merge(model)
-    assert torch.equal(logits(model), before) and "q_proj.terms.base.codes" in " ".join(model.state_dict())
+    assert torch.equal(logits(model), before) and set(model.state_dict()) == names, "codes of tables too"
 
 
 def test_codes_behind_rounded_inputs_are_no_codes_of_a_format(tmp_path: Path) -> None:

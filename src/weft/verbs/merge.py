@@ -65,17 +65,17 @@ def merge(model: Model) -> Model:
         >>> plain = weft.merge(model)
     """
     check_ungrafted(model)
-    coded = plain_embeddings(model)
     names = [name for name, module in model.named_modules() if isinstance(module, SumLinear)]
-    if not coded and not names:
+    if not names and not embedding_specs(model):
         raise WeftError(f"This {type(model).__name__} has no sum of terms to merge: every layer is plain already.")
     check_at_hand(model, names)
     check_matrices(model, names)
     room = room_for_biases(model)
+    plain_embeddings(model)  # and a head of its own with them
     for name in track(names, "merging"):
         layer = model.get_submodule(name)
-        assert isinstance(layer, SumLinear)
-        replace(model, name, layer.collapse())
+        if isinstance(layer, SumLinear):
+            replace(model, name, layer.collapse())
     make_room(model, room)
     fuse(model)
     if isinstance(model, PreTrainedModel):
