@@ -321,6 +321,20 @@ def test_what_cannot_be_exact_is_refused_by_name(case: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir()), "nothing half-written"
 
 
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.self_attn.q_proj"])
+def test_numbers_beyond_the_range_of_the_dtype_are_refused(name: str, tmp_path: Path) -> None:
+    """Where bf16 is written in fp16 they would be infinite: of a dense tensor, and of a sum that becomes one."""
+    model = coded(tiny(torch.bfloat16), only="*mlp*")
+    if name == "model.norm":
+        model.model.norm.weight.data[3] = 1e5
+    else:
+        put(model, name, {"base": LowRank.from_factors(*(torch.full(s, 300.0).bfloat16() for s in ((64, 2), (2, 64))))})
+    with pytest.raises(WeftError, match=rf"{name}.weight has numbers beyond the largest of float16"):
+        weft.export(model, tmp_path / "out", "gptq")
+    assert not list(tmp_path.iterdir())
+    assert weft.export(model, tmp_path / "out", "hf")["dtype"] == "bfloat16"
+
+
 def test_a_transposed_layer_has_no_place(tmp_path: Path) -> None:
     model = coded(GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=40, n_positions=16)))
     with pytest.raises(WeftError, match=r"attn.c_attn: it stands for a Conv1D, so that compressed-tensors"):

@@ -302,6 +302,7 @@ def _write_model(
 ) -> dict[str, Any] | None:
     """The model itself; returns its quantization_config."""
     with _standing_in(model, plan), as_stored(model, plan.dtype):
+        _check_range(model, plan)
         made = Export(model, plan.layers, plan.dtype, tokenizer)
         config = plan.format.config(made)
         with marked_as(model, config):
@@ -311,6 +312,17 @@ def _write_model(
             else:
                 plan.format.write(made, path)
     return config
+
+
+def _check_range(model: PreTrainedModel, plan: _Plan) -> None:
+    """Raises WeftError where a number of the model became infinite in the dtype that it is written in."""
+    held = model.state_dict().items() if plan.dtype == torch.float16 else ()
+    beyond = next((name for name, t in held if t.dtype == plan.dtype and not t.isfinite().all()), None)
+    if beyond is not None:
+        words = "--format hf writes the model in its own dtype" if plan.format.dtypes else "give another --dtype"
+        raise WeftError(
+            f"{beyond} has numbers beyond the largest of float16, {plan.format.name}'s dtype here; {words}."
+        )
 
 
 def _write_adapter(model: PreTrainedModel, plan: _Plan, path: Path, out: Path) -> None:
