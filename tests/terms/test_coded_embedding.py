@@ -17,11 +17,13 @@ from weft.memory import lean
 from weft.runs.loading import load_tokenizer
 from weft.terms import SumLinear
 from weft.terms.coded_embedding import CodedEmbedding, CodedHead, code_embeddings
+from weft.terms.coverage import untrained
 from weft.testing_adapters import tiny_gpt2
 from weft.verbs.adapt import adapt
 from weft.verbs.compress import run as compress
 from weft.verbs.export import export
 from weft.verbs.export import run as export_run
+from weft.verbs.finetune import finetune
 from weft.verbs.merge import merge
 from weft.verbs.quantize import quantize
 from weft.verbs.quantize import run as quantize_run
@@ -114,6 +116,16 @@ def test_a_copy_has_a_head_of_its_own_table_and_training_goes_through_both():
         losses.append(float(loss.detach()))
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_no_step_changes_is_counted(tied, capsys: pytest.CaptureFixture[str]):
+    """Where all is to be trained, tables in codes are named as matrices in codes are."""
+    model = llama(tied, rows=8192)
+    code_embeddings(model)
+    assert untrained(model) == [*([] if tied else ["lm_head"]), "model.embed_tokens"]
+    finetune(model, load_tokenizer("pico"), "a b c d e f g " * 40, "full", steps=1, batch=1, window=32)
+    assert f"{2 - tied} matrices are in codes that no step changes, such as " in capsys.readouterr().err
 
 
 def test_adapters_on_it_are_saved_and_loaded(tmp_path: Path):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from weft.errors import WeftError
+from weft.terms.coded_embedding import embedding_specs
 from weft.terms.experts import open_experts, within_experts
 from weft.terms.layers import HEAD, OUTSIDE, is_linear, judged, output_head, shape_of
 from weft.terms.sum_linear import SumLinear
@@ -137,6 +138,7 @@ def _others(model: nn.Module, known: set[str]) -> Iterable[tuple[str, int, str]]
 
 
 def untrained(model: nn.Module) -> list[str]:
-    """The names of layers that are codes alone, without a parameter that a step could change."""
+    """The names of layers and tables of tokens that are codes alone, without a parameter that a step could change."""
     sums = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SumLinear)]
-    return [name for name, layer in sums if not any(True for term in layer._terms() for _ in term.parameters())]
+    fixed = [name for name, layer in sums if not any(True for term in layer._terms() for _ in term.parameters())]
+    return fixed + list(embedding_specs(model))
