@@ -194,8 +194,13 @@ def test_a_lora_is_read_by_ggufs_reader(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(base[name] + added, both[name], atol=1e-5, rtol=1e-5)
 
 
-def test_what_no_lora_file_holds_is_said(tmp_path: Path) -> None:
+def test_what_no_lora_file_holds_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
+    tuned = weft.adapt(tiny(torch.bfloat16), "lora", 2)
+    with pytest.raises(WeftError, match="A gguf-lora file is stored in float32, not in bfloat16"):
+        weft.export(tuned, tmp_path / "out", "gguf-lora", dtype=torch.bfloat16)
+    assert weft.export(tuned, tmp_path / "half", "gguf-lora")["dtype"] == "float32"
+    assert "written in" not in capsys.readouterr().err
     with pytest.raises(WeftError, match="has no adapter"):
         weft.export(tiny(), tmp_path / "out", "gguf-lora")
     with pytest.raises(WeftError, match="no LoRA of llama.cpp"):

@@ -237,7 +237,8 @@ def _dtype(
     """The dtype asked for, or the first in which every layer's codes are exact."""
     if given is not None and format.dtypes and given not in format.dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in format.dtypes)
-        raise WeftError(f"A {format.name} model is stored in {names}, not in {str(given).removeprefix('torch.')}.")
+        what = "model" if format.adapter is None else "file"
+        raise WeftError(f"A {format.name} {what} is stored in {names}, not in {str(given).removeprefix('torch.')}.")
     with as_stored(model):
         stored = model.dtype
     usual = [stored, *(format.dtypes or (torch.float16, torch.float32))]
@@ -246,7 +247,7 @@ def _dtype(
     fit = next((dtype for dtype, reason in zip(tried, reasons, strict=True) if reason is None), None)
     if fit is None:  # the reason that no dtype mends
         raise WeftError(f"{reasons[-1]}, so that {format.name} cannot hold it exactly; --format hf writes it dense.")
-    if fit != stored and given is None:
+    if layers and fit != stored and given is None:
         say(f"The dense tensors are written in {fit}: {format.name} does not hold the scales of the codes in {stored}.")
     return fit
 

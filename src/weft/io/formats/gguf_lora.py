@@ -70,6 +70,7 @@ FORMAT = Format(
     library="gguf",
     usage=f"```bash\nllama-cli -m base.gguf --lora {FILE}\n```",
     package="gguf",
+    dtypes=(torch.float32,),
     check=whole.FORMAT.check,
     adapter=write_factors,
 )
