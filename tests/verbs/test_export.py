@@ -234,7 +234,8 @@ def test_factors_beside_codes_are_an_adapter(tmp_path: Path) -> None:
     B, A = (factors[f"base_model.model.{LAYER}.lora_{part}.weight"] for part in "BA")
     layer = model.get_submodule(LAYER)
     torch.testing.assert_close(layer.terms["code"].dense() + B @ A, layer.dense())
-    assert 'PeftModel.from_pretrained(model, "path-of-this-directory/peft")' in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'PeftModel.from_pretrained(model, "path-of-this-directory/peft")' in card and "dequantize=True" in card
     sizes = [
         (tmp_path / "out" / name).stat().st_size for name in ("model.safetensors", "peft/adapter_model.safetensors")
     ]

@@ -130,6 +130,18 @@ def _caution(layers: Mapping[str, Coded]) -> str | None:
     return "transformers opens zero points with quantization_config=CompressedTensorsConfig(dequantize=True)."
 
 
+_WITH_ADAPTER = """Low-rank factors stand beside its codes: the model is this with the adapter in `peft/`, which servers
+add as well. PEFT 0.21 adds it to decoded layers alone.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+decoded = CompressedTensorsConfig(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained("path-of-this-directory", quantization_config=decoded)
+PeftModel.from_pretrained(model, "path-of-this-directory/peft")
+```"""
+
 FORMAT = Format(
     name="compressed-tensors",
     summary="Packed codes of vLLM's own library.",
@@ -137,6 +149,7 @@ FORMAT = Format(
     "mxfp4, mxfp6 and mxfp8; layers may differ",
     reads="transformers with the package compressed-tensors; vLLM and SGLang (integers of 4 and 8 bits, and floats "
     "where the device has them)",
+    with_adapter=_WITH_ADAPTER,
     caution=_caution,
     floats=True,
     unfit=_unfit,
