@@ -91,7 +91,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def looked_up(packed: Tensor, bits: int, count: int, levels: Tensor) -> Tensor:
     """levels[code] (count,) of the first `count` codes, `levels` (2^bits,) in any dtype."""
-    if bits == 8 or torch.compiler.is_exporting() or packed.device.type == "mps":  # which has no numbers of 16 bytes
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if bits == 8 or traced or packed.device.type == "mps":  # which has no numbers of 16 bytes
         return levels[unpack(packed, bits, count).int()]
     rows = _together(bits, device=packed.device, dtype=torch.int32)
     return _found(levels.index_select(0, rows.flatten()).view_as(rows), packed, bits)[:count]
