@@ -6,6 +6,7 @@ those of others: `check_splitter("nf3")`, `check_splitter(my_method)` run every 
     pure        a split draws from its own generator alone, and touches neither the weight nor its terms
     dtype       a bf16 layer gives finite terms in bf16
     nan         a weight that is no number is named
+    zeros       a weight of zeros, rows of zeros and inputs that are always zero are terms as any
     budget      a model is brought within its budget, and every layer has the size that the allocation says
     losses      the losses that an allocation reads are those of the terms
     saves       the compressed model's directory opens to the same logits
@@ -170,6 +171,40 @@ def _keeps_dtype(method: Method) -> None:
             assert dense.dtype == torch.bfloat16 and torch.isfinite(dense).all()
 
 
+def _zeros_are_finite(method: Method) -> None:
+    """Half of the outputs and inputs zero, and the whole weight: of a joint, of each of its layers."""
+    for site in _sites(method):
+        for some in (_blank(site, 0.5), _blank(site, 1.0)):
+            sizes = [size for size, _ in _sizes(method, site)]
+            for size in (sizes[0], sizes[-1]):
+                for role, term in _terms(_split(method, some, size)).items():
+                    assert torch.isfinite(term.dense(torch.float32)).all(), f"{role} of size {size} is not finite"
+
+
+def _blank(site: Site, share: float) -> Site:
+    """The layer with a share of its rows zero; of its inputs half as many."""
+    if site.joint is not None:
+        return replace(site, members={role: _blank(member, share) for role, member in site.members.items()})
+    rows, columns = int(share * site.shape[0]), int(share * site.shape[1]) // 2
+
+    def blank(W: Tensor) -> Tensor:
+        W = W.clone()
+        W[:rows] = 0
+        return W
+
+    moments = {name: moment.clone() for name, moment in site.moments.items()}
+    for name, moment in moments.items():
+        if name.startswith("input") or name == "fisher_columns":
+            moment[:columns] = 0
+        if name == "input_moment":
+            moment[:, :columns] = 0
+    terms: dict[str, Any] = {}
+    for role, term in site.terms.items():
+        W = blank(term.dense(torch.float32)).to(site.dtype)
+        terms[role] = NormalFloat.from_matrix(W, term.format) if isinstance(term, NormalFloat) else Dense.from_matrix(W)
+    return replace(site, terms=terms, moments=moments, original=None if site.original is None else blank(site.original))
+
+
 def _nan_is_named(method: Method) -> None:
     model = tiny_llama()
     with torch.no_grad():
@@ -310,6 +345,7 @@ PROPERTIES: dict[str, Callable[[Method], None]] = {
     "pure": _pure,
     "dtype": _keeps_dtype,
     "nan": _nan_is_named,
+    "zeros": _zeros_are_finite,
     "budget": _within_its_budget,
     "losses": _losses_are_those_of_the_terms,
     "saves": _saves,

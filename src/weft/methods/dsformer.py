@@ -44,7 +44,7 @@ def code(W: Tensor, D: Tensor, C: Tensor, k: int, steps: int = 4) -> tuple[Tenso
     metric C.
     """
     gram, alike = D @ C @ D.mT, W @ C @ D.mT  # (m, m), (out, m)
-    scale = gram.diagonal().clamp(min=1e-300).rsqrt()
+    scale = _per_length(gram)
     places = torch.empty(len(W), 0, dtype=torch.long, device=W.device)
     values, left = alike.new_empty(len(W), 0), alike
     for i in range(steps):
@@ -60,12 +60,20 @@ def code(W: Tensor, D: Tensor, C: Tensor, k: int, steps: int = 4) -> tuple[Tenso
 
 def _fitted(gram: Tensor, alike: Tensor, places: Tensor, start: Tensor) -> Tensor:
     """The least-squares weights (out, k) of chosen atoms, of a few row by row, of many by conjugate gradients."""
-    gram = gram + _LEAST * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    unit = gram.diagonal().clamp(min=1e-300).rsqrt()  # atoms of length 1
+    mean = gram.diagonal().mean()
+    ridge = torch.where(mean > 0, _LEAST * mean, 1.0)  # of atoms that are all zeros, any will do
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    unit = _per_length(gram)  # atoms of length 1
     gram, alike, scale = gram * unit * unit.unsqueeze(1), alike * unit, unit[places]
     if places.shape[1] ** 2 <= 4 * len(gram):
         return _solved(gram, alike, places) * scale
     return _descended(gram, alike, places, start / scale) * scale
+
+
+def _per_length(gram: Tensor) -> Tensor:
+    """One over the length of each atom, 0 for an atom of zeros: nothing is like it."""
+    squares = gram.diagonal()
+    return torch.where(squares > 0, squares.rsqrt(), 0.0)
 
 
 def _descended(gram: Tensor, alike: Tensor, places: Tensor, start: Tensor) -> Tensor:
@@ -145,7 +153,7 @@ class _Dictionaries(Splitter):
             k = _nonzeros(atoms, options["share"])
             how = {"rounds": options["rounds"], "steps": options["steps"]}
             D, values, places = factorise(W, C, rows[:atoms], k, **how)
-            norms = D.norm(dim=1).clamp(min=1e-300)
+            norms = D.norm(dim=1).clamp(min=torch.finfo(D.dtype).tiny)
             values, D = values * norms[places], D / norms.unsqueeze(1)
             yield atoms, Split({"dense_sparse": DenseSparse.of(D.to(site.dtype), values.to(site.dtype), places)})
 
