@@ -30,13 +30,14 @@ from transformers import AutoModelForCausalLM
 
 from weft.allocate import Shape
 from weft.errors import WeftError
+from weft.kernels.normal_float import Format
 from weft.linalg.principal import weighted_loss
 from weft.methods import METHODS, Method, Site, Split
 from weft.methods.base import JointShape, LowRankSplit
 from weft.runs.pieces import Store
 from weft.seeds import generator
 from weft.stats.calibrate import calibrate
-from weft.terms import Dense, NormalFloat, SumLinear
+from weft.terms import Dense, NormalFloat, SumLinear, Term
 from weft.terms.joints import Joint, layers_of
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.put import put
@@ -88,13 +89,13 @@ def _site(method: Method, dtype: torch.dtype = torch.float32) -> Site:
     moments = {"input_moment": x @ x.mT / 200, "output_grad_moment": g @ g.mT / 200, "output_moment": y @ y.mT / 200}
     moments |= {"input_mean": x.mean(1), "input_abs_mean": x.abs().mean(1), "output_mean": y.mean(1)}
     moments |= {"fisher_rows": g.square().mean(1), "fisher_columns": x.square().mean(1), "mean_grad": W.double()}
-    terms: dict[str, Any] = {"base": Dense.from_matrix(W.to(dtype))}
-    if method.kind == "compensate":
-        from weft.kernels.normal_float import Format
-
-        terms = {"base": NormalFloat.from_matrix(W.to(dtype), Format(2))}
-    site = Site("layer", terms, None, None, moments, generator(0, "layer"), dtype)
+    site = Site("layer", {"base": _base(method, W.to(dtype))}, None, None, moments, generator(0, "layer"), dtype)
     return replace(site, original=W) if method.kind == "compensate" else site
+
+
+def _base(method: Method, W: Tensor) -> Term:
+    """What a layer of this weight has before the method: a compensation finds 2-bit codes."""
+    return NormalFloat.from_matrix(W, Format(2)) if method.kind == "compensate" else Dense.from_matrix(W)
 
 
 def _sizes(method: Method, site: Site, itemsize: int = 4) -> list[tuple[Any, int]]:
@@ -174,17 +175,17 @@ def _keeps_dtype(method: Method) -> None:
 def _zeros_are_finite(method: Method) -> None:
     """Half of the outputs and inputs zero, and the whole weight: of a joint, of each of its layers."""
     for site in _sites(method):
-        for some in (_blank(site, 0.5), _blank(site, 1.0)):
+        for some in (_blank(method, site, 0.5), _blank(method, site, 1.0)):
             sizes = [size for size, _ in _sizes(method, site)]
             for size in (sizes[0], sizes[-1]):
                 for role, term in _terms(_split(method, some, size)).items():
                     assert torch.isfinite(term.dense(torch.float32)).all(), f"{role} of size {size} is not finite"
 
 
-def _blank(site: Site, share: float) -> Site:
+def _blank(method: Method, site: Site, share: float) -> Site:
     """The layer with a share of its rows zero; of its inputs half as many."""
     if site.joint is not None:
-        return replace(site, members={role: _blank(member, share) for role, member in site.members.items()})
+        return replace(site, members={role: _blank(method, member, share) for role, member in site.members.items()})
     rows, columns = int(share * site.shape[0]), int(share * site.shape[1]) // 2
 
     def blank(W: Tensor) -> Tensor:
@@ -198,10 +199,7 @@ def _blank(site: Site, share: float) -> Site:
             moment[:columns] = 0
         if name == "input_moment":
             moment[:, :columns] = 0
-    terms: dict[str, Any] = {}
-    for role, term in site.terms.items():
-        W = blank(term.dense(torch.float32)).to(site.dtype)
-        terms[role] = NormalFloat.from_matrix(W, term.format) if isinstance(term, NormalFloat) else Dense.from_matrix(W)
+    terms = {role: _base(method, blank(term.dense(torch.float32)).to(site.dtype)) for role, term in site.terms.items()}
     return replace(site, terms=terms, moments=moments, original=None if site.original is None else blank(site.original))
 
 
