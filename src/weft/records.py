@@ -226,6 +226,11 @@ def _among(tables: Sequence[Table[R]], name: str, kinds: Sequence[str]) -> R:
     if name in _broken:
         raise WeftError(f"{_broken[name]}.")
     listed = " or ".join(part for part in (", ".join(kinds[:-1]), *kinds[-1:]) if part)
+    other = next((table[name].kind for table in _tables() if name in table), None)
+    if other is not None:
+        raise WeftError(
+            f"There is no method to {listed} called {name!r}: it is of kind {other}; weft methods lists all by kind."
+        )
     raise unknown(f"method to {listed}" if kinds else "method", name, found)
 
 

@@ -164,10 +164,27 @@ def test_grouped_query_attention_has_ranks_of_its_shapes() -> None:
     assert done.allocation["model.layers.0.self_attn.k_proj"] == int(0.5 * 8 * 16 / 24)
 
 
+def test_layers_left_out() -> None:
+    model = build("llama")
+    every = list(linear_layers(model))
+    assert list(linear_layers(model, "!*.0.*q_proj")) == [n for n in every if ".0." not in n or "q_proj" not in n]
+    assert list(linear_layers(model, ["*mlp*", "!*up_proj"])) == [n for n in every if "mlp" in n and "up" not in n]
+    assert linear_layers(model, []) == {}
+    with pytest.raises(WeftError, match=r"The layer pattern '!\*mlpp\*' matches no linear layer"):
+        linear_layers(model, "!*mlpp*")
+    with pytest.raises(WeftError, match=r"The patterns !\* leave no linear layer"):
+        linear_layers(model, "!*")
+
+
 def test_chosen_layers_only() -> None:
     model = build("llama")
     done = compress(model, "svd", budget=0.5, layers=["*mlp*", "*.0.*q_proj"])
     assert len(done.allocation) == 7 and sums(model).keys() == set(done.allocation)
+
+
+def test_a_budget_that_leaves_all_as_it_is_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"The budget of 40 bits keeps all 14 matrices as they are"):
+        compress(build("llama"), "svd", budget="40 bits")
 
 
 def test_half_precision_weights_stay_half() -> None:
@@ -332,7 +349,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "There is no method to compress, quantize or prune called 'minitronn'; the nearest are: minitron",
     ),
     ({"method": "loram"}, "loram cuts a model to another shape, and no weight to fewer bytes: use weft finetune"),
-    ({"method": "lora"}, "There is no method to compress, quantize or prune called 'lora'; the nearest are: "),
+    ({"method": "lora"}, "There is no method to compress, quantize or prune called 'lora': it is of kind adapt;"),
     ({"budget": 1.2}, "The budget 1.2 is out of range: it is the share of parameters kept, above 0 and at most 1."),
     ({"budget": "lots"}, "The budget 'lots' is no share and no size; give what to keep, as 0.6, 60%"),
     (

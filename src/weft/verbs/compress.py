@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -138,7 +139,7 @@ def compress(
             mapping layer -> size (None: as it is); of the last method.
         batches: calibration batches, for methods and allocations that need data; `weft.train.windows` makes them.
         stats: statistics from `weft.calibrate(model, batches, weft.needs(method))`, instead of a pass over the batches.
-        layers: shell patterns of layer names; None for all.
+        layers: shell patterns of layer names, "!" before those to leave out; None for all.
         round: make every rank a multiple of this.
         sequential: recalibrate each layer on the layers compressed before it (None: as the method is published); needs
             `batches`.
@@ -203,8 +204,19 @@ def compress(
     details, choices = {"round": round} if round > 1 else {}, {**joined(chosen), **whole}
     choices = {name: choices[name] for name in shapes}
     allocation = Allocation(choices, shapes, words, how, 0 if given else allowed + spent(whole), details)
+    if not given:
+        _say_if_nothing_done(allocation)
     seconds = {"survey": surveying, "replace": time.perf_counter() - began - surveying}
     return Compressed(allocation, seconds, found[at])
+
+
+def _say_if_nothing_done(allocation: Allocation) -> None:
+    if all(choice.size is None for choice in allocation.choices.values()):
+        warnings.warn(
+            f"The budget of {allocation.budget} keeps all {len(allocation)} matrices as they are: nothing was "
+            "compressed; give a smaller one.",
+            stacklevel=3,
+        )
 
 
 def _plans(
