@@ -126,6 +126,15 @@ def test_only_those_that_are_asked_for_are_opened() -> None:
     assert not isinstance(model.model.layers[0].mlp.experts, Experts)
 
 
+def test_those_that_are_left_out_stay_as_they_are() -> None:
+    model = mixture()
+    weft.adapt(model, "lora", rank=2, targets="!*experts*")
+    assert not any("experts" in name for name, m in model.named_modules() if isinstance(m, SumLinear))
+    weft.adapt(model, "lora", rank=2, targets=["*layers.1.*experts.3.*", "!*experts.3.down"], name="more")
+    sums = [name for name, m in model.named_modules() if isinstance(m, SumLinear) and "experts" in name]
+    assert sums == ["model.layers.1.mlp.experts.3.gate_up"]
+
+
 @pytest.mark.parametrize(
     "fails",
     [

@@ -19,8 +19,9 @@ from weft.terms.adapters import adapters_of, base_terms, find_adapter
 from weft.terms.layers import linear_layers, replace, weight_of
 from weft.terms.put import put
 from weft.testing_adapters import task, tiny_gpt2, tiny_llama, train
-from weft.verbs.adapt import adapt, effective_rates, parameter_groups, resolve_targets, trainable
+from weft.verbs.adapt import adapt, effective_rates, parameter_groups, trainable
 from weft.verbs.merge import run
+from weft.verbs.targets import resolve_targets
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -99,6 +100,28 @@ def test_targets() -> None:
     assert list(resolve_targets(model, "q_proj")) == [Q]
     assert list(resolve_targets(model, ["self_attn.*", Q])) == [n for n in linear_layers(model) if "self_attn" in n]
     assert list(resolve_targets(model, "*.mlp.*")) == [n for n in linear_layers(model) if "mlp" in n]
+    assert list(resolve_targets(model, "!*.mlp.*")) == [n for n in linear_layers(model) if "mlp" not in n]
+    assert list(resolve_targets(model, ["self_attn.*", "!q_proj"])) == [
+        n for n in linear_layers(model) if "self_attn" in n and n != Q
+    ]
+    with pytest.raises(WeftError, match="The target '!q_prj' matches no linear layer; the nearest names are: q_proj"):
+        resolve_targets(model, "!q_prj")
+    with pytest.raises(WeftError, match="The patterns q_proj, !self_attn.* leave no linear layer"):
+        resolve_targets(model, ["q_proj", "!self_attn.*"])
+
+
+def test_layers_too_small_for_the_rank_get_what_they_can_have() -> None:
+    """The gate of a shared expert has one row."""
+    model = tiny_llama()
+    layer = model.get_submodule("model.layers.0.self_attn")
+    layer.k_proj = torch.nn.Linear(16, 1, bias=False)
+    with pytest.warns(UserWarning, match=r"Rank 4 is more than 1 of 7 layers can have, such as .*k_proj \(1 x 16\)"):
+        adapt(model, "lora", 4)
+    assert {name: term["default"].rank for name, term in find_adapter(model).terms.items() if "_proj" in name} == {
+        name: 1 if "k_proj" in name else 4 for name in linear_layers(model)
+    }
+    with pytest.raises(WeftError, match=r"Rank 4 is not possible for 'lora' on .*k_proj \(1 x 16\)"):
+        adapt(model, "lora", 4, targets="k_proj", name="other")
 
 
 def test_ranks_of_an_allocation() -> None:

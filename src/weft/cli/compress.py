@@ -9,7 +9,7 @@ import typer
 
 from weft.cli.answer import answer
 from weft.cli.common import Loading
-from weft.cli.options import Bos, Embeddings, MethodOptions, Model, Out, Window, method_names
+from weft.cli.options import Bos, Embeddings, Layers, MethodOptions, Model, Out, Window, method_names
 
 __all__ = ["command"]
 
@@ -59,10 +59,7 @@ def command(
     window: Window = 512,
     bos: Bos = None,
     round: Annotated[int, typer.Option(help="Make every rank a multiple of this (8, 16, 64: fast on GPUs).")] = 1,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(help="Only layers whose name matches, such as '*mlp*'; again for more.", show_default=False),
-    ] = None,
+    layers: Layers = None,
     sequential: Annotated[
         bool | None,
         typer.Option(

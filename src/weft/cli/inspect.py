@@ -10,7 +10,7 @@ import typer
 
 from weft.cli.answer import gathered, print_facts, print_json, print_table, work
 from weft.cli.common import Loading
-from weft.cli.options import MethodOptions, Model, Window
+from weft.cli.options import Layers, MethodOptions, Model, Window
 
 __all__ = ["command"]
 
@@ -32,10 +32,7 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Also write a self-contained HTML page with plots.", show_default=False)
     ] = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(help="Only layers whose name matches, such as '*mlp*'; again for more.", show_default=False),
-    ] = None,
+    layers: Layers = None,
     measures: Annotated[
         str,
         typer.Option(help="Measures to take too, such as farms,ppl-sparsity; see weft methods.", show_default=False),

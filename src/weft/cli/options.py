@@ -20,6 +20,7 @@ __all__ = [
     "Embeddings",
     "GgufFile",
     "Json",
+    "Layers",
     "LoadBest",
     "LogEvery",
     "MethodOptions",
@@ -53,6 +54,13 @@ OutUnlessPlanned = Annotated[
 ]
 Embeddings = Annotated[
     str | None, typer.Option(help="8bit: the embedding and the head in codes too, a scale a row.", show_default=False)
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only layers whose name matches, such as '*mlp*', or all but '!*.0.*'; again for more.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Where all randomness comes from.")]

@@ -31,7 +31,10 @@ def command(
     ] = None,
     targets: Annotated[
         list[str] | None,
-        typer.Option(help="Only layers of this name or pattern, such as q_proj; again for more.", show_default=False),
+        typer.Option(
+            help="Only layers of this name or pattern, such as q_proj, or all but '!q_proj'; again for more.",
+            show_default=False,
+        ),
     ] = None,
     rank: Annotated[int, typer.Option(help="Of the low-rank term, for lq-lora.")] = 64,
     embeddings: Embeddings = None,

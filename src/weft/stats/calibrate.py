@@ -63,7 +63,7 @@ def calibrate(
         batches: mappings for the model's forward. Tokens with attention_mask 0 are left out. For gradient statistics a
             batch needs `labels`, or, for a causal model, its input_ids are the labels.
         needs: statistic names, see `weft.stats.collect`; `weft.needs("svd-llm")` gives a method's.
-        layers: shell patterns of layer names, None for all.
+        layers: shell patterns of layer names, "!" before those to leave out; None for all.
         cache: a directory: finished statistics are kept there under a key of model, data and needs, and an interrupted
             pass resumes from its last snapshot.
         track: (batches, description) -> the same batches, for a progress bar.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -35,7 +35,9 @@ __all__ = [
     "is_linear",
     "judged",
     "linear_layers",
+    "open_meant",
     "output_head",
+    "picked",
     "replace",
     "shape_of",
     "stored_weight",
@@ -115,8 +117,9 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
     """The model's linear layers by name, in the model's order.
 
     Args:
-        layers: None for all, or one or more shell patterns on the full name (`*q_proj`, `model.layers.0.*`). For all, a
-            warning says what of the model's matrices is left and why, where anything is.
+        layers: None for all, or one or more shell patterns on the full name (`*q_proj`, `model.layers.0.*`); one that
+            begins with "!" leaves out what it matches, and alone means all others. For all, a warning says what of the
+            model's matrices is left and why, where anything is.
 
     Raises:
         WeftError: a pattern matches nothing (the nearest names are listed), there is no linear layer at all, all of
@@ -124,21 +127,50 @@ def linear_layers(model: nn.Module, layers: str | Sequence[str] | None = None) -
     """
     from weft.terms.coverage import require_coverage
 
-    patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    open_experts(model, lambda name: patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns))
+    patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    open_meant(model, patterns)
     found = eligible(model)
-    if patterns is None:
+    if layers is None:
         require_coverage(model, found)
         check_at_hand(model, found)
         return found
     for pattern in patterns:
-        if not fnmatch.filter(found, pattern):
-            near = ", ".join(nearest(pattern, found))
+        if not fnmatch.filter(found, pattern.removeprefix(_NOT)):
+            near = ", ".join(nearest(pattern.removeprefix(_NOT), found))
             raise WeftError(
                 f"The layer pattern {pattern!r} matches no linear layer; the nearest names are: {near or 'none'}."
             )
-    chosen = {name: module for name, module in found.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    chosen = {name: found[name] for name in picked(found, patterns)}
     check_at_hand(model, chosen)
+    return chosen
+
+
+_NOT = "!"
+
+Meant = Callable[[str, str], bool]
+"""(name, pattern) -> whether it matches."""
+
+
+def open_meant(model: nn.Module, patterns: Sequence[str], meant: Meant = fnmatch.fnmatchcase) -> None:
+    """Open the experts that any of the patterns matches, so that those to be left out have names as well."""
+    plain = [pattern.removeprefix(_NOT) for pattern in patterns]
+    others = bool(patterns) and all(pattern.startswith(_NOT) for pattern in patterns)
+    open_experts(model, lambda name: others or any(meant(name, pattern) for pattern in plain))
+
+
+def picked(names: Iterable[str], patterns: Sequence[str], meant: Meant = fnmatch.fnmatchcase) -> list[str]:
+    """The names, in their order, that patterns mean: those of any (all, where each begins with "!"), less those of the
+    ones that begin with "!".
+
+    Raises:
+        WeftError: none is left.
+    """
+    without = [pattern.removeprefix(_NOT) for pattern in patterns if pattern.startswith(_NOT)]
+    wanted = [pattern for pattern in patterns if not pattern.startswith(_NOT)]
+    asked = [name for name in names if (without and not wanted) or any(meant(name, p) for p in wanted)]
+    chosen = [name for name in asked if not any(meant(name, p) for p in without)]
+    if patterns and not chosen:
+        raise WeftError(f"The patterns {', '.join(patterns)} leave no linear layer; leave out fewer.")
     return chosen
 
 

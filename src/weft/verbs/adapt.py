@@ -9,7 +9,6 @@ weft.remove_adapter(model)                      # the model of before, byte for 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.errors import WeftError, nearest
+from weft.errors import WeftError
 from weft.grafts import Graft
 from weft.grafts import base as grafts
 from weft.io.base import check_readable
@@ -38,11 +37,11 @@ from weft.terms.adapters import (
     base_terms,
     unwrapped,
 )
-from weft.terms.experts import open_experts, within_experts
+from weft.terms.experts import within_experts
 from weft.terms.extras import new_head
-from weft.terms.hooks import check_at_hand
-from weft.terms.layers import bias_of, eligible, linear_layers, shape_of
+from weft.terms.layers import bias_of, shape_of
 from weft.verbs.adapters import check_ungrafted, disable, merge_adapter, remove_adapter, set_adapter
+from weft.verbs.targets import ranks_of
 
 __all__ = [
     "Trainable",
@@ -53,7 +52,6 @@ __all__ = [
     "merge_adapter",
     "parameter_groups",
     "remove_adapter",
-    "resolve_targets",
     "rules",
     "set_adapter",
     "trainable",
@@ -102,9 +100,9 @@ def adapt(
         method: a method of kind "adapt" or "graft", by its name (see `weft.methods()`) or its record. A graft takes
             `batches`, `seed`, `dtype` and its own options alone.
         rank: of every layer's adapter (what it counts is the method's affair: components, block side, basis size);
-            16 by default.
+            16 by default. With "all-linear", layers too small for it get the largest that they can have.
         targets: "all-linear", or names and shell patterns: "q_proj" matches every layer of that name, "*.0.*" the first
-            block.
+            block, and "!q_proj" leaves out what it matches.
         name: an identifier; several adapters with different names add up.
         stats: statistics by layer, as `weft.calibrate` gives them, for methods that need some.
         batches: data to calibrate on instead, e.g. [{"input_ids", "attention_mask", "labels"}, ...]. Statistics that
@@ -132,7 +130,7 @@ def adapt(
     assert isinstance(chosen, Method)
     check_ungrafted(model)
     options, rank = chosen.options(options), RANK if rank is None else rank
-    layers = _ranks(model, chosen, rank, targets, ranks, options)
+    layers = ranks_of(model, chosen, rank, targets, ranks, options)
     if name in adapters_of(model):
         raise WeftError(
             f"There is an adapter {name!r} on this model already; remove it first (weft.remove_adapter) or choose "
@@ -273,33 +271,6 @@ def _active(model: nn.Module) -> list[Adapter]:
     return [adapter for adapter in adapters_of(model).values() if adapter.active and METHODS.known(adapter.method)]
 
 
-def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The linear layers that `targets` mean, by name.
-
-    Raises:
-        WeftError: a target matches nothing; the nearest names are listed.
-    """
-    if targets == "all-linear":
-        return linear_layers(model)
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    open_experts(model, lambda name: any(_meant(name, target) for target in targets))
-    layers = eligible(model)
-    chosen: set[str] = set()
-    for target in targets:
-        matched = [name for name in layers if _meant(name, target)]
-        if not matched:
-            suffixes = dict.fromkeys(name.rpartition(".")[2] for name in layers)
-            near = nearest(target, [*suffixes, *layers] if "." in target else suffixes)
-            raise WeftError(f"The target {target!r} matches no linear layer; the nearest names are: {', '.join(near)}.")
-        chosen.update(matched)
-    check_at_hand(model, chosen)
-    return {name: layer for name, layer in layers.items() if name in chosen}
-
-
-def _meant(name: str, target: str) -> bool:
-    return fnmatch.fnmatchcase(name, target) or fnmatch.fnmatchcase(name, f"*.{target}")
-
-
 def _check_whole(graft: Graft, **given: Any) -> None:
     """Raises WeftError where a graft is given what only adapters of layers have."""
     unused = {"rank": None, "targets": "all-linear", "name": "default", "stats": None, "ranks": None}
@@ -309,40 +280,6 @@ def _check_whole(graft: Graft, **given: Any) -> None:
             f"{graft.name!r} changes the forward pass as a whole: it takes no {strange}=; its own options are: "
             f"{', '.join(graft.defaults) or 'none'}."
         )
-
-
-def _ranks(
-    model: nn.Module,
-    method: Method,
-    rank: int,
-    targets: str | Sequence[str],
-    ranks: Mapping[str, int] | None,
-    options: Mapping[str, Any],
-) -> dict[str, int]:
-    """layer -> rank, checked against the layer's shape."""
-    layers = resolve_targets(model, targets)
-    if ranks is None:
-        wanted = dict.fromkeys(layers, rank)
-    else:
-        strange = next((name for name in ranks if name not in layers), None)
-        if strange is not None:
-            raise WeftError(
-                f"There is no targeted layer {strange!r} to give a rank; the nearest names are: "
-                f"{', '.join(nearest(strange, layers))}."
-            )
-        wanted = {name: ranks[name] for name in layers if ranks.get(name)}
-    for name, r in wanted.items():
-        out_features, in_features = shape_of(layers[name])
-        largest = method.limit(out_features, in_features, options)
-        if not 1 <= r <= largest:
-            raise WeftError(
-                f"Rank {r} is not possible for {method.name!r} on {name} ({out_features} x {in_features}); give a rank "
-                f"from 1 to {largest}, or "
-                "leave the layer out with targets=."
-            )
-    if not wanted:
-        raise WeftError("No layer is given a rank above 0, so there is nothing to adapt; check ranks=.")
-    return wanted
 
 
 def _moments(

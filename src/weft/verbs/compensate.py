@@ -25,7 +25,7 @@ from weft.terms import LowRank
 from weft.terms.adapters import Adapter, attach, base_terms, detach, unwrapped
 from weft.terms.experts import fuse, within_experts
 from weft.terms.layers import linear_layers, shape_of, weight_of
-from weft.verbs.adapt import resolve_targets
+from weft.verbs.targets import resolve_targets
 
 __all__ = ["compensate"]
 
