@@ -37,9 +37,9 @@ from weft.terms.experts import within_experts
 from weft.terms.layers import is_conv1d, linear_layers
 from weft.terms.put import put
 from weft.terms.quantized import Quantized
-from weft.verbs.adapt import resolve_targets
 from weft.verbs.evaluate import model_size
 from weft.verbs.survey import check_weight
+from weft.verbs.targets import resolve_targets
 
 __all__ = ["quantize", "run", "schemes"]
 
@@ -77,8 +77,8 @@ def quantize(
             scale), or "lq-lora": codes and a low-rank adapter called `name` that takes up their error.
         targets: as in `weft.adapt`.
         rank, alpha, name: of the adapter, for "lq-lora"; the paper's rank is 64.
-        bits: of a scheme of several widths, None for 4; for "lq-lora", the mean bits a weight of the codes, spent where
-            they help most among `formats`, None for NF4 everywhere. The adapter comes on top.
+        bits: of a scheme of several widths, None for 4; of others their own; for "lq-lora", the mean bits a weight of
+            the codes, spent where they help most among `formats`, None for NF4 everywhere. The adapter comes on top.
         formats: what an integer program may choose from.
         iterations: of the decomposition, at most.
         stats: with "fisher_rows" and "fisher_columns" of each layer, for the weighted form of "lq-lora".
@@ -129,16 +129,19 @@ def _codes(method: Method, layer: str, module: nn.Module, bits: float | None) ->
     """The codes of a layer's dense terms, by the name of the term.
 
     Raises:
-        WeftError: the method offers several sizes, and `bits` is none of them.
+        WeftError: `bits` is none of the method's sizes.
     """
     assert method.split is not None
     made: dict[str, Term] = {}
     for key, matrix in _dense_terms(module).items():
         out, inn = matrix.shape
         sizes = [size for size, _ in method.sizes(Shape(out, inn, matrix.element_size()), method.options({}))]
-        wanted = [size for size in sizes if len(sizes) == 1 or size == (bits or 4)]
+        asked = bits or (sizes[0] if len(sizes) == 1 else 4)
+        wanted = [size for size in sizes if size == asked]
         if not wanted:
-            raise WeftError(f"{method.name} has {', '.join(map(str, sizes))} bits; give one of them as bits=.")
+            raise WeftError(
+                f"{method.name} has {', '.join(map(str, sizes))} bits, not {asked:g}; give one of them as bits=."
+            )
         site = _site(method, layer, {"base": Dense.from_matrix(matrix)}, wanted[0], {}, matrix.dtype)
         (made[key],) = method.split(site, **method.options({})).terms.values()
     return made
@@ -281,7 +284,10 @@ def _formats(
     weights = {layer: _whole(module) for layer, module in layers.items()}
     for layer, W in weights.items():
         if not 1 <= rank <= min(W.shape):
-            raise WeftError(f"Rank {rank} is not possible on {layer} {tuple(W.shape)}; give 1 to {min(W.shape)}.")
+            raise WeftError(
+                f"Rank {rank} is not possible on {layer} {tuple(W.shape)}; give 1 to {min(W.shape)}, or leave the "
+                "layer out by the targets."
+            )
     needed = {"fisher_rows", "fisher_columns"}
     lacking = [layer for layer in layers if stats is not None and not needed <= stats.get(layer, {}).keys()]
     if lacking:
