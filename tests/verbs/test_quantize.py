@@ -140,6 +140,7 @@ def test_the_paper_budget_at_equal_formats():
     ("arguments", "message"),
     [
         ({"scheme": "nf5"}, "no scheme of quantisation called 'nf5'; the nearest are: nf"),
+        ({"scheme": "nf4", "rank": 8}, "nf4 has no low-rank term for a rank or alpha"),
         ({"scheme": "int8", "bits": 4}, "int8 has 8 bits, not 4"),
         ({"scheme": "rtn", "bits": 3.5}, "rtn has 2, 3, 4, 5, 6, 7, 8 bits, not 3.5"),
         ({"targets": "q_prj"}, "matches no linear layer; the nearest names are: q_proj"),

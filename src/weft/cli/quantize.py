@@ -25,7 +25,7 @@ def command(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="nf2, nf3, nf4, nf8, int8, rtn, or lq-lora: codes and a low-rank term for their error.",
+            help="nf2 to nf8, int8, fp8, mxfp4 to mxfp8, rtn, or lq-lora: codes and a low-rank term for their error.",
             show_default=False,
         ),
     ] = None,

@@ -18,7 +18,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,14 @@ def run(
     Raises WeftError for any argument that cannot work, before the model is loaded where it can be told.
     """
     check_seed(seed)
+    of_text = {
+        "text": text,
+        "window": None if window == 512 else window,
+        "stride": stride,
+        "windows": windows,
+        "bos": bos,
+    }
+    _check_beside(tasks, limit, of_text)
     if adapter is not None:
         check_directory(adapter)
     if tasks is not None:
@@ -181,6 +189,15 @@ def run(
         load_adapter(source, adapter)
     found = evaluate(source, tokenizer, texts, window=window, stride=stride, windows=windows, bos=bos)
     return {"model": model, **found}
+
+
+def _check_beside(tasks: Sequence[str] | None, limit: int | None, of_text: Mapping[str, Any]) -> None:
+    """Raises WeftError where what is given has no part in what is measured."""
+    if tasks is None and limit is not None:
+        raise WeftError("--limit counts questions of --tasks: give tasks too, or for a text --windows, such as 24.")
+    strange = next((name for name, value in of_text.items() if value is not None), None)
+    if tasks is not None and strange is not None:
+        raise WeftError(f"--tasks measures tasks instead of a text: leave --{strange} out, or the tasks.")
 
 
 def _run_tasks(

@@ -43,6 +43,8 @@ from weft.verbs.targets import resolve_targets
 
 __all__ = ["quantize", "run", "schemes"]
 
+RANK = 64  # of the low-rank term, as published
+
 
 def schemes() -> dict[str, Method]:
     """What `quantize` puts in a weight's place: the methods of kind "quantize" that ask for no data, and
@@ -61,7 +63,7 @@ def quantize(
     scheme: str | Method = "nf4",
     targets: str | Sequence[str] = "all-linear",
     *,
-    rank: int = 64,
+    rank: int = RANK,
     bits: float | None = None,
     alpha: float | None = None,
     formats: Sequence[Format] = SHORT_GRID,
@@ -94,6 +96,7 @@ def quantize(
     """
     model = unwrapped(model)
     method = scheme if isinstance(scheme, Method) else _find(scheme)
+    _check_beside(method, rank, alpha)
     if adapters_of(model):
         on = ", ".join(adapters_of(model))
         raise WeftError(f"There are adapters on this model ({on}); quantise first, then put adapters on.")
@@ -125,6 +128,14 @@ def _find(scheme: str) -> Method:
     return schemes()[scheme]
 
 
+def _check_beside(method: Method, rank: int, alpha: float | None) -> None:
+    """Raises WeftError where a low-rank term is described, and the scheme has none."""
+    if not method.replaces and (rank != RANK or alpha is not None):
+        raise WeftError(
+            f"{method.name} has no low-rank term for a rank or alpha: leave them out, or give the scheme lq-lora."
+        )
+
+
 def _codes(method: Method, layer: str, module: nn.Module, bits: float | None) -> dict[str, Term]:
     """The codes of a layer's dense terms, by the name of the term.
 
@@ -154,7 +165,7 @@ def run(
     scheme: str | None = None,
     bits: float | None = None,
     targets: Sequence[str] | None = None,
-    rank: int = 64,
+    rank: int = RANK,
     alpha: float | None = None,
     embeddings: str | None = None,
     max_shard_size: str | int = "5GB",
@@ -176,6 +187,7 @@ def run(
     """
     arguments = {key: value for key, value in locals().items() if key != "device"}
     chosen = _scheme(scheme, bits)
+    _check_beside(METHODS[chosen], rank, alpha)
     check_width(embeddings)
     check_output(out, arguments)
     target = resolve_device(device)
@@ -211,7 +223,7 @@ def _scheme(scheme: str | None, bits: float | None) -> str:
     method = _find(scheme)
     sizes = [size for size, _ in method.sizes(Shape(64, 64), method.options({}))]
     if bits is not None and not method.replaces and bits not in sizes:
-        raise WeftError(f"--scheme {scheme} has its own number of bits, not {bits:g}; give one of the two.")
+        raise WeftError(f"--scheme {scheme} has {', '.join(map(str, sizes))} bits, not {bits:g}; give one of these.")
     return scheme
 
 
