@@ -7,7 +7,7 @@ from typing import Any
 
 from results import RESULTS, table
 
-FILES = {"frontier_smollm2_mixed.jsonl": "SmolLM2-135M", "frontier_ref_mixed.jsonl": "a Llama of 29.5M"}
+FILES = {"frontier_smollm2_mixed.jsonl": "SmolLM2-135M", "frontier_ref_mixed.jsonl": "Llama-29M"}
 ROWS = {
     "llm-compressor, gptq": "GPTQ of llm-compressor 0.14",
     "gptq, clipped, widths by layer": "`gptq`, a width for each layer",
@@ -24,7 +24,7 @@ def equal_bytes_table() -> list[str]:
     """Perplexity on both texts by method, at each budget of each model: means of the draws of calibration text."""
     found = {file: _lines(file) for file in FILES}
     heads = [(file, budget) for file in FILES for budget in BUDGETS if _at(found[file], "auto", budget)]
-    names = [f"{FILES[file]}, {budget:g} bits" for file, budget in heads]
+    names = [f"{FILES[file].split('-')[0]}, {budget:g}" for file, budget in heads]
     cells = [[words, *(_cell(_at(found[file], row, b), b) for file, b in heads)] for row, words in ROWS.items()]
     dense = {words: [x for x in found[file] if x["row"] == "dense"] for file, words in FILES.items()}
     whole = " and ".join(f"{_pair(lines)} for {words}" for words, lines in dense.items())
@@ -32,7 +32,7 @@ def equal_bytes_table() -> list[str]:
     words = (
         f"Perplexity on held-out Python / on WikiText-2 at so many bits a weight of the linear layers, everything that "
         f"is stored counted; calibrated on {first['windows']} windows of {first['window']} tokens, half of each. "
-        f"Dense: {whole}."
+        f"llm-compressor gets the most bits of one width for all that fit. Dense: {whole}."
     )
     return [words, "", *table(["", *names], cells)]
 
