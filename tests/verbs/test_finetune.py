@@ -141,6 +141,20 @@ def test_lora_trains_its_adapters_and_nothing_else(tiny_directory, tokenizer):
             assert torch.equal(weight_of(moved), weight_of(layer)), name
 
 
+def test_an_adapter_goes_on_the_layers_that_are_named(tiny_directory, data, tmp_path):
+    line = (
+        f"{tiny_directory} -o {tmp_path / 'out'} --method lora --rank 2 --data {data} --targets q_proj --targets *mlp*"
+    )
+    line += " --targets !*.1.* --steps 1 --batch 2 --window 16 --json"
+    done = CliRunner().invoke(app, ["finetune", *line.split()])
+    assert done.exit_code == 0, done.output
+    (adapter,) = adapters_of(load_model(str(tmp_path / "out"))).values()
+    assert {name.rpartition(".")[2] for name in adapter.terms} == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(".0." in name for name in adapter.terms)
+    with pytest.raises(WeftError, match=r"The target 'q_prj' matches no linear layer; the nearest names are: q_proj"):
+        finetune(model_of(tiny_directory), None, TEXT, "lora", targets="q_prj", **SHORT)
+
+
 def test_full_trains_everything(tiny_directory, tokenizer):
     model = model_of(tiny_directory)
     before = snapshot(model)
@@ -315,6 +329,7 @@ def test_an_adapter_whose_base_is_gone_says_so(tiny_directory, data, tmp_path):
         ({"optimizer": "mezo"}, "mezo cannot be used here. It asks for a loss and no gradient"),
         ({"rank": 0}, "--rank is 0"),
         ({"method": "full", "rank": 8}, "--rank is an adapter's, or an --optimizer's, and full has none"),
+        ({"method": "full", "targets": ["q_proj"]}, "Targets are layers that get an adapter, and full is none"),
         ({"eval_windows": 2}, "--eval-windows is for a text that judges: give --eval-text"),
         ({"steps": 0}, "--steps is 0"),
         ({"lr": -1.0}, "--lr is -1.0"),

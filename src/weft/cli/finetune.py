@@ -50,6 +50,13 @@ def command(
         int | None,
         typer.Option(help="Rank of adapters (16), or of the optimizer's subspace (its own).", show_default=False),
     ] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers that get an adapter, such as q_proj or '*.0.*', or all but '!up_proj'; again for more; all.",
+            show_default=False,
+        ),
+    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
     window: Window = 512,
     batch: Annotated[int, typer.Option(help="Windows that a process handles at once.")] = 4,

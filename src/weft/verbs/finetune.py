@@ -50,6 +50,7 @@ from weft.verbs.evaluate import check_causal, check_context, peak_memory, reset_
 from weft.verbs.figures import as_written, perplexity_on, rehearsed, summary
 from weft.verbs.fresh import ends_of
 from weft.verbs.preparing import check_states, check_teacher, leave, lesson_of, load_teacher, prepare
+from weft.verbs.targets import check_targets
 
 __all__ = ["finetune", "run"]
 
@@ -63,6 +64,7 @@ def finetune(
     method: str = "welore",
     *,
     rank: int | None = None,
+    targets: str | Sequence[str] | None = None,
     optimizer: str | None = None,
     optimizer_options: Mapping[str, Any] | None = None,
     evaluation: str | Sequence[str] | None = None,
@@ -83,6 +85,7 @@ def finetune(
         data: texts, or documents of `weft.train.sources` (with prompts, or chats).
         method: what is trained; a name of `weft.methods()`.
         rank: of adapters (16 by default); for other methods, of the optimizer's subspace (by default its own).
+        targets: layers that get an adapter, as in `weft.adapt`; all by default.
         optimizer: a name of `weft.optim.OPTIMIZERS`; by default what the method asks for, or AdamW.
         optimizer_options: its options; by default the published ones, which follow the size of what is trained and the
             length of the run.
@@ -112,13 +115,14 @@ def finetune(
     chosen = find(method, *KINDS)
     check_judging(recipe, eval_data is not None, ends_of(chosen, options))
     check_context(model, recipe.window)
+    check_targets(chosen, targets, model)
     lesson = lesson_of(model, chosen, teacher, teacher_top, teacher_labels, teacher_features)
     if isinstance(chosen, Method) and chosen.kind == "compress":
         chosen.freeze(model)  # says at once where the model has nothing that it trains
     rows = rows_of(model, tokenizer, data, recipe, skipped)
     judge = None if eval_data is None else rows_of(model, tokenizer, eval_data, recipe, skipped)
     choice = optimizer_settings(optimizer, optimizer_options or {}, rank, chosen.kind == "adapt", recipe.steps)
-    rules = prepare(model, rows, chosen, rank, recipe, options)
+    rules = prepare(model, rows, chosen, rank, recipe, options, targets)
     if optimizer is not None:
         choice = chosen_options(optimizer, choice, recipe.steps, model)
 
@@ -221,6 +225,7 @@ def run(
     method: str = "welore",
     data: str | Path | Sequence[str | Path] | None = None,
     rank: int | None = None,
+    targets: str | Sequence[str] | None = None,
     optimizer: str | None = None,
     optimizer_options: Mapping[str, Any] | None = None,
     eval_text: str | Path | Sequence[str | Path] | None = None,
@@ -267,6 +272,7 @@ def run(
     arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
     recipe, options = split_settings(settings)
     check_method(method, rank, options, optimizer)
+    check_targets(find(method), targets)
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
     check_judging(recipe, eval_data is not None, ends_of(find(method), options))
@@ -292,7 +298,7 @@ def run(
     known = None if teacher is None else load_teacher(teacher, tokenizer, target, trust_remote_code=trust_remote_code)
     source = load_model(model, device=target, dtype=dtype, trust_remote_code=trust_remote_code)
     check_matrices(source, sum_specs(source) if merge else ())
-    what: dict[str, Any] = {"method": method, "rank": rank, "skipped": skipped, "teacher": known}
+    what: dict[str, Any] = {"method": method, "rank": rank, "targets": targets, "skipped": skipped, "teacher": known}
     what |= {"optimizer": optimizer, "optimizer_options": optimizer_options}
     what |= {"teacher_top": teacher_top, "teacher_labels": teacher_labels, "teacher_features": teacher_features}
     if dry_run:

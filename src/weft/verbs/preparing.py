@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from weft.train.recipe import Recipe
 from weft.verbs.adapt import adapt
 from weft.verbs.adapt import rules as adapter_rules
 from weft.verbs.fresh import Structure, finish, restructure
+from weft.verbs.targets import ALL
 
 __all__ = [
     "calibration",
@@ -46,11 +47,14 @@ def prepare(
     rank: int | None,
     recipe: Recipe,
     options: Mapping[str, Any],
+    targets: str | Sequence[str] | None = None,
 ) -> list[Rule]:
     """Put adapters or a graft on where the method is one, freeze what is not trained; the rules to train with. An
     adapter that came with the model, of the same method, is trained further.
     """
-    if any(adapter.method == method.name for adapter in adapters_of(model).values()) and not (rank or options):
+    if any(adapter.method == method.name for adapter in adapters_of(model).values()) and not (
+        rank or options or targets
+    ):
         say(f"The model's own {method.name} adapter is trained further.")
         return adapter_rules(model)
     options = with_totals(method, recipe, options)
@@ -61,7 +65,7 @@ def prepare(
     assert isinstance(method, Method)
     if method.kind == "adapt":
         batches = calibration(rows, recipe) if method.needs else None
-        adapt(model, method, rank, batches=batches, seed=recipe.seed, **options)
+        adapt(model, method, rank, targets=targets or ALL, batches=batches, seed=recipe.seed, **options)
         return adapter_rules(model)
     chosen = method.options(options)
     if method.kind == "train" and method.split is not None:

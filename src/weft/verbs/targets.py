@@ -11,10 +11,11 @@ from torch import nn
 
 from weft.errors import WeftError, nearest
 from weft.methods.base import Method
+from weft.records import Record
 from weft.terms.hooks import check_at_hand
 from weft.terms.layers import eligible, linear_layers, open_meant, picked, shape_of
 
-__all__ = ["ALL", "ranks_of", "resolve_targets"]
+__all__ = ["ALL", "check_targets", "ranks_of", "resolve_targets"]
 
 ALL = "all-linear"
 
@@ -39,6 +40,14 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str,
     chosen = {name: layers[name] for name in picked(layers, targets, _meant)}
     check_at_hand(model, chosen)
     return chosen
+
+
+def check_targets(method: Record, targets: str | Sequence[str] | None, model: nn.Module | None = None) -> None:
+    """Raises WeftError for targets of a method that is no adapter, or that match nothing in the model."""
+    if targets and method.kind != "adapt":
+        raise WeftError(f"Targets are layers that get an adapter, and {method.name} is none: leave them out.")
+    if targets and model is not None:
+        resolve_targets(model, targets)
 
 
 def _meant(name: str, target: str) -> bool:
