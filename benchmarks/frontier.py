@@ -88,6 +88,13 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "nf3 + eora, by auto": ("auto", {"methods": "nf3+eora"}),
     "llm-compressor, gptq": (PEER, {}),
     "auto": ("auto", {}),
+    "auto, of codes alone": (
+        "auto",
+        {
+            "methods": "yaqa:group=null:clip=true:table=true, yaqa:group=128:clip=true:table=true, "
+            "yaqa:group=128:clip=true"
+        },
+    ),
     "auto, of grids": (
         "auto",
         {"methods": "yaqa:clip=true,yaqa:group=128:clip=true,kfac-svd,yaqa:group=128:clip=true+eora"},

@@ -28,7 +28,17 @@ from weft.stats.streams import is_encoder_decoder
 from weft.terms.experts import expert_layers, within_experts
 from weft.terms.layers import block_stacks, linear_layers
 
-__all__ = ["Batch", "Stats", "calibrate", "forward_inputs", "frozen", "layers_by_block", "mean_loss", "to_device"]
+__all__ = [
+    "Batch",
+    "Stats",
+    "calibrate",
+    "first_block",
+    "forward_inputs",
+    "frozen",
+    "layers_by_block",
+    "mean_loss",
+    "to_device",
+]
 
 Batch = Mapping[str, Tensor]
 """What the model's forward takes: input_ids, attention_mask, labels ..."""
@@ -245,7 +255,7 @@ def differentiable_inputs(model: nn.Module, backward: bool = True, layers: Itera
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_(True)
 
-    block = _first_block(model, layers)
+    block = first_block(model, layers)
     if block is None:
         # an encoder-decoder model has its own embedding module in each half, sharing one weight
         halves = [m for m in model.modules() if callable(getattr(m, "get_input_embeddings", None))]
@@ -261,7 +271,7 @@ def differentiable_inputs(model: nn.Module, backward: bool = True, layers: Itera
             handle.remove()
 
 
-def _first_block(model: nn.Module, layers: Iterable[str]) -> nn.Module | None:
+def first_block(model: nn.Module, layers: Iterable[str]) -> nn.Module | None:
     """The block that the layers begin in, where nothing but their stack leads from the embeddings to them."""
     stacks, names = block_stacks(model), list(layers)
     if len(stacks) != 1 or is_encoder_decoder(model) or not names:

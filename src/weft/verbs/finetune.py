@@ -271,8 +271,7 @@ def run(
     """
     arguments = {k: v for k, v in locals().items() if k not in ("settings", "device", "dry_run")} | settings
     recipe, options = split_settings(settings)
-    check_method(method, rank, options, optimizer)
-    check_targets(find(method), targets)
+    check_method(method, rank, options, optimizer, targets)
     check_merge(method, merge)
     optimizer_settings(optimizer, optimizer_options or {}, rank, find(method).kind == "adapt", recipe.steps)
     check_judging(recipe, eval_data is not None, ends_of(find(method), options))
@@ -369,10 +368,17 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]
     return Recipe(**{key: value for key, value in settings.items() if key in known}), options
 
 
-def check_method(method: str, rank: int | None, options: Mapping[str, Any], optimizer: str | None) -> None:
-    """Raises WeftError for an unknown method or option, and a rank below 1 or for nothing."""
+def check_method(
+    method: str,
+    rank: int | None,
+    options: Mapping[str, Any],
+    optimizer: str | None,
+    targets: str | Sequence[str] | None,
+) -> None:
+    """Raises WeftError for an unknown method or option, a rank below 1, and a rank or targets for nothing."""
     found = find(method, *KINDS)
     found.options(options)
+    check_targets(found, targets)
     if rank is not None and rank < 1:
         raise WeftError(f"--rank is {rank}: give at least 1.")
     if rank is not None and optimizer is None and found.kind != "adapt":

@@ -26,7 +26,7 @@ from weft.methods.base import Method
 from weft.plan import Supposed, unmasked
 from weft.records import find
 from weft.runs.pieces import Piece, Store
-from weft.stats.calibrate import Batch, calibrate
+from weft.stats.calibrate import Batch, calibrate, first_block
 from weft.terms.layers import linear_layers
 from weft.verbs.compress import compress, plan_of
 from weft.verbs.moments import BlockMoments
@@ -55,6 +55,14 @@ class Phases(NamedTuple):
     def plus(self, few: Phases, more: Phases, times: int) -> Phases:
         """With so many times what `more` has more than `few`."""
         return Phases(*(own + times * (there - here) for own, here, there in zip(self, few, more, strict=True)))
+
+
+class _Block(NamedTuple):
+    """Bytes of one block."""
+
+    statistics: int
+    piece: int  # of what the survey made, as far as it stays in memory
+    activations: int  # for a backward pass
 
 
 class _Kept(NamedTuple):
@@ -166,31 +174,33 @@ class Compressing:
         method = find(name, "compress", "quantize")
         assert isinstance(method, Method)
         plan, blocks = plan_of(method, method.allocate, list(linear_layers(self.whole))), self.source.layers
-        found, each, piece = self._found(method, plan.on_disk(sum(p.nbytes for p in self.whole.parameters())))
+        found, block = self._found(method, plan.on_disk(sum(p.nbytes for p in self.whole.parameters())))
         statistics, peak = 0, found.replacement
-        for first, count in _groups(
-            BlockMoments(self.whole, plan.layers, plan.needs, [], None, None, Store(), plan.track)
-        ):
-            there, later = count * each, max(blocks - first - count, 0)
+        source = BlockMoments(self.whole, plan.layers, plan.needs, [], None, None, Store(), plan.track)
+        for first, count in _groups(source):
+            there, later = count * block.statistics, max(blocks - first - count, 0)
+            cut = first_block(self.whole, source.blocks[first]) is not None  # blocks before keep nothing for gradients
+            before = first * (block.piece - (block.activations if cut else 0))
             statistics = max(statistics, there)
-            peak = max(peak, found.calibration + first * piece + there, found.survey - later * piece + there)
+            peak = max(peak, found.calibration + before + there, found.survey - later * block.piece + there)
         fits, workspace = peak <= memory, peak - found.weights - statistics
         parts = {"weights": found.weights, "gradients": 0, "optimizer": 0, "activations": 0, "workspace": workspace}
         parts |= {"statistics": statistics, "disk": found.output + found.written, "least_bytes": peak}
         return {"name": name, "fits": fits, "peak_bytes": peak, **parts, "batch": _ROWS if fits else 0, "seconds": None}
 
-    def _found(self, method: Method, disk: bool) -> tuple[Phases, int, int]:
-        """What is held of all blocks, and a block's statistics and the pieces of it that stay in memory."""
+    def _found(self, method: Method, disk: bool) -> tuple[Phases, _Block]:
+        """What is held of all blocks, and of one."""
         blocks = self.source.layers
         if not self.source.equal or blocks <= _FEW + 1:
             found = self._run(method, blocks, _BATCHES if method.sequential else _FEW, disk)
-            return found, found.statistics // max(blocks, 1), 0
+            return found, _Block(found.statistics // max(blocks, 1), 0, 0)
         few, more = (self._run(method, n, _FEW, disk) for n in (_FEW, _FEW + 1))
         found = few.plus(few, more, blocks - _FEW)
         if method.sequential:  # whose walk keeps the hidden states of all batches
             found = found.plus(few, self._run(method, _FEW, _FEW + 1, disk), _BATCHES - _FEW)
         weight = more.weights - few.weights
-        return found, more.statistics - few.statistics, more.survey - few.survey - weight
+        each = Phases(*(there - here for here, there in zip(few, more, strict=True)))
+        return found, _Block(each.statistics, each.survey - weight, each.calibration - weight)
 
     @cached_property
     def whole(self) -> nn.Module:
