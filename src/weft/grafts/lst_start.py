@@ -48,7 +48,8 @@ def fisher(model: nn.Module, batches: Sequence[Batch]) -> Fisher:
     parameters = [weight for _, _, weight in weights]
     if not all(isinstance(weight, nn.Parameter) for weight in parameters):
         raise WeftError(
-            "The Fisher information needs plain weights: quantise or adapt later, or start without batches."
+            "The Fisher information needs plain weights: put the side network beside the model before it is compressed "
+            "or adapted, or in Python by weft.adapt(model, 'lst') without batches, where it starts at random."
         )
     sums: list[dict[str, Tensor]] = [{} for _ in stack_of(model)]
     with frozen(model), torch.enable_grad():
