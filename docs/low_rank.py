@@ -70,8 +70,8 @@ def _for_bytes(lines: list[Line]) -> list[str]:
             uniform = next((x for x in lines if (x["row"], x["budget"]) == (factors, line["budget"])), None)
             pays = all(value < alone["divergence"][text] for text, value in line["divergence"].items())
             said.append(
-                f"- Beside codes of {bits} bit{'s' * (bits > 1)} it **{'pays' if pays else 'does not pay'}**: at {line['bits']:.2f} "
-                f"bits together, factors of allocated ranks are at {_kl(line)}"
+                f"- Beside codes of {bits} bit{'s' * (bits > 1)} it **{'pays' if pays else 'does not pay'}**: at "
+                f"{line['bits']:.2f} bits together, factors of allocated ranks are at {_kl(line)}"
                 + (f" (of one rank for all at {_kl(uniform)})" if uniform else "")
                 + f", codes alone, of which some have more bits instead ({alone['bits']:.2f}), at {_kl(alone)}."
             )
