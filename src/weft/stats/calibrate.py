@@ -291,7 +291,7 @@ def _leaf(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     if args:
         return (leaf(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": leaf(kwargs.get("hidden_states"))}
+    return args, {name: leaf(value) if name == "hidden_states" else value for name, value in kwargs.items()}
 
 
 def to_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
