@@ -184,6 +184,20 @@ def test_adapters_are_saved_loaded_taken_off_and_merged(name: str, tmp_path: Pat
     torch.testing.assert_close(logits(again), trained, atol=1e-3, rtol=1e-3)
 
 
+def test_biases_are_merged_where_the_tensors_have_them_and_refused_elsewhere() -> None:
+    for name, biased in (("GPT-OSS", True), ("Mixtral", False)):
+        model = mixture(name)
+        weft.compress(model, "lord", budget=0.9, layers="*experts*", batches=[BATCH] * 4)
+        before = logits(model)
+        if biased:
+            weft.merge(model)
+            torch.testing.assert_close(logits(model), before, atol=1e-3, rtol=1e-3)
+        else:
+            with pytest.raises(WeftError, match=r"experts\.\d\.\w+ has got a bias, for which a plain Mixtral"):
+                weft.merge(model)
+            assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_codes_of_experts_alone_are_saved_opened_and_refused_by_others(name: str, tmp_path: Path) -> None:
     model = mixture(name)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from weft.errors import WeftError
-from weft.terms.experts import names_an_expert
+from weft.terms.experts import biased_experts
 from weft.terms.sum_linear import SumLinear
 
 __all__ = ["Room", "check_matrices", "made_room", "make_room", "room_for_biases"]
@@ -57,7 +57,7 @@ def room_for_biases(model: nn.Module, layers: Iterable[str] | None = None) -> Ro
         WeftError: one of them has no place, whatever the configuration says.
     """
     sums = {name for name, module in model.named_modules() if isinstance(module, SumLinear) and _biased(module)}
-    gained = {name for name in sums if not names_an_expert(name) and (layers is None or name in set(layers))}
+    gained = (sums if layers is None else sums & set(layers)) - biased_experts(model)
     if not gained or not isinstance(model, PreTrainedModel):
         return Room()
     before = _places(model, Room())

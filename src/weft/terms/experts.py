@@ -24,7 +24,17 @@ from weft.terms.expert_stacks import is_sorted, stacks_of
 from weft.terms.hooks import carry_hooks, check_at_hand
 from weft.terms.sum_linear import SumLinear
 
-__all__ = ["Experts", "Routed", "expert_layers", "fuse", "names_an_expert", "open_experts", "routed", "within_experts"]
+__all__ = [
+    "Experts",
+    "Routed",
+    "biased_experts",
+    "expert_layers",
+    "fuse",
+    "names_an_expert",
+    "open_experts",
+    "routed",
+    "within_experts",
+]
 
 _ROUTED = "_weft_routed"
 
@@ -153,6 +163,18 @@ def expert_layers(model: nn.Module, layers: Iterable[str]) -> set[str]:
     """Those of the layers that belong to an expert, which sees the tokens that are routed to it alone."""
     paths = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Experts))
     return {layer for layer in layers if paths and layer.startswith(paths)}
+
+
+def biased_experts(model: nn.Module) -> set[str]:
+    """The layers of opened experts that have a bias in transformers' tensors too."""
+    return {
+        f"{path}.{index}.{stack.short}"
+        for path, module in model.named_modules()
+        if isinstance(module, Experts)
+        for stack in module._stacks
+        if stack.bias
+        for index in range(module.num_experts)
+    }
 
 
 def names_an_expert(layer: str) -> bool:
