@@ -10,6 +10,7 @@
     saves       the trained model's directory opens to the same logits
     merges      a plain dense model of it gives the same logits to 1e-5; one that is not linear says so
     finishes    what the layers become in the end is the same function, of no more numbers, and can be saved
+    closes      a run that ends early leaves no hook of the method's rules on the model
     lean        the memory saver changes no gradient beyond rounding, and keeps no more
     half        bf16 weights stay bf16 and finite through a run
     refuses     an unknown option, and a rank above the matrix or where there is none, are refused by sentences
@@ -36,6 +37,7 @@ from weft.rules import Rules
 from weft.runs.loading import load_tokenizer
 from weft.terms import SumLinear, Term
 from weft.terms.layers import shape_of
+from weft.testing_rules import hooks_of
 from weft.train.recipe import Recipe
 from weft.verbs.fresh import Structure, finish, restructure
 from weft.verbs.merge import merge
@@ -170,15 +172,30 @@ def _steps(method: Method, dtype: torch.dtype = torch.float32) -> tuple[LlamaFor
     """A fresh model after a run with the method's rules, and the losses of its steps."""
     model = _made(method, dtype=dtype).train()
     rule = Rules(_structure(method).rules(model, 0, _original(method, dtype=dtype)))
+    return model, _run(rule, model, 2 * STEPS)
+
+
+def _run(rule: Rules, model: LlamaForCausalLM, steps: int) -> list[float]:
+    """The losses of the first steps of a run of 2 STEPS."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     rule.bind(optimizer)
     rule.start(model, steps=2 * STEPS)
     ids, losses = (_ids()[:, :1] + torch.arange(32)) % 64, []
-    for step in range(1, 2 * STEPS + 1):
+    for step in range(1, steps + 1):
         loss = model(input_ids=ids, labels=ids).loss
         rule.update(model, optimizer, loss, step)
         losses.append(float(loss.detach()))
-    return model, losses
+    return losses
+
+
+def _closes(method: Method) -> None:
+    model, original = _made(method).train(), _original(method)
+    both = [one for one in (model, original) if one is not None]
+    before = [hooks_of(one) for one in both]
+    rule = Rules(_structure(method).rules(model, 0, original))
+    _run(rule, model, 2)
+    rule.close()
+    assert [hooks_of(one) for one in both] == before, f"hooks are left: {[hooks_of(one) for one in both]}"
 
 
 _LAST: list[tuple[Method, LlamaForCausalLM, list[float]]] = []
@@ -329,6 +346,7 @@ PROPERTIES: dict[str, Callable[[Method], None]] = {
     "saves": _saves,
     "merges": _merges,
     "finishes": _finishes,
+    "closes": _closes,
     "lean": _lean,
     "half": _half,
     "refuses": _refuses,

@@ -8,6 +8,7 @@ acts        with all defaults, a run of 40 or 200 steps is another than without 
 resumes     a run that is interrupted and goes on has the tensors of one that was not
 half        on terms in bf16, dtypes stay and everything is finite
 foreign     nothing outside the scope changes, nor its gradient
+closes      a run that ends early leaves no hook of the rule on the model
 refuses     started where there is nothing that it works on, it says so
 """
 
@@ -30,7 +31,7 @@ from weft.terms.adapters import find_adapter
 from weft.terms.layers import bias_of, linear_layers, replace
 from weft.testing_adapters import RANK, adapted, task, tiny_llama
 
-__all__ = ["PROPERTIES", "check_method_rules", "check_rule", "on_adapter", "own_model"]
+__all__ = ["PROPERTIES", "check_method_rules", "check_rule", "hooks_of", "on_adapter", "own_model"]
 
 Start = Callable[[], tuple[nn.Module, Terms]]
 """A fresh model and the terms of it that a rule is started on."""
@@ -189,6 +190,23 @@ def _foreign(make: Callable[[], Rule], start: Start) -> None:
         assert parameter.grad is not None and bool((parameter.grad == 1).all()), f"the gradient of {name} has changed"
 
 
+def hooks_of(model: nn.Module) -> dict[str, int]:
+    """How many hooks each module and parameter has."""
+    kinds = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
+    kinds += ["_post_accumulate_grad_hooks"]
+    parts = [*model.named_modules(), *model.named_parameters()]
+    counts = {name: sum(len(getattr(part, kind, None) or ()) for kind in kinds) for name, part in parts}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _closes(make: Callable[[], Rule], start: Start) -> None:
+    model, terms = start()
+    rule, before = make(), hooks_of(model)
+    _run(rule, model, terms, range(1, 3), 40)
+    rule.close()
+    assert hooks_of(model) == before, f"hooks are left: {hooks_of(model)} instead of {before}"
+
+
 def _refuses(make: Callable[[], Rule], start: Start) -> None:
     rule = make()
     parts = rule.rules if isinstance(rule, Rules) else (rule,)
@@ -211,6 +229,7 @@ PROPERTIES: dict[str, Callable[[Callable[[], Rule], Start], None]] = {
     "resumes": _resumes,
     "half": _half,
     "foreign": _foreign,
+    "closes": _closes,
     "refuses": _refuses,
 }
 """Property -> check."""

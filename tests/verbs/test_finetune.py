@@ -25,6 +25,7 @@ from weft.terms import Dense, LowRank, RoundedInputs, SumLinear
 from weft.terms.adapters import adapters_of
 from weft.terms.layers import linear_layers, weight_of
 from weft.terms.put import put
+from weft.testing_rules import hooks_of
 from weft.train.checkpoints import last_checkpoint
 from weft.train.recipe import Recipe
 from weft.train.sources import Completion
@@ -59,6 +60,13 @@ def model_of(directory, rank=None):
             U, s, V = torch.linalg.svd(weight_of(layer), full_matrices=False)
             put(model, name, {"low_rank": LowRank.from_factors(U[:, :rank] * s[:rank], V[:rank])}, None)
     return model
+
+
+@pytest.mark.parametrize("method", ["deft", "lora-ggpo", "increlora"])
+def test_training_leaves_no_hooks_on_the_model(method, data, tokenizer, tiny_directory):
+    model = AutoModelForCausalLM.from_pretrained(tiny_directory)
+    finetune(model, tokenizer, data.read_text(), method, rank=2, steps=40, lr=1e-2, window=32, batch=2)
+    assert not hooks_of(model)
 
 
 def changed(model, before):

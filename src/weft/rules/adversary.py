@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 
 from weft.errors import WeftError
 from weft.rules.base import Rule, State
@@ -34,17 +33,15 @@ class ConcurrentAdversary(Rule):
         if min(eps, omega, delay) < 0 or delay != int(delay):
             raise WeftError(f"eps is {eps}, omega {omega} and delay {delay}: give numbers from 0, delay a whole one.")
         self.eps, self.omega, self.delay = eps, omega, int(delay)
-        self.handle: RemovableHandle | None = None
         self.batch: dict[str, Any] | None = None
 
     def begin(self, model: nn.Module) -> None:
-        self._close()
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.older: deque[list[Tensor]] = deque(maxlen=self.delay)
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise WeftError("Adversarial batches of older weights need whole parameters: train without FSDP.")
         if self.eps and self.omega:
-            self.handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+            self.hang(model.register_forward_pre_hook(self._see, with_kwargs=True))
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         batch, self.batch = self.batch, None
@@ -77,7 +74,7 @@ class ConcurrentAdversary(Rule):
     def after_step(self, model: nn.Module, step: int) -> None:
         self.batch = None
         if step == self.steps:
-            self._close()
+            self.close()
 
     def state_dict(self) -> State:
         return {f"{i}_{j}": tensor for i, held in enumerate(self.older) for j, tensor in enumerate(held)}
@@ -93,8 +90,3 @@ class ConcurrentAdversary(Rule):
     def _see(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self.batch is None and model.training and named.get("input_ids") is not None and "labels" in named:
             self.batch = dict(named)
-
-    def _close(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from weft.errors import WeftError
 from weft.rules.scope import Terms, model_terms
@@ -57,6 +58,7 @@ class Rule:
     uncounted: ClassVar[str] = ""
     terms: Terms
     steps: int | None = None
+    handles: tuple[RemovableHandle, ...] = ()
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer that will take the steps, told before `start`: for a rule that changes what a parameter's slots
@@ -71,6 +73,7 @@ class Rule:
             WeftError: a schedule that these steps are too few for, or that follows the length of a run of unknown
                 length; or no term that the rule works on.
         """
+        self.close()
         chosen = self.scope if terms is None else terms
         self.terms, self.steps = model_terms(model) if chosen is None else chosen, steps
         self.begin(model)
@@ -99,6 +102,16 @@ class Rule:
         optimizer.step()
         self.after_step(model, step)
         optimizer.zero_grad()
+
+    def hang(self, *handles: RemovableHandle) -> None:
+        """Remember hooks on the model, for `close`."""
+        self.handles += handles
+
+    def close(self) -> None:
+        """Training is over, to its end or not: take off the model what hangs on it."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = ()
 
     def state_dict(self) -> State:
         """Everything that the steps to come depend on and that is not in the model's own tensors."""
@@ -164,6 +177,10 @@ class Rules(Rule):
     def after_step(self, model: nn.Module, step: int) -> None:
         for rule in self.rules:
             rule.after_step(model, step)
+
+    def close(self) -> None:
+        for rule in self.rules:
+            rule.close()
 
     def state_dict(self) -> State:
         return {f"{i}.{name}": value for i, rule in enumerate(self.rules) for name, value in rule.state_dict().items()}

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.errors import WeftError
 from weft.rules.base import Rule
-from weft.rules.hooks import watch
+from weft.rules.hooks import watch, watch_before
 from weft.rules.scope import in_use
 from weft.terms import Term
 from weft.terms.adapters import unwrapped
@@ -45,11 +45,8 @@ class DensityPenalty(Rule):
         self.recorder = _Recorder(whole.get_submodule(layer), term, self.eps)
         names = activations(whole)
         for name, module in names.items():
-            watch(module, _Activation(self.recorder, _mask_of(name, names)))
-        for key, other in list(whole._forward_pre_hooks.items()):
-            if isinstance(other, _Recorder) and other.term is term:
-                del whole._forward_pre_hooks[key], whole._forward_pre_hooks_with_kwargs[key]
-        whole.register_forward_pre_hook(self.recorder, with_kwargs=True)
+            self.hang(watch(module, _Activation(self.recorder, _mask_of(name, names))))
+        self.hang(watch_before(whole, self.recorder))
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if not self.weight:

@@ -37,7 +37,7 @@ class FeatureDistillation(Features):
     def begin(self, model: nn.Module) -> None:
         super().begin(model)
         if self.weight:
-            self.handles.append(inner(model).register_forward_pre_hook(self._run_original, with_kwargs=True))
+            self.hang(inner(model).register_forward_pre_hook(self._run_original, with_kwargs=True))
 
     def error(self, mine: Tensor, theirs: Tensor) -> Tensor:
         error = (mine - theirs).square().mean()

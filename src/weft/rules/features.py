@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from weft.errors import WeftError
 from weft.rules.base import Rule
@@ -44,7 +43,6 @@ class Features(Rule):
 
     def __init__(self, teacher: nn.Module, weight: float) -> None:
         self.teacher, self.weight = teacher, weight
-        self.handles: list[RemovableHandle] = []
         self.watching = (
             False  # from the teacher's pass to the penalty: not when judging, nor a block that is recomputed
         )
@@ -54,13 +52,12 @@ class Features(Rule):
 
     def begin(self, model: nn.Module) -> None:
         """Raises WeftError as `paired`."""
-        self.close()
         if not self.weight:
             return
-        self.handles.append(inner(self.teacher).register_forward_pre_hook(self._watch, with_kwargs=True))
+        self.hang(inner(self.teacher).register_forward_pre_hook(self._watch, with_kwargs=True))
         for place, pair in enumerate(paired(model, self.teacher)):
             for block, states in zip(pair, (self.mine, self.theirs), strict=True):
-                self.handles.append(block.register_forward_hook(partial(self._keep, states, place)))
+                self.hang(block.register_forward_hook(partial(self._keep, states, place)))
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Of the forward pass just done, once."""
@@ -86,10 +83,7 @@ class Features(Rule):
             self.close()
 
     def close(self) -> None:
-        """Take the hooks off both models."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        super().close()
         self._forget()
 
     def _error(self, mine: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:

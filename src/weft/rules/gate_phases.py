@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weft.errors import WeftError
 from weft.rules.each_step import EachStep
-from weft.rules.hooks import watch
+from weft.rules.hooks import watch, watch_before
 from weft.rules.schedule import length
 from weft.terms.gated_learners import GatedLearners, at_least
 
@@ -53,11 +53,8 @@ class GatePhases(EachStep):
         self.seen: dict[GatedLearners, Tensor] = {}
         self.mask: Any = None
         for term in self.terms_:
-            watch(term, _Inputs(term, self))
-        for key, other in list(model._forward_pre_hooks.items()):
-            if isinstance(other, _Mask):
-                del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-        model.register_forward_pre_hook(_Mask(self), with_kwargs=True)
+            self.hang(watch(term, _Inputs(term, self)))
+        self.hang(watch_before(model, _Mask(self.terms_[0], self)))
         self.open(1)
 
     def prepare(self, step: int) -> None:
@@ -92,8 +89,8 @@ class GatePhases(EachStep):
 class _Mask:
     """A pre-hook of the model: which tokens count in the pass to come."""
 
-    def __init__(self, rule: GatePhases) -> None:
-        self.rule = rule
+    def __init__(self, term: GatedLearners, rule: GatePhases) -> None:
+        self.term, self.rule = term, rule
 
     def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.rule.mask = kwargs.get("attention_mask")

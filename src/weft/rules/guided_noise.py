@@ -70,7 +70,7 @@ class GuidedNoise(Rule):
         self.factors = [term for _, term in found]
         self.hooks = [RowNoise(term) for term in self.factors]
         for (layer, _), hook in zip(found, self.hooks, strict=True):
-            watch(unwrapped(model).get_submodule(layer), hook)
+            self.hang(watch(unwrapped(model).get_submodule(layer), hook))
         self.size = [_mean_row_norm(model, layer, self.terms).to(term.A.device) for layer, term in found]
         self.slope = [torch.zeros(term.out_features, device=term.A.device) for term in self.factors]
         self._scale()

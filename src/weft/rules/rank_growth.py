@@ -121,7 +121,7 @@ class RankGrowth(Rule):
         self.growth = self.given.planned(from_the_start, self.gain, len(self.parts), self.steps)
         self.hooks = [Sensitivity(part) for part in self.parts]
         for (layer, _), hook in zip(found, self.hooks, strict=True):
-            watch(unwrapped(model).get_submodule(layer), hook)
+            self.hang(watch(unwrapped(model).get_submodule(layer), hook))
         assert self.growth.ramp is not None
         never = torch.full((len(self.parts), max(room)), -self.growth.ramp)
         self.born, self.lived = never, never.clone()  # the steps since which sides, and s, are trained

@@ -100,7 +100,7 @@ def train(
         wide(model) if widen else nullcontext(),
         leaned(model, recipe.lean),
         taught(model, *teacher) if teacher else nullcontext(),
-        closing(features) if features else nullcontext(),
+        closing(rule),
         checkpointing(model, recipe.checkpointing),
         kept_config(model),
     ):
