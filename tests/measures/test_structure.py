@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from weft.errors import WeftError
 from weft.measures import MEASURES
@@ -103,6 +104,16 @@ def test_gains_are_the_largest_singular_values_of_heads() -> None:
     )
     row = value("control-theory", model)["model.layers.1.self_attn.v_proj"]
     assert row == pytest.approx({"value_gain": v, "score_gain": q * k / math.sqrt(8)}, rel=1e-6)
+
+
+def test_the_gate_of_a_head_is_none_of_its_queries() -> None:
+    common = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"]}
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**common, **heads, num_experts=2, num_experts_per_tok=1))
+    before = value("control-theory", model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.view(4, 2, 8, 32)[:, 1].mul_(100)
+    assert value("control-theory", model) == before
 
 
 def test_codes_are_counted_as_they_are_told_apart() -> None:
