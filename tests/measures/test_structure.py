@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
+from tests.methods.glued import glued
 from weft.errors import WeftError
 from weft.measures import MEASURES
 from weft.measures.control_theory import gains
@@ -114,6 +115,24 @@ def test_the_gate_of_a_head_is_none_of_its_queries() -> None:
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.view(4, 2, 8, 32)[:, 1].mul_(100)
     assert value("control-theory", model) == before
+
+
+def test_neurons_of_a_gate_and_what_it_gates_in_one_matrix_are_those_of_two() -> None:
+    apart, ids = tiny_decoder(), torch.arange(3, 15)[None]
+    one, moved = glued(apart), glued(apart)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    codes = value("hash-encoders", apart, [batch])
+    assert value("hash-encoders", one, [batch]) == {
+        name.replace("gate_proj", "gate_up_proj"): figures for name, figures in codes.items()
+    }
+    mlp = moved.model.layers[1].mlp
+    with torch.no_grad():
+        for matrix in (*mlp.gate_up_proj.weight.chunk(2), mlp.down_proj.weight.mT):
+            matrix[[0, 3]] = matrix[[3, 0]]
+    found = value("weight-matching", moved, one)
+    units = mlp.down_proj.in_features
+    for name in ("gate_up_proj", "down_proj"):
+        assert found[f"model.layers.1.mlp.{name}"] == {"moved": 2 / units, "matched": 0.0}
 
 
 def test_codes_are_counted_as_they_are_told_apart() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.methods.glued import glued
 from weft.allocate.base import Choice, LayerInfo, Shape
 from weft.allocate.lrp_pruning import allocate
 from weft.methods import METHODS
@@ -72,6 +73,12 @@ def test_relevance_is_kept_from_the_score_to_the_embeddings_and_the_model_gives_
     # what reaches down comes half from gate and half from up; what reaches o is what v had
     for name, want in (("mlp.up_proj", through["mlp.down_proj"]), ("self_attn.v_proj", through["self_attn.o_proj"])):
         assert float(found[f"{one}{name}"].sum()) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_gate_and_what_it_gates_in_one_matrix_get_their_halves() -> None:
+    apart, batch = llama(), task()[0]
+    two, one = relevances(apart, batch), relevances(glued(apart), batch)
+    torch.testing.assert_close(one["model.layers.1.mlp.gate_up_proj"], two["model.layers.1.mlp.up_proj"])
 
 
 def test_a_relu_network_by_hand() -> None:

@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import weft
+from tests.methods.glued import glued
 from weft.allocate.modegpt import shares_cut
 from weft.errors import WeftError
 from weft.methods import METHODS
@@ -87,6 +88,21 @@ def test_joints_are_found_by_names_and_shapes() -> None:
     cohere = hf.CohereForCausalLM(hf.CohereConfig(**SIZES, **shape))
     assert joints(cohere, list(eligible(cohere)))[0].partners == (1, 0, 3, 2, 5, 4, 7, 6)
     assert layers_of(MLP)[2] == "model.layers.0.mlp.down_proj" and layers_of("lm") == ["lm"]
+
+
+@pytest.mark.parametrize("method", ["modegpt", "lrp-pruning"])
+def test_a_gate_and_what_it_gates_in_one_matrix_are_cut_as_two_are(method: str) -> None:
+    apart = grouped().double()
+    one = glued(apart)
+    torch.testing.assert_close(logits(one), logits(apart))
+    for model in (apart, one):
+        # the last block: relevance comes to those before it through attention, which one matrix changes
+        done = weft.compress(model, method, budget=0.5, layers="*.1.mlp*", batches=task()).allocation
+        assert len(done.choices) == 1 and 0.45 < done.bits_per_weight / 64 < 0.5
+    torch.testing.assert_close(logits(one), logits(apart), atol=1e-6, rtol=1e-6)
+    weft.merge(one)
+    assert {name for name, module in one.named_modules() if isinstance(module, SumLinear)} == set()
+    torch.testing.assert_close(logits(one), logits(apart), atol=1e-5, rtol=1e-5)
 
 
 HEADED = {**SIZES, "intermediate_size": 48, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 8}

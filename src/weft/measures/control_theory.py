@@ -40,7 +40,7 @@ def value(model: nn.Module) -> dict[str, dict[str, float]]:
             parent = v.layer.rpartition(".")[0]
             q, k = (f"{parent}.{name}".lstrip(".") for name in ("q_proj", "k_proj"))
             W_v, W_q, W_k = (weight_of(model.get_submodule(name), torch.float32) for name in (v.layer, q, k))
-            W_q = W_q.view(o.copies, -1, W_q.shape[1])[:, : joint.width].flatten(0, 1)  # below a head's, its gate's rows
+            W_q = W_q.view(o.copies, -1, W_q.shape[1])[:, : joint.width].flatten(0, 1)  # without a gate's
             scores = _largest(W_q, joint.width) * _largest(W_k, joint.width) / math.sqrt(joint.width)
             found[v.layer] = {"value_gain": _largest(W_v, joint.width), "score_gain": scores}
     if not found:

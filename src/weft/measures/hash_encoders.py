@@ -60,12 +60,13 @@ class Codes:
 
 def value(model: nn.Module, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
     """{first layer of each MLP: {"firing", "constant_units", "codes"}}. Raises WeftError where there is no MLP."""
-    first = [next(iter(j.members.values())).layer for j in joints(model, linear_layers(model)) if j.kind == "mlp"]
+    mlps = [joint for joint in joints(model, linear_layers(model)) if joint.kind == "mlp"]
+    first = {next(iter(joint.members.values())).layer: joint.width for joint in mlps}
     if not first:
         raise WeftError(f"{type(model).__name__} has no MLP whose units weft knows; leave this measure out.")
     found = {name: Codes() for name in first}
     layers = {name: model.get_submodule(name) for name in first}
-    watch(model, batches, layers, lambda name, x, y, stream: found[name].add(kept_rows(y, stream)))
+    watch(model, batches, layers, lambda name, x, y, stream: found[name].add(kept_rows(y, stream)[:, : first[name]]))
     return {name: codes.figures() for name, codes in found.items()}
 
 

@@ -31,10 +31,11 @@ __all__ = ["MEASURE", "Side", "assignment", "grouped_assignment", "likeness", "p
 
 
 class Side(NamedTuple):
-    """The side of a layer's matrix along which units lie: 0 rows, 1 columns."""
+    """The side of a layer's matrix along which units lie, 0 rows or 1 columns, all of them so many times in turn."""
 
     layer: str
     side: int
+    copies: int = 1
 
 
 def value(model: nn.Module, other: nn.Module) -> dict[str, dict[str, float]]:
@@ -47,9 +48,9 @@ def value(model: nn.Module, other: nn.Module) -> dict[str, dict[str, float]]:
     for sides, order in _matches(model, other):
         changed = int((order != torch.arange(len(order))).sum())
         moved, units = moved + changed, units + len(order)
-        for layer, side in sides:
+        for layer, side, copies in sides:
             W, W0 = (weight_of(m.get_submodule(layer), torch.float32) for m in (model, other))
-            matched = W - permuted(W0, side, order)
+            matched = W - permuted(W0, side, order, copies)
             before, after = before + float((W - W0).square().sum()), after + float(matched.square().sum())
             size = float(W0.norm())
             found[layer] = {
@@ -66,7 +67,7 @@ def _matches(model: nn.Module, other: nn.Module) -> Iterator[tuple[list[Side], T
     """Sides, and the order of the units along them: unit i of the model is unit order[i] of the other."""
     for joint in joints(model, linear_layers(model)):
         if joint.kind == "mlp":
-            sides = [Side(member.layer, member.side) for member in joint.members.values()]
+            sides = [Side(member.layer, member.side, member.copies) for member in joint.members.values()]
             yield sides, assignment(_likeness(model, other, sides, joint.width))
         elif joint.kind == "value-output":
             yield from _heads(model, other, joint)
@@ -87,21 +88,21 @@ def _heads(model: nn.Module, other: nn.Module, joint: Joint) -> Iterator[tuple[l
 def _likeness(model: nn.Module, other: nn.Module, sides: list[Side], units: int) -> Tensor:
     """(units, units): the inner product of each unit of the model with each of the other, over all their layers."""
     total = torch.zeros(units, units, dtype=torch.float64)
-    for layer, side in sides:
+    for layer, side, copies in sides:
         ours, theirs = model.get_submodule(layer), other.get_submodule(layer)
         W, W0 = weight_of(ours, torch.float32), weight_of(theirs, torch.float32)
         if W.shape != W0.shape:
             raise WeftError(f"{layer} is of another shape in the other model: only models of one shape match.")
-        total += likeness(W, W0, side, units)
+        total += likeness(W, W0, side, units, copies)
         b, b0 = bias_of(ours), bias_of(theirs)
         if side == 0 and b is not None and b0 is not None:
-            total += likeness(b.detach().float()[:, None], b0.detach().float()[:, None], 0, units)
+            total += likeness(b.detach().float()[:, None], b0.detach().float()[:, None], 0, units, copies)
     return total
 
 
-def likeness(W: Tensor, W0: Tensor, side: int, units: int) -> Tensor:
+def likeness(W: Tensor, W0: Tensor, side: int, units: int, copies: int = 1) -> Tensor:
     """(units, units) inner products, in fp64 on the CPU, of the units along a side of W and W0 (out, in)."""
-    parts = [(M if side == 0 else M.mT).reshape(units, -1) for M in (W, W0)]
+    parts = [(M if side == 0 else M.mT).reshape(copies, units, -1).transpose(0, 1).flatten(1) for M in (W, W0)]
     return (parts[0] @ parts[1].mT).double().cpu()
 
 
@@ -127,10 +128,10 @@ def grouped_assignment(groups: Tensor, members: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat([outer[i] * each + inner[i, outer[i]] for i in range(k)]), outer
 
 
-def permuted(W: Tensor, side: int, order: Tensor) -> Tensor:
+def permuted(W: Tensor, side: int, order: Tensor, copies: int = 1) -> Tensor:
     """W (out, in) with its units along a side in this order."""
     rows = W if side == 0 else W.mT
-    moved = rows.reshape(len(order), -1, rows.shape[1])[order.to(W.device)].reshape(rows.shape)
+    moved = rows.reshape(copies, len(order), -1, rows.shape[1])[:, order.to(W.device)].reshape(rows.shape)
     return moved if side == 0 else moved.mT
 
 

@@ -76,7 +76,8 @@ def _neurons(site: Site, ridge: float) -> Split:
     read = torch.linalg.solve(select(C + _LEAST * scale, J, J), C[J] @ W.mT).mT  # (out, k)
     changed = -W
     changed[:, J] += read
-    parts = {role: keeping(site.members[role], J) for role in writers}
+    assert site.joint is not None
+    parts = {role: keeping(site.members[role], site.joint.places(role, J)) for role in writers}
     return Split(members={**parts, reader: reading(site.members[reader], read, J)}, effect=(reader, changed))
 
 

@@ -54,24 +54,27 @@ def unit_scores(joint: Joint, relevance: Tensor) -> Tensor:
     """Scores of a joint's units (groups, width), of sum 1, from E|R| (in,) of its reader's inputs: a group is an MLP,
     or a value head with all its queries.
     """
-    groups = next(iter(joint.members.values())).copies
-    found = relevance.view(groups, -1, joint.width).sum(1)
+    found = relevance.view(joint.groups, -1, joint.width).sum(1)
     return found / found.sum()
 
 
 def _rules(model: nn.Module) -> Iterator[tuple[nn.Module, Hook]]:
-    gated = [joint for joint in joints(model, list(eligible(model))) if len(joint.members) == 3]
-    halved = {next(iter(joint.members.values())).layer.rpartition(".")[0]: list(joint.members)[1] for joint in gated}
+    gated = {}  # module of a gated MLP -> the layer that writes what is gated, and what halves its relevance
+    for joint in joints(model, list(eligible(model))):
+        *_, writer, _ = joint.members.values()
+        if joint.kind == "mlp" and (len(joint.members) == 3 or writer.copies == 2):
+            parent, _, own = writer.layer.rpartition(".")
+            gated[parent] = own, _half if writer.copies == 1 else _half_of_the_last
     for name, module in model.named_modules():
         parent, _, own = name.rpartition(".")
         if "norm" in type(module).__name__.lower():
             yield module, _held
         elif _bends(module):
             yield module, _held
-            if parent in halved:
+            if parent in gated:
                 yield module, _half
-        elif own == halved.get(parent):
-            yield module, _half
+        elif parent in gated and own == gated[parent][0]:
+            yield module, gated[parent][1]
         elif own in ("q_proj", "k_proj"):
             yield module, lambda module, args, output: output.detach()
 
@@ -90,3 +93,9 @@ def _held(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 def _half(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output / 2 + (output / 2).detach()
+
+
+def _half_of_the_last(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Of a gate and what it gates in one."""
+    gate, up = output.chunk(2, dim=-1)
+    return torch.cat([gate, _half(module, args, up)], dim=-1)

@@ -1,6 +1,6 @@
 """Joints: layers of a block that meet in an inner dimension, which is cut in all of them together.
 
-    mlp            rows of gate and up (or of the first of two layers), columns of down      the neurons
+    mlp            rows of gate and up (or of the one before it), columns of down            the neurons
     query-key      rows of q and k, the same ones in every head                              numbers of a head
     value-output   rows of v, columns of o                                                   numbers of a head
 
@@ -28,6 +28,7 @@ __all__ = ["Joint", "Member", "joints", "layers_of"]
 
 _MLPS = (
     ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "down_proj"),
     ("up_proj", "down_proj"),
     ("c_fc", "c_proj"),
     ("fc1", "fc2"),
@@ -35,6 +36,8 @@ _MLPS = (
     ("w1", "w3", "w2"),
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
+_HALVES = ("gate_up_proj",)
+"""Layers of which the first half of the rows is the gate's, and the second what it gates."""
 _OUTPUTS = ("o_proj", "out_proj", "dense")
 _JOIN = "+"
 
@@ -73,6 +76,11 @@ class Joint:
         """The layers' names as one: the first in full, then what the others differ in."""
         first, *rest = (member.layer for member in self.members.values())
         return _JOIN.join([first, *(layer.rpartition(".")[2] for layer in rest)])
+
+    @property
+    def groups(self) -> int:
+        """In how many parts the inner dimension is cut, each by itself: value heads or key heads; an MLP is one."""
+        return min(member.copies for member in self.members.values())
 
     @property
     def numel(self) -> int:
@@ -114,10 +122,14 @@ def _mlp(module: nn.Module, within: Mapping[str, str]) -> Iterator[Joint]:
         return
     *writers, reader = names
     width = shape_of(module.get_submodule(reader))[1]
-    plain = all(shape_of(module.get_submodule(name))[0] == width for name in writers)
+    rows = {name: (2 if name in _HALVES else 1) * width for name in writers}
+    plain = all(shape_of(module.get_submodule(name))[0] == count for name, count in rows.items())
     if not plain or _stands_between(module, names, width):
         return
-    members = {name: Member(within[name], 0, 1, shape_of(module.get_submodule(name))[1]) for name in writers}
+    members = {
+        name: Member(within[name], 0, count // width, shape_of(module.get_submodule(name))[1])
+        for name, count in rows.items()
+    }
     members[reader] = Member(within[reader], 1, 1, shape_of(module.get_submodule(reader))[0])
     yield Joint("mlp", members, width)
 
