@@ -243,6 +243,8 @@ def run(
         WeftError: any argument that cannot work, before a model is loaded where it can be told.
     """
     check_seed(seed)
+    if windows < 1 or window < 2:
+        raise WeftError(f"--windows has to be at least 1 and --window at least 2, not {windows} and {window}.")
     names = [name.strip() for name in (measures.split(",") if isinstance(measures, str) else measures) if name.strip()]
     taken = chosen(names, pair=against is not None, data=data is not None, options=options)
     target = resolve_device(device)
@@ -280,8 +282,6 @@ def _batches(
     model: str, data: str | Path, windows: int, window: int, seed: int, trust_remote_code: bool
 ) -> list[dict[str, Tensor]]:
     """The windows that the model reads, one a batch."""
-    if windows < 1 or window < 2:
-        raise WeftError(f"--windows has to be at least 1 and --window at least 2, not {windows} and {window}.")
     texts, _ = calibration_texts(data, model)
     check_context(load_config(model, trust_remote_code=trust_remote_code), window)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
