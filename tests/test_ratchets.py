@@ -52,7 +52,7 @@ ARROWS["verbs"] = set(ARROWS)
 ARROWS["cli"] = {"verbs", "scaling"}  # its commands are made from the records of laws
 ARROWS["testing"] = {*ARROWS["verbs"], "verbs"}
 
-ANYWHERE = {"errors", "files", "progress", "seeds", "signals", "records", "tables", "tensors", "__version__"}
+ANYWHERE = {"digests", "errors", "files", "progress", "seeds", "signals", "records", "tables", "tensors", "__version__"}
 
 PUBLIC = [
     *("Budget", "WeftError", "__version__", "adapt", "calibrate", "combine", "compensate", "compress", "disable"),

@@ -303,6 +303,22 @@ def test_cache_is_missed_by_anything_else(tmp_path: Path) -> None:
     assert key() == keys[0]
 
 
+def test_a_key_is_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = build("llama"), list[Tensor]()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = call(*args, **(kwargs or {}))
+            made.extend(t for t in tree_leaves(found) if isinstance(t, Tensor))
+            return found
+
+    monkeypatch.setattr("weft.digests.CHUNK", 64)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    with Watch():
+        cache.fingerprint(model, (), (), [])
+    assert 0 < max(t.numel() for t in made if t.untyped_storage().data_ptr() not in own) <= 64
+
+
 def test_an_interrupted_pass_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build("llama"), batches("llama") * 2
     whole = calibrate(model, data, NEEDS)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
+from weft.digests import tensors_digest
 from weft.errors import WeftError
 from weft.memory import lean, lean_report
 from weft.memory.lesson import Lesson
@@ -19,7 +20,6 @@ from weft.rules.support import move
 from weft.terms import MovingSparse
 from weft.train.checkpoints import WEIGHTS_FILE, Changes, last_checkpoint
 from weft.train.examples import Example
-from weft.train.identity import tensors_digest
 from weft.train.order import Order, derived_seed
 from weft.train.packing import rows
 from weft.train.recipe import Recipe
@@ -280,7 +280,7 @@ def test_a_checkpoint_is_not_gone_on_with_under_other_codes_of_a_teacher(tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
 def test_a_digest_sees_every_value_and_its_place(dtype, monkeypatch):
-    monkeypatch.setattr("weft.train.identity.CHUNK", 5)
+    monkeypatch.setattr("weft.digests.CHUNK", 5)
     x = torch.arange(35).remainder(2).to(dtype).reshape(5, 7)
     digests = {tensors_digest([x]), tensors_digest([x.flatten()]), tensors_digest([x.roll(1, 1)])}
     other = x.clone()

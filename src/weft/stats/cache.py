@@ -12,14 +12,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weft.digests import tensors_digest
 from weft.files import replacing
 from weft.signals import finishing, requested, stop_here
-from weft.tensors import read_metadata, read_tensors
+from weft.tensors import plain_values, read_metadata, read_tensors
 
 __all__ = ["Snapshots", "accumulate", "fingerprint"]
 
@@ -36,19 +36,10 @@ def fingerprint(
     settings = "" if config is None else config.to_json_string()
     digest = hashlib.sha256(json.dumps([type(model).__name__, settings, sorted(needs), list(layers)]).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{_sums(tensor)}".encode())
-    for i, batch in enumerate(batches):
-        for key, tensor in sorted(batch.items()):
-            digest.update(f"{i}{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}{tensors_digest([plain_values(tensor)])}".encode())
+    for batch in batches:
+        digest.update(f"{sorted(batch)}{tensors_digest([batch[key] for key in sorted(batch)])}".encode())
     return digest.hexdigest()[:24]
-
-
-def _sums(tensor: Tensor) -> list[float]:
-    """Of values, squares and values by position: a weight's fingerprint without moving it off its device."""
-    flat = tensor.flatten().double()
-    places = torch.linspace(1, 2, len(flat), dtype=flat.dtype, device=flat.device)
-    return torch.stack([flat.sum(), flat.square().sum(), flat @ places]).tolist()
 
 
 class Snapshots:

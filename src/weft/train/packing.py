@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from weft.digests import tensors_digest
 from weft.errors import WeftError
 from weft.train.examples import Example
-from weft.train.identity import tensors_digest
 from weft.train.order import Order
 
 __all__ = ["IGNORED", "Rows", "best_fit", "collate", "packing_refusal", "rows"]
