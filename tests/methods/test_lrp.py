@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from tests.methods.glued import glued
 from weft.allocate.base import Choice, LayerInfo, Shape
@@ -79,6 +79,28 @@ def test_a_gate_and_what_it_gates_in_one_matrix_get_their_halves() -> None:
     apart, batch = llama(), task()[0]
     two, one = relevances(apart, batch), relevances(glued(apart), batch)
     torch.testing.assert_close(one["model.layers.1.mlp.gate_up_proj"], two["model.layers.1.mlp.up_proj"])
+
+
+def test_of_a_norm_that_subtracts_the_mean_the_scale_alone_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"vocab_size": 32, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = OPTForCausalLM(OPTConfig(**shape, num_hidden_layers=3, init_std=0.3)).eval().double()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                nn.init.normal_(parameter, mean=1)
+    found, own = relevances(model, task()[0]), nn.LayerNorm.forward
+
+    def held(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        c = x - x.mean(-1, keepdim=True)
+        return c * (c.square().mean(-1, keepdim=True) + self.eps).rsqrt().detach() * self.weight + self.bias
+
+    monkeypatch.setattr(nn.LayerNorm, "forward", held)
+    monkeypatch.setattr("weft.stats.relevance._normed", lambda module, args, output: output)
+    assert own is not nn.LayerNorm.forward
+    by_hand = relevances(model, task()[0])
+    for name, relevance in by_hand.items():
+        torch.testing.assert_close(found[name], relevance, rtol=1e-3, atol=1e-3 * float(relevance.abs().max()))
 
 
 def test_a_relu_network_by_hand() -> None:

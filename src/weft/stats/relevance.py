@@ -1,6 +1,7 @@
 """Layer-wise relevance propagation as one backward pass: gradient times input, where what bends is held still.
 
-    norms, activations    y = x * s with s = y / x held still, so that relevance passes entry by entry
+    norms, activations    y = x * s with s = y / x held still, so that relevance passes entry by entry; of a norm that
+                          subtracts the mean, y = w (x - mean x) / std x + b with the std held still
     gate * up             half of the relevance to each
     attention             its probabilities held still: queries and keys get none
     linear layers         R_i = sum_j x_i w_ij R_j / y_j  (epsilon to 0), the plain gradient; biases take theirs
@@ -68,7 +69,7 @@ def _rules(model: nn.Module) -> Iterator[tuple[nn.Module, Hook]]:
     for name, module in model.named_modules():
         parent, _, own = name.rpartition(".")
         if "norm" in type(module).__name__.lower():
-            yield module, _held
+            yield module, _normed
         elif _bends(module):
             yield module, _held
             if parent in gated:
@@ -89,6 +90,37 @@ def _held(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     with torch.no_grad():
         slope = torch.where(x == 0, 0, output / torch.where(x == 0, 1, x))
     return output.detach() + (x - x.detach()) * slope
+
+
+def _normed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """y, with the gradient of a norm of which the scale is held, and the mean that it may subtract is not."""
+    x = args[0].detach()
+    with torch.no_grad():
+        moved: Any = module.forward(x + x.abs().amax(-1, keepdim=True), *args[1:])
+    if not torch.allclose(moved, output, rtol=0, atol=float(output.detach().abs().max()) / 100):
+        return _held(module, args, output)
+    bias = getattr(module, "bias", None)
+    plain = output if bias is None else output - bias
+    held: Tensor = _HeldScale.apply(args[0], output, plain.detach())  # type: ignore[no-untyped-call]
+    return held
+
+
+class _HeldScale(torch.autograd.Function):
+    """The output of y = w (x - mean x) / std x + b as it is. The whole gradient of x lacks, beside that for a std that
+    is held, c <y - b, dy> / <c, c> with c = x - mean x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, plain: Tensor) -> Tensor:
+        ctx.save_for_backward(x - x.mean(-1, keepdim=True), plain)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        c, plain = ctx.saved_tensors
+        size = c.square().sum(-1, keepdim=True)
+        along = (plain * grad).sum(-1, keepdim=True) / torch.where(size == 0, 1, size)
+        return c * along, grad, None
 
 
 def _half(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
