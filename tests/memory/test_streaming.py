@@ -62,6 +62,16 @@ def test_pieces_give_what_the_whole_gives(kind: str, dtype: torch.dtype) -> None
     assert {1, 7} <= set(ran)
 
 
+def test_probabilities_are_those_of_all_heads() -> None:
+    model, ids = made("dense"), torch.arange(33).view(3, 11)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+        with streamed(model, rows=1, heads=1):
+            found = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    torch.testing.assert_close(found, plain)
+
+
 @pytest.mark.parametrize("part", ["mlp", "self_attn"])
 def test_memory_is_that_of_the_pieces(part: str) -> None:
     torch.manual_seed(0)

@@ -53,10 +53,12 @@ def test_a_top_of_everything_is_the_whole_divergence_and_underflow_is_no_nan():
     teacher, student = (torch.randn(4, 20, generator=draw) * 60 for _ in range(2))
     targets = torch.zeros(4, dtype=torch.long)
     torch.testing.assert_close(Lesson(20).losses(teacher, student, targets), Lesson().losses(teacher, student, targets))
+    teacher[:, 3] = -torch.inf  # a token that it rules out, such as one beyond its vocabulary
     for lesson in (Lesson(), Lesson(2)):
         z = student.clone().requires_grad_()
-        lesson.losses(teacher, z, targets).sum().backward()
-        assert bool(torch.isfinite(z.grad).all())
+        losses = lesson.losses(teacher, z, targets)
+        losses.sum().backward()
+        assert bool(torch.isfinite(losses).all()) and bool(torch.isfinite(z.grad).all())
 
 
 def losses(student, teacher, batch, lesson):

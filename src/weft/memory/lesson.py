@@ -16,6 +16,7 @@ divergence over tokens, where all losses here are means a token: its weight of 2
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,7 @@ def _top(p: Tensor, q: Tensor, top: int) -> Tensor:
 
 
 def _kept_out(q: Tensor, p: Tensor) -> Tensor:
-    """KL(q || p) outside of the top, whose tokens have probability 0 in both."""
-    there = q != -torch.inf
-    return torch.where(there, q.exp() * (q.masked_fill(~there, 0) - p.masked_fill(~there, 0)), 0.0).sum(-1)
+    """KL(q || p) outside of the top, whose tokens have probability 0 in both; what p rules out has its smallest."""
+    there, least = q != -torch.inf, math.log(torch.finfo(p.dtype).tiny)
+    p = p.masked_fill(~there, 0).clamp(min=least)
+    return torch.where(there, q.exp() * (q.masked_fill(~there, 0) - p), 0.0).sum(-1)

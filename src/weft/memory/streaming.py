@@ -114,7 +114,7 @@ def _attention(module: Any, heads: int, hidden_states: Tensor, *args: Any, **kwa
         return original(module, hidden_states, *args, **kwargs)
     kept = {name: _Latents(layers[name], hidden_states) for name in _PROJECTIONS}
     out, piece = _Sum(layers["o_proj"]), copy.copy(module)
-    shared, rest = wide // narrow, None
+    shared, others = wide // narrow, []
     for first in range(0, narrow, heads):
         last = min(first + heads, narrow)
         keys = slice(first * size, last * size)
@@ -122,7 +122,10 @@ def _attention(module: Any, heads: int, hidden_states: Tensor, *args: Any, **kwa
         parts = {name: kept[name].of(queries if name == "q_proj" else keys) for name in _PROJECTIONS}
         piece.__dict__["_modules"] = {**module._modules, **parts, "o_proj": out.of(queries)}
         _, *rest = original(piece, hidden_states, *args, **kwargs)
-    return out.whole(), *(rest or ())
+        others.append(rest)
+    # the probabilities (batch, heads, tokens, tokens), where the model gives them
+    rest = [torch.cat(parts, 1) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*others, strict=True)]
+    return out.whole(), *rest
 
 
 class _Pieces(nn.Module):
