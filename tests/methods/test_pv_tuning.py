@@ -88,11 +88,13 @@ def test_it_follows_its_lines(decay, trust):
         W = (codes - zeros) * spread(scales)
         order = sorted(((float((target - W)[i, j].abs()), i, j) for i in range(OUT) for j in range(IN)), reverse=True)
         total = 0.0
-        for size, i, j in order[: math.ceil(0.1 * OUT * IN)]:
-            total += size**2
+        for _, i, j in order[: math.ceil(0.1 * OUT * IN)]:
+            scale = float(spread(scales)[i, j])
+            found = min(3, max(0, round(float(target[i, j]) / scale + float(zeros[i, j]))))
+            total += (found - float(codes[i, j])) ** 2 * scale**2
+            codes[i, j] = found
             if trust is not None and math.sqrt(total) > trust * float(W.norm()):
                 break
-            codes[i, j] = min(3, max(0, round(float(target[i, j] / spread(scales)[i, j]) + float(zeros[i, j]))))
         W = (codes - zeros) * spread(scales)
         unspent = target + decay * (W - target)
         assert torch.equal(model.term.codes.double(), codes), f"other codes in step {step}"

@@ -9,8 +9,9 @@ with the dense model's predictions as what is learned (published: KL on logits).
 same codes and scales, other values. Training holds the matrices, a second moment each, and with decay < 1 targets.
 decay = 1 is the method; 0, as the published command has it and by default here, keeps what no step spent:
 straight-through training under the cap tau. code_lr = 0.01 is published for codes that lie dense (2^16 of 8 weights).
-Targets on a grid of few bits have half a step to cross, at once with decay = 1: that wants code_lr = 0.3, and then
-trust = 0.003, for a hundredth of all weights leaping each step ruins a model. A run in which no code changes says so.
+Targets on a grid of few bits have half a step to cross: over several steps 0.03, the default, does, at once (decay = 1)
+it wants 0.3, and then trust = 0.003, for a hundredth of all weights leaping each step ruins a model; published beside
+decay = 1 is to force each chosen group to another code, which is not here. A run in which no code changes says so.
 Deviations: integer grids, published are additive codebooks: a group is one weight, the nearest code is exact and no
 beam search; zero points stay. No drawing of groups by a temperature. AdamW (0.9, 0.999) steps the values, published are
 (0.9, 0.95). Layers in other codes stay as they are.

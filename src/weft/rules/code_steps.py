@@ -33,8 +33,8 @@ class CodeSteps(Rule):
     The optimizer does not step W, which follows its codes and scales.
 
     Args:
-        trust: from the largest change on, codes change as long as the changes' norm is at most this share of |W|; None
-            for no limit.
+        trust: from the farthest target on, codes change until the norm of what has changed of W is above this share
+            of |W|; None for no limit.
     """
 
     works_on = (TunedCode,)
@@ -93,14 +93,14 @@ class CodeSteps(Rule):
         return u * (self.code_lr * math.sqrt(1 - self.beta**step) * ratio)
 
     def _encode(self, term: TunedCode, target: Tensor) -> None:
-        """Give the weights with the largest changes their nearest codes."""
+        """Give the weights with the farthest targets their nearest codes."""
         W = term.value()
         chosen = (target - W).abs().flatten().topk(math.ceil(self.tau * target.numel())).indices
-        nearest = term.nearest(target).flatten()
+        nearest, codes = term.nearest(target).flatten(), term.codes.view(-1)
         if self.trust is not None:
-            moved = (target - W).flatten()[chosen].square().cumsum(0).sqrt()
-            chosen = chosen[moved <= self.trust * W.norm()]
-        codes = term.codes.view(-1)
+            places = nearest[chosen].to(W.dtype) - codes[chosen].to(W.dtype)
+            moved = (places * term.spread_scales().flatten()[chosen]).square().cumsum(0).sqrt()
+            chosen = chosen[: int((moved <= self.trust * W.norm()).sum()) + 1]  # one beyond, as published
         self.changed += int((codes[chosen] != nearest[chosen]).sum())
         codes[chosen] = nearest[chosen]
 

@@ -93,7 +93,11 @@ class TunedCode(Term):
 
     def value(self) -> Tensor:
         """The matrix of codes and scales (out, in), in the dtype of the scales."""
-        return self.steps() * self.stored_scales().repeat_interleave(self.width, 1)[:, : self.in_features]
+        return self.steps() * self.spread_scales()
+
+    def spread_scales(self) -> Tensor:
+        """The scale of each weight as it will be stored (out, in)."""
+        return self.stored_scales().repeat_interleave(self.width, 1)[:, : self.in_features]
 
     @torch.no_grad()
     def decode(self) -> None:
