@@ -127,17 +127,36 @@ def test_gates_are_taught_the_first_prefix_that_is_near_enough_and_then_keep_the
     assert len(set(needed)) > 1 and term.runs == "all"
     rule.open(3)
     assert term.runs == "drawn"
-    model(x)
+    model(x.view(2, 20, -1))
     p = term.gate(x).softmax(-1)
     cost = sum(float(p[:, k].mean()) * k / 3 for k in range(4))
     mean = p.mean(0).tolist()
     entropy = -sum(q * math.log(q) for q in mean) / math.log(4)
-    apart = sum(float((p[i] - p[i - 1]).abs().sum()) for i in range(len(x))) / len(x)
+    effort = [sum(float(q) * k for k, q in enumerate(row)) / 4 for row in p]
+    first, second = (sum(part) / len(part) for part in (effort[:20], effort[20:]))
+    apart = 2 * 2 * abs(first - second) / 4  # of the four pairs of two sequences, two are of different ones
+    assert apart > 0
     expected = 2.0 * abs(cost - 0.5) - 0.3 * entropy - 0.7 * apart
     penalty = rule.penalty(model)
     assert penalty is not None and float(penalty) == pytest.approx(expected, rel=1e-4)
     assert float(share_run({term: p})) == pytest.approx(cost)
     torch.testing.assert_close(at_least(p)[:, 2], p[:, 3])
+
+
+def test_learners_stay_while_gates_are_taught_and_a_run_too_short_for_both_says_so() -> None:
+    model = One(torch.zeros(12, 8))
+    term = example()
+    model.layer = SumLinear({"base": term})
+    rule = GatePhases(target=0.5, gates=0.2, tolerance=0.2, weight=2.0, entropy=0.3, diversity=0.7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule.start(model.train(), steps=4)
+    before = {name: p.detach().clone() for name, p in term.named_parameters()}
+    for step in (1, 2):
+        rule.update(model, optimizer, model(tokens().view(2, 20, -1)).square().mean(), step)
+        moved = {name for name, p in term.named_parameters() if not torch.equal(p, before[name])}
+        assert moved & {"A", "B"} == (set() if step == 1 else {"A", "B"}) and moved >= {"w2", "b2"}
+    with pytest.warns(UserWarning, match="The training of the gates is 1 steps and the run has 1"):
+        rule.start(model, steps=1)
 
 
 def test_padding_is_no_part_of_it_and_training_brings_the_share_to_its_target() -> None:

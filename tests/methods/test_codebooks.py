@@ -127,7 +127,7 @@ def test_learning_follows_its_lines(near):
         codes = [[max(range(K), key=lambda k: float(M[i, j, k])) for j in range(IN)] for i in range(OUT)]
         W_ = torch.stack([torch.stack([books[owners[i], codes[i][j]] for j in range(IN)]) for i in range(OUT)])
         losses.append(lost(W_ - W, H))
-        P, gM, gB = 2 * (W_ - W) @ H, torch.zeros_like(M), torch.zeros_like(books)
+        P, gM, gB, factor = 2 * (W_ - W) @ H, torch.zeros_like(M), torch.zeros_like(books), torch.ones_like(M)
         for i in range(OUT):
             c = books[owners[i]]
             for j in range(IN):
@@ -135,11 +135,13 @@ def test_learning_follows_its_lines(near):
                 pull = float(P[i, j]) * c
                 gM[i, j] = p * (pull - (p * pull).sum())
                 if near:
-                    gM[i, j] *= torch.tensor([math.exp(-abs(float(c[k] - c[codes[i][j]])) / gap[i]) for k in range(K)])
+                    factor[i, j] = torch.tensor(
+                        [math.exp(-abs(float(c[k] - c[codes[i][j]])) / gap[i]) for k in range(K)]
+                    )
                 gB[owners[i], codes[i][j]] += P[i, j]
         share = 1 - step / steps
         sizes = torch.tensor(s, dtype=torch.float64)[:, None]
-        M = M - adams[0].step(gM) * share
+        M = M - adams[0].step(gM) * share * factor
         books = books - adams[1].step(gB * sizes) * sizes * share
     found = learn(W, H, owners, start, steps, near=near)
     assert found.losses == pytest.approx(losses, rel=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,21 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     x, y = torch.randn(40, IN, generator=draw), torch.randn(40, OUT, generator=draw)
     return x.double(), y.double()
+
+
+def test_a_run_that_changes_next_to_no_code_says_so() -> None:
+    for rate, warned in ((1e-6, True), (1.0, False)):
+        model, rule = Coded(), ScaledSteps(rate)
+        optimizer = torch.optim.SGD([model.term.V], lr=1.0)
+        rule.bind(optimizer)
+        rule.start(model, steps=3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(1, 4):
+                x, y = data(step)
+                rule.update(model, optimizer, (model(x) - y).square().mean(), step)
+        words = [str(w.message) for w in caught if "codes have changed" in str(w.message)]
+        assert bool(words) == warned and all("0 of 24 codes have changed in 3 steps" in w for w in words)
 
 
 @pytest.mark.parametrize("bits", [3, 8])

@@ -11,7 +11,8 @@ auto` these are methods with their groups, widths and ranks, with `rtn` widths. 
 4096 drawn of them. Taken is what moves the model's predictions least.
 Deviations: options of the published menu (calibration size, clipping, granularity) are what a method's candidates say
 here. Trees are stumps, since a few dozen points overfit deeper ones: no package of boosted trees is needed. No records
-of other models start it warm. The measure is the KL to the dense model, where the paper takes the accuracy.
+of other models start it warm. The measure is the KL to the dense model, where the paper takes the accuracy, and stops
+at a loss of it that is small enough.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def groups(layers: Mapping[str, LayerInfo]) -> list[list[Choices]]:
 
     def group(name: str) -> int:
         depth = layers[name].depth
-        return 0 if depth == min(depths) else 1 if depth == max(depths) else 2 if "att" in name else 3
+        return 0 if depth == min(depths) else 1 if depth == max(depths) else 2 if "att" in name.lower() else 3
 
     names = [[name for name in layers if group(name) == i] for i in range(4)]
     return [_options({name: layers[name] for name in own}) for own in names if own]

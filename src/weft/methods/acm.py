@@ -1,11 +1,11 @@
 """acm: layers that spend on each token as much as it needs: learners that are added up, and a small gate that says how
 many (adaptive computation modules, Wojcik et al., 2023, arXiv 2312.10193; its code
-bartwojcik/adaptive_computation_modules, not seen).
+bartwojcik/adaptive_computation_modules).
 
     T(x) = sum_{n <= k(x)} B_n A_n x,   k(x) from 0 to N
 
     phase 1    learners are fitted to the layer: here in closed form, the leading components, n-th part after part
-    phase 2    the gates learn the smallest k that is near enough; phase 3 trains all to a budget (`GatePhases`)
+    phase 2    the gates alone learn the smallest k that is near enough; phase 3 trains all to a budget (`GatePhases`)
 
 `weft finetune OUT --method acm --teacher MODEL` on a model of low-rank factors (svd-llm, kfac-svd) takes these, in
 their order of worth; a dense layer is cut by SVD to `capacity` of the rank that saves nothing. `target` is the share of
@@ -13,9 +13,11 @@ the learners that shall run in the mean. It saves operations, by token, and no b
 three small products instead of one. A rank that follows the token cannot be merged.
 Deviations: learners are linear, as published for projections; MLPs are not replaced as a whole. Prefixes of a truncated
 SVD are the least-squares answer of phase 1 for white inputs, or for the data where the factors are; the gate's target
-compares with all learners, since what they were made of is gone. Budget and diversity are those of the soft gates, and
-pairs of tokens are neighbours. A draw executes exactly the learners that it says. A rank that N does not divide is
-filled up with components of zeros.
+compares with all learners, since what they were made of is gone; published, it is the first after which the error falls
+by less than a fifth. Budget and diversity are those of the soft gates. A draw executes exactly the learners that it
+says, and a token may run none, where published projections run one at least. Gates have two layers, published are
+three; what is no learner or gate stays as it is in phase 3. A rank that N does not divide is filled up with components
+of zeros.
 """
 
 from __future__ import annotations
@@ -67,6 +69,6 @@ METHOD = Method(
     least={"hidden": 1},
     defaults={
         "learners": 4, "hidden": 16, "capacity": 1.0, "target": 0.6, "gates": 0.2, "tolerance": 0.1,
-        "weight": 1.0, "entropy": 0.05, "diversity": 0.05,
+        "weight": 0.1, "entropy": 0.05, "diversity": 0.05,
     },
 )  # fmt: skip

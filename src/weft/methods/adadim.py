@@ -5,10 +5,10 @@ arXiv 2309.15531).
     per input    code of W^T, `group` outputs of an input to a scale: an input whose weights stand out keeps to itself
     the lesser   E||(W - W') x||^2
 
-Both store the same bytes. Rounding is to nearest (the paper's RTN-ada).
-Deviations: a matrix is judged by its own outputs, where q, k and v are judged by those of the attention, and up and
-gate by those of the MLP; a range contains zero, which the released code does not ask for; where `group` does not divide
-both sides, groups run along the inputs.
+Both store the same bytes.
+Deviations: rounding is to nearest (the paper's RTN-ada; it has a GPTQ-ada too). A matrix is judged by its own outputs,
+where q, k and v are judged by those of the attention, and up and gate by those of the MLP; a range contains zero, which
+the released code does not ask for; where `group` does not divide both sides, groups run along the inputs.
 """
 
 from __future__ import annotations

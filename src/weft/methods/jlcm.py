@@ -3,15 +3,17 @@ near number of its table (Yvinec, Dapogny and Bailly, 2023, arXiv 2309.17361).
 
     groups   of equal size, of rows in the order of the first principal component of their 16 quantiles
     tables   k-means of each group's numbers;   codes   argmax_k M_ijk,   M = -(w - c_k)^2 / s^2 at first
-    steps    P = dL/dW',   L = tr(D H D^T), H = E[x x^T];   dL/dM_k = softmax's, of P c_k, times exp(-|c_k - c_now| / s)
+    steps    P = dL/dW',   L = tr(D H D^T), H = E[x x^T];   dL/dM_k = softmax's, of P c_k
+             M steps by exp(-|c_k - c_now| / s) times what Adam says
 
-s is the mean gap in a group's table. The forward pass takes the argmax, the backward pass the softmax; without the last
-factor far numbers of a table pull as much as near ones, and codes leap. Adam steps M (rate 0.01) and the tables (rate
-0.01 s), both falling to zero; the least of all steps is kept. b of 1 to 4 bits a weight, a table of 16-bit numbers a
-group, and log2(groups) bits a row. x are the inputs in the model quantised so far.
+s is the mean gap in a group's table. The forward pass takes the argmax, the backward pass the softmax; the last factor
+prefers near numbers. Adam steps M (rate 0.01) and the tables (rate 0.01 s), both falling to zero; the least of all
+steps is kept. b of 1 to 4 bits a weight, a table of 16-bit numbers a group, and log2(groups) bits a row. x are the
+inputs in the model quantised so far.
 Deviations: no code was released; quantiles, groups, temperature, factor, rates and steps are ours, where the paper's
-text leaves them open. Learned by layer, from moments, not by block; rows keep their places, and each has the number of
-its table, where the paper reorders neurons and folds that into the next layer. No entropy coding.
+text leaves them open. The factor is on the steps: Adam divides a factor of the gradients out again. Learned by layer,
+from moments, not by block; rows keep their places, and each has the number of its table, where the paper reorders
+neurons and folds that into the next layer. No entropy coding.
 """
 
 from __future__ import annotations
@@ -66,24 +68,24 @@ def learn(W: Tensor, H: Tensor, owners: Tensor, books: Tensor, steps: int, *, ne
         if losses[-1] <= min(losses):
             best = Learned(codes, now.clone(), losses)
         if step < steps:
-            M.grad, tables.grad = _pulls(M, P, codes, now, owners, gap if near else None)
+            M.grad, tables.grad = _pulls(M, P, codes, now, owners)
             tables.grad *= s
+            before = M.clone() if near else M
             for part, lr in zip(optimizer.param_groups, (_MAP_LR, _TABLE_LR), strict=True):
                 part["lr"] = lr * (1 - step / steps)
             optimizer.step()
+            if near:
+                numbers = now[owners].unsqueeze(1)
+                far = (numbers - now[owners].gather(1, codes).unsqueeze(-1)).abs() / gap
+                M = M.copy_(torch.lerp(before, M, (-far).exp()))
     return best
 
 
-def _pulls(
-    M: Tensor, P: Tensor, codes: Tensor, books: Tensor, owners: Tensor, gap: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _pulls(M: Tensor, P: Tensor, codes: Tensor, books: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of M (out, in, K) and of the tables (groups, K), of that of the matrix, P (out, in)."""
     numbers, share = books[owners].unsqueeze(1), M.softmax(-1)  # (out, 1, K)
     pull = P.unsqueeze(-1) * numbers
     by_map = share * (pull - (share * pull).sum(-1, keepdim=True))
-    if gap is not None:
-        current = numbers.squeeze(1).gather(1, codes).unsqueeze(-1)
-        by_map = by_map * (-(numbers - current).abs() / gap).exp()
     places = owners.unsqueeze(1) * books.shape[1] + codes
     by_table = torch.zeros_like(books).view(-1).index_add_(0, places.flatten(), P.flatten())
     return by_map, by_table.view_as(books)

@@ -9,9 +9,10 @@ is ranked over all layers together, the least go until the budget is met (`weft.
 it was. A few sequences do. `weft finetune OUT --method lrp-pruning` trains what is left.
 Deviations: published networks are convolutional and their hidden layers propagate positive products alone (alpha 1,
 beta 0); activations of transformers have both signs, so that the rule is epsilon's at epsilon 0, with the rules of
-AttnLRP for what bends. One cut, where the paper goes in small ones and scores again: compress what was compressed for
-that. Queries and keys get no relevance, attention being held still, and stay; a block's value heads keep one number of
-units each. Biases take their share of relevance. Of fused q, k and v (GPT-2) the attention bends, and is left whole.
+CP-LRP and AttnLRP for what bends. One cut, where the paper goes in small ones and scores again: compress what was
+compressed for that. Queries and keys get no relevance, attention being held still, and stay; a block's value heads keep
+one number of units each. Biases take their share of relevance. Of fused q, k and v (GPT-2) the attention bends, and is
+left whole.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ weight: those of `rtn`, and the factors'.
 Deviations: by layer (ApiQ-lw), where the paper's runs go by block; the sums over tokens come from moments, so that each
 step sees all of them, and there are fewer, at larger rates. B A starts as the best for the first codes (`eora`), not as
 zero. f has the rows' and columns' sums of the squared gradients, not each; its mean of 1 and X stand for the paper's
-lambda and its multiplier a block, which are not published. The least of all steps is kept.
+lambda and its multiplier a block, of which the released scripts have 0.001 and 1, and the paper's tables say none. The
+least of all steps is kept.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ steps that are right at every scale (Lin et al., 2022, arXiv 2206.15472; its cod
 and the vectors (biases, norms) of these blocks, by the run's optimizer. A gradient of weights needs the inputs that
 it is of, and no others are kept; nothing is before the last blocks. What is left is as large as it was: same scales,
 other codes. `weft finetune DIR --method tiny-training --data TEXT` on any model in integer codes; published on 8
-bits. Training holds V in fp32, share of the matrices of these blocks.
+bits; of fewer bits a rate of 0.1 changes few codes, and a run that changes next to none says so. Training holds V in
+fp32, share of the matrices of these blocks.
 Deviations: V keeps fractions between steps and rounds in every pass, where whole numbers alone would lose small
 steps; biases are real numbers here. The blocks and the share are given: the paper finds them by an evolutionary
 search over measured gains of single layers, under a limit of memory. All matrices of a block have one share.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weft.errors import WeftError
 from weft.rules.each_step import EachStep
 from weft.rules.hooks import watch, watch_before
-from weft.rules.schedule import length
+from weft.rules.schedule import in_time, length
 from weft.terms.gated_learners import GatedLearners, at_least
 
 __all__ = ["GatePhases", "share_run"]
@@ -22,12 +22,12 @@ __all__ = ["GatePhases", "share_run"]
 class GatePhases(EachStep):
     """Two phases of a run for trained `GatedLearners`:
 
-        first     all learners run; the gate is taught the smallest k with  ||h_N - h_k||^2 <= tolerance ||h_N||^2
+        first     all learners run; the gate alone is taught the smallest k with  |h_N - h_k|^2 <= tolerance |h_N|^2
         then      k is drawn (Gumbel), and added to the loss is  weight |c - target| - entropy H - diversity D
 
     c is the mean share of the learners that run, by their numbers; H the entropy of a layer's mean gate over log(N +
-    1); D the mean |p_t - p_u| of neighbours, summed over choices. Tokens that the attention mask leaves out do not
-    count.
+    1); D = 2 mean |e_i - e_j| over the sequences of the batch, e the mean of k / (N + 1) over tokens and layers. Tokens
+    that the attention mask leaves out do not count.
 
     Args:
         target: c, above 0 and at most 1.
@@ -49,8 +49,10 @@ class GatePhases(EachStep):
 
     def begin(self, model: nn.Module) -> None:
         self.terms_ = [term for _, term in self.found(GatedLearners)]
-        self.until = int(self.gates * length(self.steps, "The training of the gates"))
+        first = self.gates * length(self.steps, "The training of the gates")
+        self.until = in_time(max(round(first), 1), self.steps, "The training of the gates", given=False) if first else 0
         self.seen: dict[GatedLearners, Tensor] = {}
+        self.sequences: dict[GatedLearners, Tensor] = {}  # which of the batch each of these tokens is of
         self.mask: Any = None
         for term in self.terms_:
             self.hang(watch(term, _Inputs(term, self)))
@@ -60,14 +62,24 @@ class GatePhases(EachStep):
     def prepare(self, step: int) -> None:
         for term in self.terms_:
             term.runs = "drawn" if step > self.until else "all"
-        self.seen.clear()
+        self._forget()
+
+    @torch.no_grad()
+    def before_step(self, model: nn.Module, step: int) -> None:
+        if step <= self.until:  # what gates are taught must not move
+            for term in self.terms_:
+                term.A.grad = term.B.grad = None
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if not self.seen:
             return None
         found = self._taught() if self.step <= self.until else self._kept_to_budget()
-        self.seen.clear()
+        self._forget()
         return found
+
+    def _forget(self) -> None:
+        self.seen.clear()
+        self.sequences.clear()
 
     def _taught(self) -> Tensor:
         losses = []
@@ -81,9 +93,21 @@ class GatePhases(EachStep):
     def _kept_to_budget(self) -> Tensor:
         gates = {term: term.gate(x).float().softmax(-1) for term, x in self.seen.items()}
         spread = [_entropy(p.mean(0)) for p in gates.values()]
-        apart = [(p - p.roll(1, 0)).abs().sum(-1).mean() for p in gates.values()]
         cost = self.weight * (share_run(gates) - self.target).abs()
-        return cost - self.entropy * torch.stack(spread).mean() - self.diversity * torch.stack(apart).mean()
+        return cost - self.entropy * torch.stack(spread).mean() - self.diversity * self._apart(gates)
+
+    def _apart(self, gates: dict[GatedLearners, Tensor]) -> Tensor:
+        """How far the sequences of the batch are from running equally many learners."""
+        means = []
+        for term, which in self.sequences.items():
+            p = gates[term]
+            effort = at_least(p).sum(-1) / p.shape[-1]
+            counts = which.bincount()
+            means.append(effort.new_zeros(len(counts)).index_add(0, which, effort) / counts.clamp(min=1))
+        if not means:
+            return torch.zeros(())
+        mean = torch.stack(means).mean(0)
+        return 2 * (mean.unsqueeze(0) - mean.unsqueeze(1)).abs().mean()
 
 
 class _Mask:
@@ -107,7 +131,10 @@ class _Inputs:
             return
         x, mask = args[0], self.rule.mask
         fits = isinstance(mask, Tensor) and mask.shape == x.shape[:-1]
-        self.rule.seen[self.term] = x[mask.bool()] if fits else x.reshape(-1, x.shape[-1])
+        kept = mask.bool() if fits else torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        self.rule.seen[self.term] = x[kept]
+        if kept.dim() > 1:  # what is routed to an expert is no sequence
+            self.rule.sequences[self.term] = kept.nonzero()[:, 0]
 
 
 def share_run(gates: dict[GatedLearners, Tensor]) -> Tensor:

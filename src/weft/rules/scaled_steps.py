@@ -4,14 +4,20 @@ et al., 2022, arXiv 2206.15472).
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from weft.errors import WeftError
-from weft.rules.base import Rule
+from weft.rules.base import Rule, State
 from weft.terms import SteppedCode
 
 __all__ = ["ScaledSteps"]
+
+_FEW = 1e-4
+"""Of all codes: when fewer change in a run, that is worth a word."""
 
 
 class ScaledSteps(Rule):
@@ -35,6 +41,7 @@ class ScaledSteps(Rule):
     def begin(self, model: nn.Module) -> None:
         self.codes = [term for _, term in self.found(SteppedCode)]
         self._pulls: list[Tensor | None] = []
+        self.changed = 0  # codes, counted each time
 
     def before_step(self, model: nn.Module, step: int) -> None:
         self._pulls = [term.V.grad for term in self.codes]
@@ -45,9 +52,23 @@ class ScaledSteps(Rule):
     def after_step(self, model: nn.Module, step: int) -> None:
         for term, G in zip(self.codes, self._pulls, strict=True):
             if G is not None:
-                s = term.steps().to(G.dtype)
+                s, before = term.steps().to(G.dtype), term.V.round()
                 term.V.sub_(torch.where(s > 0, G / s.square(), 0.0) * (self.rate * self._share()))
+                self.changed += int((term.V.round() != before).sum())
         self._pulls = []
+        numbers = sum(term.V.numel() for term in self.codes)
+        if step == self.steps and self.changed < _FEW * numbers:
+            warnings.warn(
+                f"{self.changed} of {numbers:,} codes have changed in {step} steps: at few bits half a step is far; "
+                f"raise rate above {self.rate:g}, train longer, or take pv-tuning.",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> State:
+        return {"changed": self.changed}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int | float]) -> None:
+        self.changed = int(state["changed"])
 
     def _share(self) -> float:
         """Of the run's first learning rate, what it is now."""

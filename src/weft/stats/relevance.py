@@ -7,8 +7,9 @@
     linear layers         R_i = sum_j x_i w_ij R_j / y_j  (epsilon to 0), the plain gradient; biases take theirs
 
 R = x dS/dx then keeps its sum from layer to layer, where there are no biases; S is the sum of the true tokens' logits.
-The rules of transformers are those of AttnLRP (Achtibat et al., 2024, arXiv 2402.05602), those of linear layers of Bach
-et al., 2015.
+The rules of transformers are those of CP-LRP for norms and attention (Ali et al., 2022), of AttnLRP for products with a
+gate (Achtibat et al., 2024, arXiv 2402.05602, which sends relevance through the softmax too); those of linear layers of
+Bach et al., 2015.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ from weft.terms.base import Spec, Term
 
 __all__ = ["GatedLearners"]
 
+TEMPERATURE = 0.8
+"""Of the soft draws, as published."""
+
 
 class GatedLearners(Term):
     """T(x) = sum_{n <= k(x)} B_n A_n x, with k = argmax of w2 relu(w1 x + b1) + b2 from 0 to N.
@@ -82,7 +85,7 @@ class GatedLearners(Term):
         if how == "all":
             return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
         if how == "drawn":
-            draws = F.gumbel_softmax(self.gate(x).float(), hard=True)
+            draws = F.gumbel_softmax(self.gate(x).float(), tau=TEMPERATURE, hard=True)
             return self.masked(x, at_least(draws).to(x.dtype))
         chosen = self.gate(x).argmax(-1)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta:
