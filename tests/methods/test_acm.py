@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -155,6 +156,9 @@ def test_learners_stay_while_gates_are_taught_and_a_run_too_short_for_both_says_
         rule.update(model, optimizer, model(tokens().view(2, 20, -1)).square().mean(), step)
         moved = {name for name, p in term.named_parameters() if not torch.equal(p, before[name])}
         assert moved & {"A", "B"} == (set() if step == 1 else {"A", "B"}) and moved >= {"w2", "b2"}
+    rule.share = 0.9
+    with pytest.warns(UserWarning, match="The last batch ran 0.90 of the learners and the target is 0.5: train longer"):
+        rule.after_step(model, 4)
     with pytest.warns(UserWarning, match="The training of the gates is 1 steps and the run has 1"):
         rule.start(model, steps=1)
 
@@ -176,6 +180,7 @@ def test_padding_is_no_part_of_it_and_training_brings_the_share_to_its_target() 
     batch["attention_mask"][:, 10:] = 0
     torch.manual_seed(0)
     for step in range(1, 31):
+        warnings.simplefilter("error")  # it ends near its target
         loss = model(**batch).loss
         assert all(len(x) == 40 for x in rule.seen.values()) and len(rule.seen) == 7
         rule.update(model, optimizer, loss, step)

@@ -4,6 +4,7 @@ al., 2023, arXiv 2312.10193).
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from weft.rules.schedule import in_time, length
 from weft.terms.gated_learners import GatedLearners, at_least
 
 __all__ = ["GatePhases", "share_run"]
+
+_NEAR = 0.1
+"""How far from its target the share of the learners that run may end without a word."""
 
 
 class GatePhases(EachStep):
@@ -52,6 +56,7 @@ class GatePhases(EachStep):
         first = self.gates * length(self.steps, "The training of the gates")
         self.until = in_time(max(round(first), 1), self.steps, "The training of the gates", given=False) if first else 0
         self.seen: dict[GatedLearners, Tensor] = {}
+        self.share = self.target  # of the learners that ran last
         self.sequences: dict[GatedLearners, Tensor] = {}  # which of the batch each of these tokens is of
         self.mask: Any = None
         for term in self.terms_:
@@ -69,6 +74,15 @@ class GatePhases(EachStep):
         if step <= self.until:  # what gates are taught must not move
             for term in self.terms_:
                 term.A.grad = term.B.grad = None
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        super().after_step(model, step)
+        if step == self.steps and abs(self.share - self.target) > _NEAR:
+            warnings.warn(
+                f"The last batch ran {self.share:.2f} of the learners and the target is {self.target:g}: train longer, "
+                f"or raise weight above {self.weight:g}.",
+                stacklevel=2,
+            )
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if not self.seen:
@@ -93,7 +107,8 @@ class GatePhases(EachStep):
     def _kept_to_budget(self) -> Tensor:
         gates = {term: term.gate(x).float().softmax(-1) for term, x in self.seen.items()}
         spread = [_entropy(p.mean(0)) for p in gates.values()]
-        cost = self.weight * (share_run(gates) - self.target).abs()
+        share = share_run(gates)
+        self.share, cost = float(share.detach()), self.weight * (share - self.target).abs()
         return cost - self.entropy * torch.stack(spread).mean() - self.diversity * self._apart(gates)
 
     def _apart(self, gates: dict[GatedLearners, Tensor]) -> Tensor:
