@@ -62,6 +62,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "modegpt": ("modegpt", {}),
     "wanda 2:4": ([("wanda", {"pattern": "2:4"})], {}),
     "sparsegpt 2:4": ([("sparsegpt", {"pattern": "2:4"})], {}),
+    "sparsegpt 2:4 + eora": ([("sparsegpt", {"pattern": "2:4"}), "eora"], {"allocate": "equal"}),
     "gptq2 + eora": ([("gptq", {"bits": 2, "group": 128}), "eora"], {"allocate": "equal"}),
     "gptq2 + eora, allocated": ([("gptq", {"bits": 2, "group": 128}), "eora"], {"allocate": "best"}),
     "gptq3 + eora": ([("gptq", {"bits": 3, "group": 128}), "eora"], {"allocate": "equal"}),

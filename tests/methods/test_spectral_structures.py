@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from tests.methods.one_layer import One, close
 from tests.methods.test_structures import IN, OUT, STEPS, PlainAdam, batches, drawn, run, start
 from weft.errors import WeftError
+from weft.methods import METHODS
+from weft.methods.base import Site
 from weft.rules.ordered_dropout import OrderedDropout, tails
 from weft.rules.sampled_vectors import SampledVectors
 from weft.rules.sampled_vectors import drawn as draw_places
-from weft.seeds import mix
+from weft.seeds import generator, mix
 from weft.terms import GatedLowRank, LowRank, SampledSpectral
 from weft.verbs.fresh import Structure, finish, restructure
 
@@ -201,3 +203,13 @@ def test_wrong_options_are_sentences(method, rank, options, sentence):
     with pytest.raises(WeftError, match=sentence):
         structure = Structure.of(method, rank, options)
         structure.rules(restructure(One(drawn().float()), structure), 0)
+
+
+def test_maestro_keeps_every_live_component_in_half_precision() -> None:
+    draw = torch.Generator().manual_seed(0)
+    B, A = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((768, 768), (768, 768)))
+    gate = (torch.arange(768) < 301).bfloat16()
+    term = GatedLowRank.from_factors(B * gate, A * gate.unsqueeze(1), gate)
+    made = METHODS["maestro"].finish(Site("layer", {"ordered": term}, None, None, {}, generator(0, "")))
+    (kept,) = made.terms.values()
+    assert isinstance(kept, LowRank) and kept.rank == 301

@@ -17,6 +17,7 @@ import weft.optim as wo
 from benchmarks.operations import Operations
 from weft.errors import WeftError
 from weft.optim.adagrad import AdaGrad, AdaGradNorm
+from weft.optim.base import Rows
 from weft.optim.inner import SGD, Adafactor, Adam, Adam8bit, AdamW, Lion
 from weft.optim.limiter import NormGrowth
 from weft.optim.projections import (
@@ -659,3 +660,14 @@ def test_per_layer_updates_refuse_unannounced_accumulation_and_can_be_removed() 
     loss_of(model, 0).backward()
     assert model.embed.weight.grad is not None
     optimizer.step()
+
+
+def test_a_norm_of_zero_is_forgotten_and_the_last_one_limits() -> None:
+    limiter, state = NormGrowth(), {"norm": torch.zeros(1)}
+    rows = Rows(2)
+    norms = []
+    for size in (0.0, 1.0, 0.0, 100.0):
+        E = torch.full((1, 2, 2), size / 2)
+        factor = limiter.factor(E, torch.ones(1, 1, 1), state, rows)
+        norms.append(float((E * factor).norm()))
+    assert norms == pytest.approx([0, 1, 0, 1.01], rel=1e-4)

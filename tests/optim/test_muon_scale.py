@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from weft.errors import WeftError
 from weft.optim import muon, scale
@@ -111,3 +112,18 @@ def test_scale_does_not_see_the_gradient_s_size_and_leaves_zero_rows():
     assert torch.equal(one.layers[0].weight[2], before[2])
     moved = (one.layers[0].weight - before)[[0, 1, 3, 4, 5]]
     torch.testing.assert_close(moved.square().mean(1), torch.full((5,), 1e-4, dtype=torch.float64), atol=0, rtol=1e-9)
+
+
+def test_of_a_conv1d_the_inputs_are_the_rows() -> None:
+    torch.manual_seed(0)
+    linear, turned = nn.Linear(6, 4, bias=False), Conv1D(4, 6)
+    with torch.no_grad():
+        turned.weight.copy_(linear.weight.mT)
+    x, found = torch.randn(5, 6), []
+    for layer in (linear, turned):
+        model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "blocks": nn.ModuleList([layer])})
+        optimizer = scale(model, 1e-2, weight_decay=0.1)
+        layer(x).square().sum().backward()
+        optimizer.step()
+        found.append(layer.weight.detach())
+    torch.testing.assert_close(found[1].mT, found[0])

@@ -21,6 +21,7 @@ from weft.optim.perturb import Edit, InPlace
 from weft.optim.seed_log import SeedLog
 from weft.optim.sinkgd import Sign
 from weft.optim.zeroth_order import ZerothOrder, mezo, replay
+from weft.testing_adapters import tiny_llama
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -284,6 +285,18 @@ def test_blocks_are_perturbed_and_moved_one_after_the_other() -> None:
     assert opt.log().differences.shape == (1, 2, 1)
     assert not torch.equal(model.embed.weight, kept[0])
     assert all(torch.equal(p, q) for p, q in zip(list(model.parameters())[1:], kept[1:], strict=True))
+
+
+def test_of_a_model_the_blocks_are_its_own() -> None:
+    model = tiny_llama()
+    opt = mezo(model, lr=1e-2, blockwise=True)
+    sizes = [sum(p.numel() for p in group["params"]) for group in opt.param_groups]
+    parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
+    assert sizes == [sum(p.numel() for p in part.parameters()) for part in parts]
+    ids = torch.arange(8)[None]
+    calls = []
+    opt.step(lambda: (calls.append(1), model(input_ids=ids, labels=ids).loss)[1])
+    assert len(calls) == 2 * len(parts)
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------

@@ -104,6 +104,15 @@ def test_older_weights_go_with_the_state():
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def test_its_loss_is_a_mean_however_many_batches_a_step_has() -> None:
+    model, rule = plain(), ConcurrentAdversary(eps=1e-9, omega=0.5, delay=0)
+    rule.start(model, steps=2)
+    ids = batch(1)
+    summed = model(input_ids=ids, labels=ids, num_items_in_batch=4 * 27).loss  # of four such batches
+    penalty = rule.penalty(model)
+    assert penalty is not None and float(penalty) == pytest.approx(0.5 * 4 * float(summed), rel=1e-6)
+
+
 def test_wrong_options_are_sentences():
     for bad in ((-1.0, 1.0, 1), (0.1, 1.0, 0.5), (0.1, -1.0, 0)):
         with pytest.raises(WeftError, match="give numbers from 0, delay a whole one"):

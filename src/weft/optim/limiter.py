@@ -18,8 +18,8 @@ class NormGrowth:
     """S <- S / c with c = max(||S||_F / (q + 1e-8), gamma) / gamma, q the limited norm of the last step.
 
     State: q, one number a weight. Source: Chen et al. 2024 (Fira), arXiv 2410.01623.
-    Deviations: a first norm of zero is not remembered, since the official rule would then hold the term near zero for
-    some 1,850 steps.
+    Deviations: a norm of zero is not remembered, since the official rule would then hold the term near zero for some
+    1,850 steps.
     """
 
     gamma: float = 1.01
@@ -33,7 +33,8 @@ class NormGrowth:
         last = state["norm"].to(norm.dtype)[:, None, None]
         most = (last + 1e-8) * self.gamma
         factor = torch.where(last > 0, most / torch.maximum(norm, most), 1.0)
-        state["norm"].copy_((norm * factor).flatten())
+        limited = norm * factor
+        state["norm"].copy_(torch.where(limited > 0, limited, last).flatten())
         return factor
 
 

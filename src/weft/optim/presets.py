@@ -281,7 +281,7 @@ def dct_adamw(
 
         idx = top r columns of |G C^T|_1,  R = G C^T[:, idx],  W -= lr up(AdamW(R)) after W *= 1 - lr wd
 
-    Only r integers a matrix are stored beside the moments.
+    Only 2 r integers a matrix, places and ages, are stored beside the moments.
 
     Source: Modoranu et al. 2025, arXiv 2505.17967.
     Deviations: moments follow their basis vector when the choice changes (the paper's rotation, off in the released

@@ -74,11 +74,13 @@ def scale(
     others with matrices in them the head, and the rest vectors.
 
     Source: Glentis et al. 2025, arXiv 2506.16659, whose "column" is a row of torch's (out, in) layout.
-    Deviations: a tied head is the head, with momentum; `vector_rate` is 1 where the paper names no rate.
+    Deviations: weight decay is that of the blocks' matrices alone; a tied head is the head, with momentum;
+    `vector_rate` is 1 where the paper names no rate.
     """
     decay = options.pop("weight_decay", 0.0)
     rules: dict[str, dict[str, Any]] = {
         "blocks": {"inner": Normalised(), "weight_decay": decay},
+        "transposed": {"inner": Normalised(over="out"), "weight_decay": decay},  # what a Conv1D holds is (in, out)
         "embedding": {"inner": Normalised(over="out"), "weight_decay": 0.0},
         "head": {"inner": Normalised(beta), "weight_decay": 0.0},
         "vectors": {"inner": AdamW(betas, eps), "weight_decay": 0.0, "lr": lr * vector_rate},
@@ -89,11 +91,14 @@ def scale(
 
 def _sorts(model: nn.Module | Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
     """The trainable parameters by what is done with them."""
-    found: dict[str, list[Any]] = {"blocks": [], "embedding": [], "head": [], "vectors": []}
+    found: dict[str, list[Any]] = {"blocks": [], "transposed": [], "embedding": [], "head": [], "vectors": []}
     if isinstance(model, nn.Module):
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-        found["blocks"], others = split_parameters(model)
+        turned = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
+        blocks, others = split_parameters(model)
+        for entry in blocks:
+            found["transposed" if id(entry[1]) in turned else "blocks"].append(entry)
         for name, p in others:
             table = id(p) in tables - heads
             found["embedding" if table else "head" if p.dim() == 2 else "vectors"].append((name, p))

@@ -18,6 +18,7 @@ gives equal shapes the same). Forward gradients (a JVP) and the ZO / first-order
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
@@ -301,9 +302,20 @@ def mezo(
     if options.pop("rank", None) or options.pop("weight_decay", 0.0):
         raise WeftError("mezo has neither a rank nor weight decay; leave them out (rank None, weight_decay 0).")
     model = model_or_groups if isinstance(model_or_groups, nn.Module) else None
-    params = list(model.parameters()) if model is not None else model_or_groups
+    params: Any = model_or_groups
+    if model is not None:
+        params = _by_block(model) if estimator.blockwise else list(model.parameters())
     options.setdefault("model", model)
     return ZerothOrder(params, lr, eps=eps, estimator=estimator, seed=seed, **options)  # type: ignore[arg-type]
+
+
+def _by_block(model: nn.Module) -> list[dict[str, Any]]:
+    """A group for each block, and for each module outside of them, such as embeddings and the last norm."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        block = re.match(r".*?\.\d+(?=\.)", name)
+        found.setdefault(block[0] if block else name.rpartition(".")[0], []).append(parameter)
+    return [{"params": params} for params in found.values()]
 
 
 @torch.no_grad()

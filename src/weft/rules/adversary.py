@@ -89,4 +89,5 @@ class ConcurrentAdversary(Rule):
 
     def _see(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self.batch is None and model.training and named.get("input_ids") is not None and "labels" in named:
-            self.batch = dict(named)
+            # a penalty is a mean, as one of a single batch is; the trainer weighs it
+            self.batch = {name: value for name, value in named.items() if name != "num_items_in_batch"}

@@ -50,7 +50,7 @@ class OrderedDropout(EachStep):
 
     def prepare(self, step: int) -> None:
         generator = torch.Generator().manual_seed(mix(self.seed, step))
-        ranks = [int(term.gate.sum()) for term in self.gated]
+        ranks = [int(term.gate.count_nonzero()) for term in self.gated]
         place = int(torch.randint(sum(ranks), (), generator=generator))
         for term, rank in zip(self.gated, ranks, strict=True):
             term.draw.copy_(term.gate)
