@@ -10,7 +10,7 @@ from typing import Any
 from gpu_results import device_lines, gpu_tables
 from measure_results import measure_tables
 from structure_results import structure_tables
-from tuning_results import COMMAND, teaching_table, tuning_tables
+from tuning_results import COMMAND, tuning_tables
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -22,7 +22,6 @@ def results_page() -> str:
         "Bits and perplexity": (frontier_tables(), "frontier.py MODEL --text wikitext=FILE --json FILE"),
         "GPTQ beside a plain loop": (gptq_table(), "gptq.py MODEL"),
         "Recovery": (recovery_table(), "recovery.py"),
-        "What a teacher adds": (teaching_table(table), "teaching.py --text wikitext=FILE --steps 60 --rates 3e-4"),
         "Codes that are trained": (tuning_tables(table), COMMAND),
         "Pre-training": (pretraining_tables(), "pretrain_table.py"),
         "Pre-training in structure": (structure_tables(table), "pretrain_table.py --structures --tries 3 --batch 4"),

@@ -1,4 +1,4 @@
-"""The committed results of code_tuning.py and teaching.py as tables, for docs/results.md."""
+"""The committed results of code_tuning.py as tables, for docs/results.md."""
 
 from __future__ import annotations
 
@@ -24,36 +24,6 @@ def tuning_tables(table: Table) -> list[str]:
     return lines[1:]
 
 
-def teaching_table(table: Table) -> list[str]:
-    """What a dense teacher adds to recovery."""
-    found = json.loads((RESULTS / "teaching.json").read_text(encoding="utf-8"))
-    arguments, rows = found["arguments"], found["rows"]
-    rates = ", ".join(f"{rate:g}" for rate in arguments["rates"])
-    words = (
-        f"`{arguments['model']}` at {arguments['budget']} of its bytes, all that is left trained by "
-        f"{arguments['steps']} steps of {arguments['batch']} x {arguments['window']} tokens of Python sources; mean "
-        "perplexity of "
-        f"{arguments['seeds']} seeds at the best rate of {rates}, ± half the range. The teacher is the dense model; "
-        "states are those after each block, as `--teacher-features 1`. Rows of one compression have equal bytes."
-    )
-    ways = list(dict.fromkeys((row["compressed"], row["way"]) for row in rows))
-    cells = [_taught([row for row in rows if (row["compressed"], row["way"]) == way]) for way in ways]
-    return [words, "", *table(["compressed by", "trained on", *_texts(arguments), "bytes"], cells)]
-
-
-def _taught(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows of a way at its best rate, of all seeds, as one."""
-    best = min(rows, key=lambda row: (row.get("seed", 0), row["perplexity"]["python"])).get("rate")
-    kept = [row for row in rows if row.get("rate") == best]
-    figures = [[row["perplexity"][text] for row in kept] for text in kept[0]["perplexity"]]
-    return [
-        kept[0]["compressed"] or "dense",
-        kept[0]["way"] or "nothing",
-        *(f"{sum(f) / len(f):.4g}" + (f" ± {(max(f) - min(f)) / 2:.2g}" if len(f) > 1 else "") for f in figures),
-        f"{kept[0]['bytes']:,}",
-    ]
-
-
 def _words(arguments: dict[str, Any]) -> str:
     steps = f"{arguments['steps']} steps of {arguments['batch']} x {arguments['window']} tokens of Python sources"
     return (
@@ -65,11 +35,7 @@ def _words(arguments: dict[str, Any]) -> str:
 
 
 def _columns(arguments: dict[str, Any]) -> list[str]:
-    return ["", "bits a weight", *_texts(arguments), "bytes"]
-
-
-def _texts(arguments: dict[str, Any]) -> list[str]:
-    return [f"perplexity, {name}" for name in arguments["texts"]]
+    return ["", "bits a weight", *(f"perplexity, {name}" for name in arguments["texts"]), "bytes"]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -9,7 +9,8 @@ Held are about twice a dense matrix's numbers of a square matrix, U and V beside
 are what fills the memory. In the end the product becomes a plain matrix.
 Deviations: written from a description, without the authors' code. The hyperbolic form is left out. T3, 200 from memory,
 is cut so that a run's m / r draws fit in it, after which the SVD comes: a run of one such round has none; no warm-up
-after a draw. A vector whose singular value is 0 waits, without a gradient, until the value has risen.
+after a draw. A vector whose singular value is 0 waits, without a gradient, until the value has risen. In bfloat16
+larger singular values are too coarse for steps of 1e-3.
 """
 
 from __future__ import annotations

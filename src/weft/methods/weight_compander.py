@@ -10,7 +10,7 @@ rate by it to compare. With `learn`, log a and log b are trained too, one of eac
 matrix.
 Deviations: the paper's a and b were not at hand: kappa 2.55 puts the bound at four standard deviations, so that entries
 of the start beyond are cut to it: few of a drawn matrix, up to a few hundredths of a trained one's norm. Weight decay
-acts on V.
+acts on V. In bfloat16 steps of the two logarithms are mostly below its spacing: `learn` wants --dtype float32.
 """
 
 from __future__ import annotations
