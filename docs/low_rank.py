@@ -89,7 +89,20 @@ def _for_bytes(lines: list[Line]) -> list[str]:
         if line["row"] == "auto" and line["seed"] == 0
     ]
     said.append(f"- `auto`, which is offered factors, alone and beside codes, takes them for {', '.join(chosen)}.")
-    return said
+    return [*said, f"- What they bring it, beside `auto` of codes alone: {', '.join(_brought())}."]
+
+
+def _brought() -> list[str]:
+    """`auto` with and without factors, of the same model, draw and bytes."""
+    told = []
+    for file in sorted(RESULTS.glob("frontier_*_mixed.jsonl")):
+        found = list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+        lines = {(line["row"], line["budget"], line["seed"]): line for line in found}
+        for row, budget, seed in lines:
+            if row == "auto, of codes alone" and ("auto", budget, seed) in lines:
+                both, alone = lines["auto", budget, seed], lines[row, budget, seed]
+                told.append(f"{_kl(both)} instead of {_kl(alone)} ({both['model']}, {budget:g} bits)")
+    return told
 
 
 def _with_factors(line: Line) -> int:
@@ -105,7 +118,7 @@ def _for_operations(lines: list[Line]) -> list[str]:
         plain = [line for line in rows if "2:4" not in line["row"]]
         best = min(plain, key=_mean)
         said.append(f"- At {best['operations']:.2f} of the products, of plain matrices: {best['row']}, {_kl(best)}.")
-    sparse = min((line for line in lines if "2:4" in line["row"]), key=_mean)
+    sparse = min((line for line in lines if line["row"].endswith("2:4")), key=_mean)
     half = min((line for line in lines if line["row"] in ALONE and line["budget"] == 8), key=_mean)
     said.append(
         f"- On hardware that skips two of four, {sparse['row']} at half of the products is at {_kl(sparse)}, the best "
