@@ -139,6 +139,24 @@ def dora() -> tuple[Magnitude, Tensor]:
     return term, W
 
 
+@pytest.mark.parametrize("name", ["pissa", "olora", "corda", "soma", "lora-ga"])
+def test_dropout_leaves_the_start_of_a_shifted_adapter_alone(name: str, tmp_path: Any) -> None:
+    model = tiny_llama().train()
+    before = model(**task()[0]).logits
+    weft.adapt(model, name, rank=2, dropout=0.5, **({"batches": task()} if METHODS[name].needs else {}))
+    model.train()
+    torch.testing.assert_close(model(**task()[0]).logits, before, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for parameter in trainable(model).parameters.values():
+            parameter.add_(0.1)
+    weft.save_adapter(model, tmp_path / "adapter")
+    again = weft.load_adapter(tiny_llama(), tmp_path / "adapter")
+    for one in (model, again):
+        one.train()
+        assert not torch.equal(one(**task()[0]).logits, one(**task()[0]).logits), "nothing is dropped"
+    torch.testing.assert_close(again.eval()(**task()[0]).logits, model.eval()(**task()[0]).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_dora_rows_have_the_trained_lengths() -> None:
     term, W = dora()
     close(term.dense().detach().norm(dim=1), term.magnitude.detach(), 1e-6)

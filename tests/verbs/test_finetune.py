@@ -105,7 +105,8 @@ def test_methods_that_ask_for_the_runs_length_and_rate_are_told(tiny_directory, 
     (rule,) = started
     assert rule.span == 4 and rule.peak == 1e-2 and rule.matrices
     given = with_totals(find("lora-sb"), Recipe(**SHORT), {})
-    assert given == {"lr": 1e-2} and with_totals(find("lora"), Recipe(**SHORT), {}) == {}
+    assert given == {"lr": 1e-2, "warmup": 1} and with_totals(find("lora"), Recipe(**SHORT), {}) == {}
+    assert with_totals(find("lora-sb"), Recipe(**SHORT | {"steps": 200}), {}) == {"lr": 1e-2, "warmup": 4}
     assert with_totals(find("lora-sb"), Recipe(**SHORT | {"warmup": 2}), {}) == {"lr": 1e-2, "warmup": 2}
 
 

@@ -15,7 +15,8 @@ each block's own. Matrices that share places multiply their importances.
 Deviations: made for T5, here for decoders with rotary embeddings: head places are kept in the pairs that are rotated
 together; importances are multiplied after summing over the matrices' other side, for q and k differ in shape; the
 output head is applied as it is (T5's factor belongs to its tied one). Generation re-reads the whole text: there is no
-key-value cache.
+key-value cache. The side's own rotary frequencies are those of its smaller heads, so that a pair that is kept turns by
+the angle of its new place.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     S = d_c - (<d_c, d_s> / <d_s, d_s>) d_s        per tensor, flattened
 
 for d_c = theta_c - theta_0 (changed: trained on the corruption, the skill, ...) and d_s = theta_s - theta_0 (clean: the
-plain fine-tuning of the same start), kept in the first blocks alone. theta_s + w S has it, w = -1 takes it away again.
-For low-rank deltas S is one of rank r_c + r_s, and the products need no out x in matrix.
+plain fine-tuning of the same start), in all blocks or the first ones (`blocks`). theta_s + w S has it, w = -1 takes it
+away again. For low-rank deltas S is one of rank r_c + r_s, and the products need no out x in matrix.
 Deviations: two dot products instead of the projection matrix; the weight w is applied once (the official code applies
-it twice, so that strength is not linear in it).
+it twice, so that strength is not linear in it). Of the published maps of w (linear, logarithmic, tanh) the linear one.
 """
 
 from __future__ import annotations

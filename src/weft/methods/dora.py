@@ -5,6 +5,7 @@ equation 5).
     m_i starts at ||W_i||, so that W' = W;   r (in + out) + out trainable numbers
 
 Not a plain LoRA: scaling the rows of W is of full rank. Written in PEFT's own DoRA format.
+Deviations: the scale is 1 unless `alpha` is given, published is alpha 2 r.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ LoRA-XS between these sides.
 Deviations: the start is taken out of the base as an exact sum; the paper's text leaves open how the model starts at it.
 The released schedule leaves out the factor r, freezes 3 columns in all, and starts from a random core: here the
 paper's. LaMDA++, which chooses the ranks by the spectra, is left out: its score and candidates are not published in
-enough detail; give `ranks=` from an allocation of `weft.allocate` instead.
+enough detail; give `ranks=` from an allocation of `weft.allocate` instead. The scale is 1 unless `alpha` is given,
+published are alpha 16 at r 64, and a dropout, which is left out.
 """
 
 from __future__ import annotations

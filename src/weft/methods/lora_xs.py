@@ -1,7 +1,7 @@
 """lora-xs: train only an r x r core between the frozen principal singular vectors of the weight (Bałazy et al., 2024,
 arXiv 2405.17604, section 3).
 
-    W = U S V;   B = U_r diag(S_r), A = V_r frozen, R ~ N(0, 1e-5^2);   y = W x + s B R A x;   r^2 trainable numbers (R)
+    W = U S V;   B = U_r diag(S_r), A = V_r frozen, R ~ N(0, 1e-5^2);   y = W x + B R A x;   r^2 trainable numbers (R)
 
 Exact SVD. Because S_r sits on one side, the size of a step depends on the weight's scale, unlike lora-sb.
 """

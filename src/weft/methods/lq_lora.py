@@ -11,7 +11,8 @@ integer program (equation 5): `weft.quantize(model, "lq-lora", rank=..., bits=..
 Deviations: the best iterate is returned, the official code returns the one whose error rose; the first SVD is exact and
 the later ones are a round of subspace iteration from the factors before (randomised ones in the official code), so that
 two runs agree and a hundred iterations cost little; the weighted error uses the rank-one F = a^2 b^2, whose minimiser
-the weighted SVD is.
+the weighted SVD is. The scale is 1 unless `alpha` is given, published are alpha 16 at r 64. `weft.quantize` takes five
+iterations unless told; statistics weigh there alone.
 """
 
 from __future__ import annotations

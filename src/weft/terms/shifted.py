@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernels.lean_linear import Part
@@ -19,7 +20,7 @@ class Shifted(Term):
 
     A method that starts its factors on a part of W and subtracts that part from the base (PiSSA, CorDA, LoRA-GA, SORSA
     ...) is W + Shifted: the base keeps its bytes, the residual is an exact sum instead of a rounded matrix, and T is
-    exactly zero at the start, in any dtype.
+    exactly zero at the start, in any dtype. Dropout is one mask for both parts, so that this holds in training too.
 
     Args:
         term: the trainable term, at its start.
@@ -31,6 +32,7 @@ class Shifted(Term):
         self, in_features: int, out_features: int, term: Term, *, device: Any = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(in_features, out_features)
+        self.dropout, term.dropout = term.dropout, 0.0
         self.now = term
         self.start = copy.deepcopy(term).requires_grad_(False)
 
@@ -40,6 +42,7 @@ class Shifted(Term):
         return cls(term.in_features, term.out_features, term)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         moved: Tensor = self.now(x) - self.start(x)
         return moved
 
@@ -54,7 +57,9 @@ class Shifted(Term):
 
     def lean_parts(self) -> list[Part] | None:
         now, start = self.now.lean_parts(), self.start.lean_parts()
-        return None if now is None or start is None else [*now, *(part._replace(scale=-part.scale) for part in start)]
+        if now is None or start is None or (self.dropout and self.training):
+            return None
+        return [*now, *(part._replace(scale=-part.scale) for part in start)]
 
     def spec(self) -> Spec:
-        return super().spec() | {"term": self.now.spec()}
+        return super().spec() | {"term": self.now.spec() | ({"dropout": self.dropout} if self.dropout else {})}

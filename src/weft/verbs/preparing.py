@@ -85,11 +85,13 @@ def leave(model: PreTrainedModel, method: Record, options: Mapping[str, Any]) ->
 
 def with_totals(method: Record, recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options given, and the run's own `lr`, with its warm-up, where the method has options of these names: lora-sb
-    starts from the first step that training would take. Rules learn of the steps when they start.
+    starts from the first step that training would take after the published warm-up, a fiftieth of the run, where the
+    run has none. Rules learn of the steps when they start.
     """
     if "lr" not in method.defaults:
         return dict(options)
-    warmup = {"warmup": recipe.warmup} if recipe.warmup and "warmup" in method.defaults else {}
+    first = recipe.warmup or max(1, round(recipe.steps / 50))
+    warmup = {"warmup": first} if "warmup" in method.defaults else {}
     return {"lr": recipe.lr, **warmup, **options}
 
 
