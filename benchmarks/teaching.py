@@ -6,8 +6,8 @@
 The model is compressed in two ways, by kfac-svd (its layers are factors then) and by minitron (fewer blocks), and all
 that is left is trained: on the text's own tokens, on the dense model's predictions, on the most likely of them alone,
 on both, and on predictions and hidden states. Every way at its best rate of the first seed, then with further seeds of
-rows. Text: Python's own sources; perplexity on files that no calibration or training has seen, and on `--text`. Each
-row is written as soon as it is there.
+rows. Text: Python's own sources; perplexity on files that no calibration or training has seen, and on `--text`. What
+is there is written after each way.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from weft.embedded.text import calibration_files, default_text
+from code_tuning import judged, perplexities
+
+from weft.embedded.text import calibration_files
 from weft.files import write_json
 from weft.runs.loading import load_model, load_tokenizer
 from weft.runs.record import begin
 from weft.train.sources import read_texts
 from weft.verbs.compress import run as compress
-from weft.verbs.evaluate import evaluate
 from weft.verbs.finetune import finetune
 
 COMPRESSIONS: dict[str, dict[str, Any]] = {
@@ -91,18 +92,6 @@ def trained(small: Path, name: str, way: str, rate: float, seed: int, options: a
 def measured(place: str | Path, options: argparse.Namespace) -> dict[str, Any]:
     """A model as it is."""
     return shown(perplexities(load_model(str(place)), load_tokenizer(str(place)), options))
-
-
-def perplexities(model: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """On every text, and the bytes of the model."""
-    texts = {"python": default_text("evaluation"), **{name: read_texts(file) for name, file in judged(options)}}
-    found = {name: evaluate(model, tokenizer, text, window=512, windows=24) for name, text in texts.items()}
-    return {"perplexity": {name: one["perplexity"] for name, one in found.items()}, "bytes": found["python"]["bytes"]}
-
-
-def judged(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """(name, file) of the further texts."""
-    return [(name, file) for name, _, file in (text.partition("=") for text in options.text)]
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:

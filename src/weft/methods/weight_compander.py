@@ -9,8 +9,8 @@ not a saving: in out numbers a matrix, as dense. V alone is kept, W and its slop
 rate by it to compare. With `learn`, log a and log b are trained too, one of each for a matrix. In the end it is a plain
 matrix.
 Deviations: the paper's a and b were not at hand: kappa 2.55 puts the bound at four standard deviations, so that entries
-of the start beyond are cut to it: few of a drawn matrix, up to a few hundredths of a trained one's norm. Weight decay
-acts on V. In bfloat16 steps of the two logarithms are mostly below its spacing: `learn` wants --dtype float32.
+of the start beyond are cut to it: few of a drawn matrix, more of a trained one. Weight decay acts on V. In bfloat16
+steps of the two logarithms are mostly below its spacing: `learn` wants --dtype float32.
 """
 
 from __future__ import annotations
